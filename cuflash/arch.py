@@ -1,0 +1,75 @@
+"""GPU architectures: what a kernel must know of the chip before it is compiled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One compilation target.
+
+    name         NVRTC's name, e.g. "sm_90a": with the "a" where it opens instructions of that chip alone
+    capability   (major, minor) of the devices it runs on
+    smem_bytes   shared memory one block may ask for (CUDA C Programming Guide, "Technical
+                 Specifications per Compute Capability")
+    """
+
+    name: str
+    capability: tuple[int, int]
+    smem_bytes: int
+
+    def __str__(self) -> str:
+        return self.name
+
+
+_KB = 1024
+ARCHES = {
+    a.name: a
+    for a in (
+        Arch("sm_80", (8, 0), 163 * _KB),
+        Arch("sm_86", (8, 6), 99 * _KB),
+        Arch("sm_87", (8, 7), 163 * _KB),
+        Arch("sm_89", (8, 9), 99 * _KB),
+        Arch("sm_90a", (9, 0), 227 * _KB),
+        Arch("sm_100a", (10, 0), 227 * _KB),
+        Arch("sm_103a", (10, 3), 227 * _KB),
+        Arch("sm_110a", (11, 0), 227 * _KB),
+        Arch("sm_120a", (12, 0), 99 * _KB),
+        Arch("sm_121a", (12, 1), 99 * _KB),
+    )
+}
+_BY_CAPABILITY = {a.capability: a for a in ARCHES.values()}
+
+
+def named(name: str) -> Arch:
+    """The architecture NVRTC calls `name`; the "a" may be left out.
+
+    >>> named("sm_90").name
+    'sm_90a'
+    """
+    arch = ARCHES.get(name) or ARCHES.get(name + "a")
+    if arch is None:
+        raise UnsupportedError(
+            f"arch={name!r} is not one of {', '.join(ARCHES)}: kernels use mma.sync and cp.async of "
+            "bfloat16, which begin with compute capability 8.0; on older GPUs pass host arrays "
+            "(the NumPy reference) instead"
+        )
+    return arch
+
+
+def of_capability(major: int, minor: int) -> Arch:
+    """The target for a device of compute capability `major.minor`.
+
+    A chip newer than this table runs the newest known target of its own major version, if any.
+    """
+    exact = _BY_CAPABILITY.get((major, minor))
+    if exact is not None:
+        return exact
+    if major < 8:
+        return named(f"sm_{major}{minor}")  # raises, naming the rule
+    # An "a" target runs on its own chip alone, so an unknown chip gets a plain one: same sm_80-class
+    # kernels, the smallest shared memory any chip of 8.0 and later has.
+    return Arch(f"sm_{major}{minor}", (major, minor), 99 * _KB)

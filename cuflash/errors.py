@@ -1,0 +1,40 @@
+"""The exceptions cuflash raises. Every message says the value, the rule and the remedy.
+
+All derive from `CuflashError`; each also derives from the built-in exception a caller would expect, so
+`except ValueError` keeps working. A refused call has launched nothing and written nothing.
+"""
+
+from __future__ import annotations
+
+
+class CuflashError(Exception):
+    """Base of every error raised by cuflash."""
+
+
+class ArgumentError(CuflashError, ValueError):
+    """An argument breaks a rule of the function it was passed to: shape, dtype, device, stride, range."""
+
+
+class UnsupportedError(CuflashError, NotImplementedError):
+    """The request is meaningful, but not available here; the message says what to use instead."""
+
+
+class CompileError(CuflashError):
+    """A kernel did not compile, or no compiler was found. Carries the compiler's log, mapped to our files."""
+
+
+class TraceError(CuflashError):
+    """A Python score_mod or mask_mod could not be turned into an expression."""
+
+
+class EmulatorError(CuflashError):
+    """The emulator saw a fault: a race, a deadlock, a divergence, an access out of bounds or to poison."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ArgumentError(message)` unless `condition` holds. For checks outside the warm path.
+
+    >>> require(8 % 2 == 0, "heads_q=8 must be a multiple of heads_kv=2")
+    """
+    if not condition:
+        raise ArgumentError(message)

@@ -1,0 +1,85 @@
+// Where a thread is, the block's barrier, and plain access to shared and global memory.
+// Shared memory is named by 32-bit addresses, as the instructions name it; global memory by pointers.
+#pragma once
+#include <base.cuh>
+
+#define HW_DEVICE __device__ __forceinline__
+#define HW_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define HW_GRID_CONSTANT const __grid_constant__
+#define HW_UNROLL _Pragma("unroll")
+#define HW_NO_UNROLL _Pragma("unroll 1")
+
+namespace hw {
+
+extern __shared__ __align__(1024) u8 dynamic_shared_memory[];
+
+HW_DEVICE i32 thread_idx() { return static_cast<i32>(threadIdx.x); }
+HW_DEVICE i32 lane_idx() { return static_cast<i32>(threadIdx.x) & 31; }
+// The warp's index in the block. The shuffle tells the compiler that it is the same in all lanes.
+HW_DEVICE i32 warp_idx() { return __shfl_sync(0xffffffffu, static_cast<i32>(threadIdx.x) >> 5, 0); }
+HW_DEVICE i32 block_idx_x() { return static_cast<i32>(blockIdx.x); }
+HW_DEVICE i32 block_idx_y() { return static_cast<i32>(blockIdx.y); }
+HW_DEVICE i32 block_idx_z() { return static_cast<i32>(blockIdx.z); }
+HW_DEVICE i32 grid_dim_x() { return static_cast<i32>(gridDim.x); }
+HW_DEVICE i32 grid_dim_y() { return static_cast<i32>(gridDim.y); }
+HW_DEVICE i32 grid_dim_z() { return static_cast<i32>(gridDim.z); }
+
+// All threads of the block meet; what any wrote before is seen by all after.
+HW_DEVICE void sync_threads() { __syncthreads(); }
+// All lanes of the warp meet, likewise.
+HW_DEVICE void sync_warp() { __syncwarp(); }
+
+// The address of the block's dynamic shared memory, a multiple of 1,024.
+HW_DEVICE u32 smem_base() { return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared_memory)); }
+
+// T: a trivially copyable type of 2, 4 or 16 bytes. The address is a multiple of its size.
+template <class T>
+HW_DEVICE T load_shared(u32 address) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "load_shared moves 2, 4 or 16 bytes");
+  T value;
+  if constexpr (sizeof(T) == 2) {
+    u16 bits;
+    asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(address) : "memory");
+    value = __builtin_bit_cast(T, bits);
+  } else if constexpr (sizeof(T) == 4) {
+    u32 bits;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address) : "memory");
+    value = __builtin_bit_cast(T, bits);
+  } else {
+    u32x4 bits;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(bits.x[0]), "=r"(bits.x[1]), "=r"(bits.x[2]), "=r"(bits.x[3])
+                 : "r"(address)
+                 : "memory");
+    value = __builtin_bit_cast(T, bits);
+  }
+  return value;
+}
+
+template <class T>
+HW_DEVICE void store_shared(u32 address, T value) {
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "store_shared moves 2, 4 or 16 bytes");
+  if constexpr (sizeof(T) == 2) {
+    asm volatile("st.shared.u16 [%0], %1;" ::"r"(address), "h"(__builtin_bit_cast(u16, value)) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(__builtin_bit_cast(u32, value)) : "memory");
+  } else {
+    const u32x4 bits = __builtin_bit_cast(u32x4, value);
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(bits.x[0]), "r"(bits.x[1]),
+                 "r"(bits.x[2]), "r"(bits.x[3])
+                 : "memory");
+  }
+}
+
+// T: a trivially copyable type of 1, 2, 4, 8 or 16 bytes. The pointer is aligned to its size.
+template <class T>
+HW_DEVICE T load_global(const T* pointer) {
+  return *pointer;
+}
+
+template <class T>
+HW_DEVICE void store_global(T* pointer, T value) {
+  *pointer = value;
+}
+
+}  // namespace hw

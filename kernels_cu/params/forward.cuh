@@ -1,0 +1,52 @@
+// What the host tells a forward kernel. Python reads this layout from this text (cuflash/jit/layout.py): one field a
+// line, pointers with their shape. Strides count elements. A sequence's rows are contiguous in the packed layout
+// (stride_batch 0, begin from cu_seqlens) and lie stride_batch apart in the dense one (cu_seqlens null).
+#pragma once
+#include <base.cuh>
+
+struct ForwardParams {
+  const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
+  const void* k;              // [batch, k_len, heads_kv, head_dim] or [total_k, heads_kv, head_dim]
+  const void* v;              // [batch, k_len, heads_kv, head_dim_v] or [total_k, heads_kv, head_dim_v]
+  void* out;                  // [batch, q_len, heads_q, head_dim_v] or [total_q, heads_q, head_dim_v]
+  float* lse;                 // [batch, heads_q, q_len] or [heads_q, total_q]; null: not wanted
+  float* max_logit;           // as lse; null: not wanted
+  const i32* cu_seqlens_q;    // [batch + 1]; null: dense
+  const i32* cu_seqlens_k;    // [batch + 1]; null: dense
+  const i32* seqused_q;       // [batch]; null: all of each sequence
+  const i32* seqused_k;       // [batch]; null: all of each sequence
+  const float* alibi_slopes;  // [heads_q] or [batch, heads_q]; null: none
+  const void* sink;           // [heads_q] float32 or the element type; null: none
+
+  i64 q_stride_batch;
+  i64 q_stride_row;
+  i64 q_stride_head;
+  i64 k_stride_batch;
+  i64 k_stride_row;
+  i64 k_stride_head;
+  i64 v_stride_batch;
+  i64 v_stride_row;
+  i64 v_stride_head;
+  i64 out_stride_batch;
+  i64 out_stride_row;
+  i64 out_stride_head;
+  i64 lse_stride_batch;    // of lse and max_logit, both [.., rows] with unit stride
+  i64 lse_stride_head;
+  i64 alibi_stride_batch;  // 0: the same slopes for every sequence
+
+  i32 batch;
+  i32 q_len;       // dense: rows of q in each sequence; packed: rows of q in all
+  i32 k_len;       // likewise of k
+  i32 head_group;  // query heads that share one key head
+  i32 head_dim;
+  i32 head_dim_v;
+  i32 window_left;   // keys further left than this of the diagonal are masked; kUnlimited: none
+  i32 window_right;  // likewise right; causal is 0
+  i32 packed_grid;   // 1: grid.x counts (query block, sequence) slots; 0: grid is (query block, head, sequence)
+  i32 sink_is_element;  // 1: sink has the element type; 0: float32
+
+  float score_scale;    // multiplies q.k where plain_scale is 0: scale * log2(e), or scale / softcap
+  float score_cap;      // softcap * log2(e); 0: none
+  float softmax_scale;  // > 0, multiplies scores inside exp2: scale * log2(e) where scores stay raw, else 1
+  i32 raw_scores;       // 1: no softcap, no ALiBi, scale > 0: q.k goes to the softmax untouched
+};
