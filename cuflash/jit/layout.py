@@ -127,9 +127,8 @@ class Layout:
     def _pack(self, values: list[Any]) -> bytes:
         flat: list[Any] = []
         for f, value in zip(self.fields, values, strict=True):
-            if f.is_pointer and value is None:
-                value = 0
-            items = [value] if f.count is None else list(value)
+            item: Any = 0 if f.is_pointer and value is None else value
+            items = [item] if f.count is None else list(item)
             if f.count is not None and len(items) != f.count:
                 raise ArgumentError(f"{self.name}.{f.name} holds {f.count} elements, got {len(items)}")
             for item in items:
