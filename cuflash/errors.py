@@ -20,7 +20,16 @@ class UnsupportedError(CuflashError, NotImplementedError):
 
 
 class CompileError(CuflashError):
-    """A kernel did not compile, or no compiler was found. Carries the compiler's log, mapped to our files."""
+    """A kernel did not compile, or no compiler was found.
+
+    The message has the compiler's errors with the lines of our files around them; `log` is all the compiler said,
+    `source` the text it was given ("" where there was none).
+    """
+
+    def __init__(self, message: str, *, log: str = "", source: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+        self.source = source
 
 
 class TraceError(CuflashError):
