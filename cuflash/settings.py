@@ -22,8 +22,10 @@ ON_COMPILE = ("progress", "quiet", "error")
 
 
 def _default_cache_dir() -> Path:
-    from platformdirs import user_cache_path
-
+    try:
+        from platformdirs import user_cache_path
+    except ImportError:  # a bare checkout, run without an install
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cuflash"
     return user_cache_path("cuflash", appauthor=False)
 
 
