@@ -14,6 +14,7 @@ can be written, a temporary folder serves this process, with one warning.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import hashlib
 import json
 import os
@@ -79,7 +80,8 @@ def fetch(kind: str, key: str, suffix: str, make: Make) -> Entry:
         found = _look(folder, key, suffix)
         if found is not None:
             return found
-        made = make()
+        with _around.get()(), around_builds(contextlib.nullcontext):  # a build inside this one is part of it
+            made = make()
         data, note = made if isinstance(made, tuple) else (made, {})
         if writable:
             try:
@@ -87,6 +89,21 @@ def fetch(kind: str, key: str, suffix: str, make: Make) -> Entry:
             except OSError as error:
                 _warn(folder, error)
         return _store(_temporary(kind), key, suffix, data, dict(note))
+
+
+@contextlib.contextmanager
+def around_builds(hook: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """While this lasts, every `make` this thread calls runs inside `hook()`: it may show progress, or refuse."""
+    token = _around.set(hook)
+    try:
+        yield
+    finally:
+        _around.reset(token)
+
+
+_around: contextvars.ContextVar[Callable[[], contextlib.AbstractContextManager[Any]]] = contextvars.ContextVar(
+    "around_builds", default=contextlib.nullcontext
+)
 
 
 def usage() -> tuple[Path, int, int]:

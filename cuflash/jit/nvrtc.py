@@ -105,8 +105,10 @@ def compile(text: str, arch: Arch, name: str, extra: tuple[str, ...] = ()) -> Cu
         start = time.perf_counter()
         status = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])[0]
         compile_ms = (time.perf_counter() - start) * 1e3
-        log = _buffer(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program).rstrip(b"\0 \n").decode(
-            errors="replace"
+        log = (
+            _buffer(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+            .rstrip(b"\0 \n")
+            .decode(errors="replace")
         )
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise _failure(text, log or str(status), name, f"{name} for {arch.name} (NVRTC {major}.{minor})")
@@ -144,7 +146,7 @@ def _remedy() -> str:
         return f'CuPy here is for CUDA {cuda}: pip install "cuflash[cuda{cuda}]"'
     return (
         'pip install "cuflash[cuda13]", or "cuflash[cuda12]" for a driver older than 580 (nvidia-smi shows it); '
-        'without a GPU, CUFLASH_BACKEND=emulator needs only a C++ compiler'
+        "without a GPU, CUFLASH_BACKEND=emulator needs only a C++ compiler"
     )
 
 

@@ -95,7 +95,7 @@ def flatten(
 
         size = parse(text, params).size
         text += (
-            f'static_assert(sizeof({params}) == {size}, "{params}: the compiler\'s size differs from the {size} bytes '
+            f"static_assert(sizeof({params}) == {size}, \"{params}: the compiler's size differs from the {size} bytes "
             f'cuflash/jit/layout.py computed");\n'
         )
     return text
