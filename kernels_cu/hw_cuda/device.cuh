@@ -4,9 +4,10 @@
 #include <base.cuh>
 
 #define HW_DEVICE __device__ __forceinline__
-#define HW_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+#define HW_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define HW_GRID_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
+#define HW_UNROLL_4 _Pragma("unroll 4")
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {
@@ -15,8 +16,7 @@ extern __shared__ __align__(1024) u8 dynamic_shared_memory[];
 
 HW_DEVICE i32 thread_idx() { return static_cast<i32>(threadIdx.x); }
 HW_DEVICE i32 lane_idx() { return static_cast<i32>(threadIdx.x) & 31; }
-// The warp's index in the block. The shuffle tells the compiler that it is the same in all lanes.
-HW_DEVICE i32 warp_idx() { return __shfl_sync(0xffffffffu, static_cast<i32>(threadIdx.x) >> 5, 0); }
+HW_DEVICE i32 warp_idx() { return static_cast<i32>(threadIdx.x) >> 5; }
 HW_DEVICE i32 block_idx_x() { return static_cast<i32>(blockIdx.x); }
 HW_DEVICE i32 block_idx_y() { return static_cast<i32>(blockIdx.y); }
 HW_DEVICE i32 block_idx_z() { return static_cast<i32>(blockIdx.z); }

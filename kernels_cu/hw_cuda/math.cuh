@@ -46,8 +46,13 @@ HW_DEVICE float tanh_approx(float x) {
 HW_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 HW_DEVICE float min(float a, float b) { return fminf(a, b); }
 HW_DEVICE float abs(float x) { return fabsf(x); }
+// a * b, rounded: never contracted with an addition.
+HW_DEVICE float mul(float a, float b) { return __fmul_rn(a, b); }
 // a * b + c, rounded once.
 HW_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// How many bits are set.
+HW_DEVICE i32 popcount(u32 x) { return __popc(x); }
 
 HW_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 HW_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }

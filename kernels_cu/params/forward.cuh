@@ -1,6 +1,6 @@
 // What the host tells a forward kernel. Python reads this layout from this text (cuflash/jit/layout.py): one field a
-// line, pointers with their shape. Strides count elements. A sequence's rows are contiguous in the packed layout
-// (stride_batch 0, begin from cu_seqlens) and lie stride_batch apart in the dense one (cu_seqlens null).
+// line, pointers with their shape. Strides of q, k, v and out count bytes, the others elements. In the packed layout a
+// sequence begins at the row cu_seqlens names (stride_batch 0); in the dense one (cu_seqlens null) stride_batch apart.
 #pragma once
 #include <base.cuh>
 
@@ -40,12 +40,12 @@ struct ForwardParams {
   i32 head_group;  // query heads that share one key head
   i32 head_dim;
   i32 head_dim_v;
-  i32 window_left;   // keys further left than this of the diagonal are masked; kUnlimited: none
+  i32 window_left;   // keys further left than this of the diagonal are masked; 2^30: none
   i32 window_right;  // likewise right; causal is 0
   i32 packed_grid;   // 1: grid.x counts (query block, sequence) slots; 0: grid is (query block, head, sequence)
   i32 sink_is_element;  // 1: sink has the element type; 0: float32
 
-  float score_scale;    // multiplies q.k where plain_scale is 0: scale * log2(e), or scale / softcap
+  float score_scale;    // multiplies q.k where raw_scores is 0: scale * log2(e), or scale / softcap
   float score_cap;      // softcap * log2(e); 0: none
   float softmax_scale;  // > 0, multiplies scores inside exp2: scale * log2(e) where scores stay raw, else 1
   i32 raw_scores;       // 1: no softcap, no ALiBi, scale > 0: q.k goes to the softmax untouched

@@ -1,0 +1,256 @@
+// Attention forward for compute capability 8.0 and later: out = softmax(score(q k^T)) v, by tiles, in one pass.
+//
+//   S = scale Q K^T    [kBlockQ, kBlockK]    never leaves registers
+//   m, l, O            online softmax in base 2 (tile/softmax.cuh)
+//   out = O / l        lse = ln(l) + m
+//
+//   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh. A block computes whole query tiles of one
+//           sequence and head; its rows begin at cu_seqlens_q[sequence].
+//   roles   every warp computes 16 kRowTiles query rows against all keys; all warps copy.
+//
+//   shared  name   rows      row            bytes for d = 128, 16 bits, 128 x 128
+//           q      kBlockQ   kHeadDim       32 KB    out is gathered here at the end
+//           k      kBlockK   kHeadDim       32 KB
+//           v      kBlockK   kHeadDimV      32 KB
+//
+//   barrier, per key tile    what it separates
+//   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T
+//                            the reads of the previous V        | the copy of this V
+//   V landed                 every thread's copies of V         | the reads of O += P V
+//                            the reads of K                     | the copy of the next K
+//
+// The copy of V runs under Q K^T, the copy of the next K under the softmax and P V. Two blocks on one multiprocessor
+// fill each other's waits. Key tiles go from the last to the first, so that a causal tile masks early and then runs free.
+#include <base.cuh>
+#include <hw/async_copy.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+#include <params/forward.cuh>
+#include <tile/fragment.cuh>
+#include <tile/mask.cuh>
+#include <tile/matmul.cuh>
+#include <tile/schedule.cuh>
+#include <tile/score.cuh>
+#include <tile/sequence.cuh>
+#include <tile/shared_tile.cuh>
+#include <tile/softmax.cuh>
+#include <variant.cuh>
+
+template <class V>
+struct ForwardPlan {
+  using Element = typename V::Element;
+  static constexpr i32 kBytes = static_cast<i32>(sizeof(Element));
+  static constexpr i32 kThreads = V::kThreads;
+  static constexpr i32 kWarps = kThreads / 32;
+  static constexpr i32 kRowTiles = V::kBlockQ / (16 * kWarps);
+  static_assert(kRowTiles * 16 * kWarps == V::kBlockQ, "every warp has whole row tiles");
+
+  using QTile = SharedTile<V::kHeadDim * kBytes>;
+  using KTile = SharedTile<V::kHeadDim * kBytes>;
+  // float32 V is read by 4-byte loads, which want another exchange than ldmatrix.
+  using VTile = SharedTile<V::kHeadDimV * kBytes, kBytes == 2 ? Swizzle::kRows8 : Swizzle::kPairs>;
+  using OutTile = SharedTile<V::kHeadDimV * kBytes>;
+
+  static constexpr i32 kQBytes = V::kBlockQ * max_of(V::kHeadDim, V::kHeadDimV) * kBytes;
+  static constexpr i32 kKBytes = V::kBlockK * V::kHeadDim * kBytes;
+  static constexpr i32 kVBytes = V::kBlockK * V::kHeadDimV * kBytes;
+  static_assert(kQBytes + kKBytes + kVBytes <= V::kSharedBytes, "the host asks for as much shared memory as is used");
+};
+
+// O / l to global memory. Each warp gathers its own rows in shared memory, where only it had read Q, so that whole
+// 16-byte units leave; rows at or past `used` are written as zeros, rows at or past `owned` not at all.
+template <class V, class O>
+HW_DEVICE void store_out(const O& o, u32 warp_tile, u8* out, i64 stride_bytes, i32 used, i32 owned, i32 row_bytes) {
+  using Plan = ForwardPlan<V>;
+  using Tile = typename Plan::OutTile;
+  constexpr i32 kRows = 16 * O::kRowTiles;
+  HW_UNROLL
+  for (i32 r = 0; r < O::kRowTiles; ++r) {
+    HW_UNROLL
+    for (i32 half = 0; half < 2; ++half) {
+      const i32 row = O::row_of(2 * r + half);
+      HW_UNROLL
+      for (i32 c = 0; c < O::kColTiles; ++c) {
+        const float low = o.x[r][c][2 * half], high = o.x[r][c][2 * half + 1];
+        if constexpr (Plan::kBytes == 2) {
+          const u32 at = Tile::address(warp_tile, row, c) + static_cast<u32>(2 * O::first_col());
+          hw::store_shared(at, hw::pack2<typename Plan::Element>(low, high));
+        } else {
+          const u32 at = Tile::address(warp_tile, row, 2 * c + O::first_col() / 4);
+          hw::store_shared(at + static_cast<u32>(4 * (O::first_col() % 4)), low);
+          hw::store_shared(at + static_cast<u32>(4 * (O::first_col() % 4) + 4), high);
+        }
+      }
+    }
+  }
+  hw::sync_warp();
+  constexpr i32 kGroup = Tile::kUnits % 8 == 0 ? 8 : 4;
+  const i32 first_row = hw::lane_idx() / kGroup, first_unit = hw::lane_idx() % kGroup;
+  HW_UNROLL
+  for (i32 step = 0; step < kRows * kGroup / 32; ++step) {
+    const i32 row = first_row + step * (32 / kGroup);
+    if (row < owned) {
+      HW_UNROLL
+      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
+        const i32 unit = first_unit + group * kGroup;
+        const i32 left = row_bytes - unit * 16;
+        u32x4 bits = hw::load_shared<u32x4>(Tile::address(warp_tile, row, unit));
+        if (row >= used) bits = u32x4{{0, 0, 0, 0}};
+        u8* to = out + row * stride_bytes + unit * 16;
+        if (V::kLoadBytes == 16 && left >= 16) {
+          hw::store_global(reinterpret_cast<u32x4*>(to), bits);
+        } else {
+          HW_UNROLL
+          for (i32 i = 0; i < 4; ++i) {
+            if (V::kLoadBytes >= 4 && left >= 4 * i + 4) {
+              hw::store_global(reinterpret_cast<u32*>(to) + i, bits.x[i]);
+            } else {
+              if (left >= 4 * i + 2) hw::store_global(reinterpret_cast<u16*>(to) + 2 * i, static_cast<u16>(bits.x[i]));
+              if (left >= 4 * i + 4) {
+                hw::store_global(reinterpret_cast<u16*>(to) + 2 * i + 1, static_cast<u16>(bits.x[i] >> 16));
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+// The learnable sink of a head, in base 2; -inf: none.
+template <class Element>
+HW_DEVICE float read_sink(const ForwardParams& p, i32 head) {
+  if (p.sink == nullptr) return -kInfinity;
+  if (p.sink_is_element) return hw::to_float(hw::load_global(static_cast<const Element*>(p.sink) + head)) * kLog2e;
+  return hw::load_global(static_cast<const float*>(p.sink) + head) * kLog2e;
+}
+
+// Bytes from the array's beginning to a sequence's row.
+HW_DEVICE i64 row_offset(const Sequence& seq, i64 stride_batch, i64 begin, i64 stride_row) {
+  return seq.dense_idx * stride_batch + begin * stride_row;
+}
+
+template <class V>
+HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
+  using Plan = ForwardPlan<V>;
+  using Element = typename V::Element;
+  using S = Fragment<Plan::kRowTiles, V::kBlockK / 8>;
+  using O = Fragment<Plan::kRowTiles, V::kHeadDimV / 8>;
+
+  // Roles
+  const i32 lane = hw::lane_idx();
+  const i32 warp_row = hw::warp_idx() * 16 * Plan::kRowTiles;
+
+  // Shared memory
+  const u32 q_smem = hw::smem_base();
+  const u32 k_smem = q_smem + Plan::kQBytes;
+  const u32 v_smem = k_smem + Plan::kKBytes;
+
+  // This tile
+  const Sequence seq = read_sequence(p, sequence);
+  const i32 head = hw::block_idx_y();
+  const i32 head_kv = head / p.head_group;
+  const i32 q_first = tile * V::kBlockQ;
+  const u8* q = static_cast<const u8*>(p.q) + row_offset(seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
+  const u8* k = static_cast<const u8*>(p.k) + row_offset(seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
+  const u8* v = static_cast<const u8*>(p.v) + row_offset(seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
+  const i32 row_bytes = p.head_dim * Plan::kBytes;
+  const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
+  const RowLoader<typename Plan::KTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> k_loader(k_smem, k, p.k_stride_row);
+  const RowLoader<typename Plan::VTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> v_loader(v_smem, v, p.v_stride_row);
+
+  const TileKeys keys = keys_of_tile(p, seq, q_first, min_of(q_first + V::kBlockQ, seq.q_len) - 1);
+  const i32 first_k_tile = keys.any.begin / V::kBlockK;
+  const bool sees_keys = q_first < seq.q_len && keys.any.begin < keys.any.end;
+  const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
+  const float slope = read_slope(p, sequence, head);
+  const LaneRows<typename Plan::QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
+  const LaneRows<typename Plan::KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
+
+  OnlineSoftmax<S::kRows> softmax(p.softmax_scale);
+  O o;
+  o.fill(0.0f);
+
+  // Q
+  if (first_k_tile < k_tiles_end) {
+    const RowLoader<typename Plan::QTile, V::kBlockQ, Plan::kThreads, V::kLoadBytes> q_loader(q_smem, q, p.q_stride_row);
+    q_loader.load(q_first, seq.q_len, row_bytes, p.q_stride_row);
+    k_loader.load((k_tiles_end - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
+    hw::cp_async_commit();
+  }
+
+  // KV loop
+  HW_NO_UNROLL
+  for (i32 n = k_tiles_end - 1; n >= first_k_tile; --n) {
+    // wait   K landed <- own copies of K and, the first time, Q
+    hw::cp_async_wait<0>();
+    // sync   K landed <-> all warps: K is whole; nobody reads the previous V any more
+    hw::sync_threads();
+    v_loader.load(n * V::kBlockK, seq.k_len, row_bytes_v, p.v_stride_row);
+    hw::cp_async_commit();
+
+    // S = Q K^T
+    S s;
+    s.fill(0.0f);
+    multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
+
+    const i32 k_first = n * V::kBlockK;
+    score<Element>(p, seq, slope, s, q_first + warp_row, k_first);
+    if (k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end) {
+      mask_scores(p, seq, s, q_first + warp_row, k_first);
+    }
+
+    // wait   V landed <- own copies of V
+    hw::cp_async_wait<0>();
+    // sync   V landed <-> all warps: V is whole; nobody reads K any more
+    hw::sync_threads();
+    if (n > first_k_tile) {
+      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
+      hw::cp_async_commit();
+    }
+
+    // P = exp(S - m); O += P V
+    softmax.update(s, o);
+    multiply_pv<Element, O, S, typename Plan::VTile>(o, s, v_smem);
+  }
+
+  // Finish
+  const float sink = read_sink<Element>(p, head);
+  typename OnlineSoftmax<S::kRows>::Row finished[S::kRows];
+  HW_UNROLL
+  for (i32 i = 0; i < S::kRows; ++i) finished[i] = softmax.finish(i, sink);
+  o.for_each([&](float& x, i32 row, i32) { x *= finished[row].out_scale; });
+
+  // Store. What it needs is read anew: kept through the loop it would cost registers there.
+  const Sequence owner = read_sequence(p, sequence);
+  const i32 used = owner.q_len - q_first - warp_row;    // of this warp's rows, those that are queries
+  const i32 owned = owner.q_rows - q_first - warp_row;  // and those to write
+  u8* out = static_cast<u8*>(p.out) +
+            row_offset(owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
+            head * p.out_stride_head;
+  store_out<V>(o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned,
+               row_bytes_v);
+  if (lane % 4 == 0) {
+    const i64 line = row_offset(owner, p.lse_stride_batch, owner.q_begin + q_first + warp_row, 1) + head * p.lse_stride_head;
+    HW_UNROLL
+    for (i32 i = 0; i < S::kRows; ++i) {
+      const i32 row = S::row_of(i);
+      if (row < owned) {
+        if (p.lse != nullptr) hw::store_global(p.lse + line + row, row < used ? finished[i].lse : -kInfinity);
+        if (p.max_logit != nullptr) {
+          hw::store_global(p.max_logit + line + row, row < used ? finished[i].max_logit : -kInfinity);
+        }
+      }
+    }
+  }
+}
+
+HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
+  const TileRange range = tiles_of_block<Variant::kBlockQ>(p);
+  const i32 tiles = ceil_div(read_sequence(p, range.sequence).q_rows, Variant::kBlockQ);
+  for (i32 i = range.first; i < tiles; i += range.step) {
+    forward_tile<Variant>(p, range.sequence, tiles - 1 - i);
+    // sync   shared memory <-> all warps: the next tile's Q may replace this one's
+    if (i < tiles - range.step) hw::sync_threads();
+  }
+}

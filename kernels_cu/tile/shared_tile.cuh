@@ -1,0 +1,112 @@
+// A tile of rows in shared memory, in units of 16 bytes that are exchanged within a row ("swizzled") so that the eight
+// rows an ldmatrix reads at one unit, and the eight units a warp copies along one row, each cover all 32 banks.
+#pragma once
+#include <base.cuh>
+#include <hw/async_copy.cuh>
+#include <hw/device.cuh>
+
+// How a unit's place depends on its row. A row of kRowBytes, a multiple of 64.
+//   kRows8   for ldmatrix: unit ^ (row % 8); where rows are an odd multiple of 64 bytes, two of them share the banks'
+//            128 bytes and unit ^ (row / 2 % 4) does
+//   kPairs   for 4-byte reads by mma lanes (tf32 V): lane (g, t) reads rows 2 t and 2 t + 1 at column g, so pairs of
+//            rows must differ in pairs of units: unit ^ (row & 6)
+enum class Swizzle { kRows8, kPairs };
+
+template <i32 kRowBytes_, Swizzle kSwizzle = Swizzle::kRows8>
+struct SharedTile {
+  static constexpr i32 kRowBytes = kRowBytes_;
+  static constexpr i32 kUnits = kRowBytes / 16;
+  static_assert(kRowBytes % 64 == 0, "a row is a multiple of 64 bytes");
+  static_assert(kSwizzle == Swizzle::kRows8 || kRowBytes % 128 == 0, "pairs of units need rows of 128 bytes");
+
+  // Units that change places among themselves: a key is below this.
+  static constexpr i32 kPeriod = kRowBytes % 128 == 0 ? 8 : 4;
+
+  // The same for rows that differ by a multiple of 8.
+  HW_DEVICE static u32 key(i32 row) {
+    if constexpr (kSwizzle == Swizzle::kPairs) return static_cast<u32>(row & 6);
+    if constexpr (kRowBytes % 128 == 0) return static_cast<u32>(row & 7);
+    return static_cast<u32>((row >> 1) & 3);
+  }
+
+  HW_DEVICE static u32 address(u32 tile, i32 row, i32 unit) {
+    return tile + static_cast<u32>(row * kRowBytes) + offset(unit, key(row));
+  }
+
+  // Of a unit within its row. NOTE: written so that a constant unit leaves few different values of the exchanged part;
+  // one value a unit would be hoisted out of the key loop, a register each, and head dim 256 spills.
+  HW_DEVICE static u32 offset(i32 unit, u32 flip) {
+    constexpr i32 kInside = kPeriod - 1;
+    return static_cast<u32>((unit & ~kInside) * 16) + ((static_cast<u32>(unit & kInside) ^ flip) << 4);
+  }
+};
+
+// Addresses one lane gives to ldmatrix: its own row and unit are folded in once, then whole steps are constants.
+template <class Tile>
+struct LaneRows {
+  u32 base;  // of the lane's row
+  u32 flip;  // its unit offset and key
+
+  // lane_row, lane_unit (0 or 1): what this lane adds to every block's row and unit.
+  HW_DEVICE LaneRows(u32 tile, i32 lane_row, i32 lane_unit)
+      : base(tile + static_cast<u32>(lane_row * Tile::kRowBytes)), flip(Tile::key(lane_row) ^ static_cast<u32>(lane_unit)) {}
+
+  // row: a multiple of 8. unit: even.
+  HW_DEVICE u32 at(i32 row, i32 unit) const {
+    return base + static_cast<u32>(row * Tile::kRowBytes) + Tile::offset(unit, flip);
+  }
+};
+
+// Copies tiles of kRows rows from global memory: one thread's share of it, its place worked out once. Rows past the end
+// and bytes past a row's end become zeros and are not read. kLoadBytes is what source and stride are aligned to: 16 and 4
+// go by cp.async (the caller commits and waits), 2 through registers.
+template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes>
+struct RowLoader {
+  static constexpr i32 kGroup = Tile::kPeriod;  // threads that share a row
+  static constexpr i32 kRowStep = kThreads / kGroup;
+  static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0, "rows divide among the threads, each keeping its key");
+
+  const u8* source;  // this thread's first unit of row 0's tile
+  u32 address;       // where it goes
+
+  HW_DEVICE static i32 first_row() { return hw::thread_idx() / kGroup; }
+  HW_DEVICE static i32 first_unit() { return hw::thread_idx() % kGroup; }
+
+  HW_DEVICE RowLoader(u32 tile, const u8* first, i64 stride)
+      : source(first + first_row() * stride + first_unit() * 16), address(Tile::address(tile, first_row(), first_unit())) {}
+
+  // The tile whose row 0 is row `begin`, of `rows` rows in all, row_bytes bytes each, `stride` bytes apart.
+  HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
+    const u8* row_source = source + begin * stride;
+    HW_UNROLL
+    for (i32 step = 0; step < kRows / kRowStep; ++step) {
+      const bool inside = begin + first_row() + step * kRowStep < rows;
+      HW_UNROLL
+      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
+        const i32 left = inside ? row_bytes - (first_unit() + group * kGroup) * 16 : 0;
+        const u32 to = address + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
+        copy_unit(to, row_source + group * kGroup * 16, left);
+      }
+      row_source += kRowStep * stride;
+    }
+  }
+
+  HW_DEVICE static void copy_unit(u32 to, const u8* from, i32 left) {
+    if constexpr (kLoadBytes == 16) {
+      hw::cp_async_16(to, from, max_of(0, min_of(left, 16)));
+    } else if constexpr (kLoadBytes == 4) {
+      HW_UNROLL
+      for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, max_of(0, min_of(left - 4 * i, 4)));
+    } else {
+      u32x4 unit;
+      HW_UNROLL
+      for (i32 i = 0; i < 4; ++i) {
+        u32 low = 0, high = 0;
+        if (left > 4 * i) low = hw::load_global(reinterpret_cast<const u16*>(from) + 2 * i);
+        if (left > 4 * i + 2) high = hw::load_global(reinterpret_cast<const u16*>(from) + 2 * i + 1);
+        unit.x[i] = low | high << 16;
+      }
+      hw::store_shared(to, unit);
+    }
+  }
+};
