@@ -1,0 +1,46 @@
+"""The command line: `cuflash` or `python -m cuflash`. Each command is the function of a file beside this one."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from ..errors import CuflashError
+
+
+def app() -> typer.Typer:
+    """The typer application with every command.
+
+    >>> sorted(command.name for command in app().registered_commands)
+    ['compile', 'demo', 'device-check', 'doctor', 'explain']
+    """
+    from .compile import compile_kernels
+    from .demo import demo
+    from .device_check import device_check
+    from .doctor import doctor
+    from .explain import explain
+
+    application = typer.Typer(
+        name="cuflash",
+        help="FlashAttention as a CuPy raw-kernel runtime library.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+    )
+    application.command("demo")(demo)
+    application.command("doctor")(doctor)
+    application.command("explain")(explain)
+    application.command("compile")(compile_kernels)
+    application.command("device-check")(device_check)
+    return application
+
+
+def main() -> None:
+    """Run the command line; an error of cuflash's own is a line on stderr and exit status 1, not a traceback."""
+    try:
+        app()(prog_name="cuflash")
+    except CuflashError as error:
+        print(f"cuflash: {error}", file=sys.stderr)
+        sys.exit(1)
