@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from typing import Any
 
 from ..settings import config
 
+POLL_SECONDS = 0.02
 LOCK_SECONDS = 300.0  # longer than any compile; a lock held longer is ignored, which costs a second build and no more
 
 Make = Callable[[], bytes | tuple[bytes, Mapping[str, Any]]]
@@ -77,7 +80,7 @@ def fetch(kind: str, key: str, suffix: str, make: Make) -> Entry:
     if found is not None:
         return found
     with _locked(folder, key) as writable:
-        found = _look(folder, key, suffix)
+        found = _look(folder if writable else _temporary(kind), key, suffix)
         if found is not None:
             return found
         with _around.get()(), around_builds(contextlib.nullcontext):  # a build inside this one is part of it
@@ -154,22 +157,51 @@ def _locked(folder: Path, key: str) -> Iterator[bool]:
 
     The lock is the operating system's, so it ends with the process that held it, however that ended.
     """
-    import filelock
-
-    lock = filelock.FileLock(folder / f"{key}.lock", timeout=LOCK_SECONDS, thread_local=False)
-    writable = True
     try:
-        lock.acquire()
-    except filelock.Timeout:
-        pass  # somebody hangs; files are moved into place whole, so building twice is safe
-    except (OSError, NotImplementedError) as error:  # a read-only folder, or a file system without locks
-        writable = os.access(folder, os.W_OK)
-        if not writable:
-            _warn(folder, error)
+        descriptor = os.open(folder / f"{key}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        _warn(folder, error)
+        yield False
+        return
     try:
-        yield writable
+        end = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(descriptor) and time.monotonic() < end:
+            time.sleep(POLL_SECONDS)
+        yield True
     finally:
-        lock.release()
+        _unlock(descriptor)
+        os.close(descriptor)
+
+
+try:
+    import fcntl
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            # Anything but "held by another" is a file system without locks: two may then build, which is safe.
+            return error.errno not in (errno.EAGAIN, errno.EACCES)
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        # Said in so many words, because a child forked meanwhile holds a copy of the descriptor.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+except ImportError:  # Windows
+    import msvcrt
+
+    def _try_lock(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+
+    def _unlock(descriptor: int) -> None:
+        with contextlib.suppress(OSError):
+            msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)  # type: ignore[attr-defined]
 
 
 # --- The folder ---------------------------------------------------------------------------------------------------

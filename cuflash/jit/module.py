@@ -51,6 +51,11 @@ class KernelSpec:
     smem_bytes: int
     edits: tuple[source.Edit, ...] = ()
 
+    @property
+    def name(self) -> str:
+        """The kernel's name in reports, e.g. "forward_sm80"."""
+        return self.entry.removeprefix("cuflash_")
+
     def text(self, target: str) -> str:
         """The flattened text for "cuda" or "emu"."""
         chosen = variant.emit(self.variant) if self.variant is not None else ""
@@ -71,7 +76,7 @@ class Buffer:
 class CompileEvent:
     """What `config.on_compile` is told when a kernel has been made ready.
 
-    kernel   entry name          arch     e.g. "sm_90a"; "emulator" for the emulator's
+    kernel   name                arch     e.g. "sm_90a"; "emulator" for the emulator's
     variant  in one line         seconds  spent
     cached   True: it was on disk, nothing was compiled
     """
@@ -124,7 +129,7 @@ def compile(spec: KernelSpec, arch: Arch) -> Compiled:
     asked = spec.smem_bytes + compiled.resources.static_smem_bytes
     if asked > arch.smem_bytes:
         raise CompileError(
-            f"{spec.entry} asks for {asked} bytes of shared memory a block, {arch} has {arch.smem_bytes}: "
+            f"{spec.name} asks for {asked} bytes of shared memory a block, {arch} has {arch.smem_bytes}: "
             "smaller tiles or fewer stages"
         )
     _dump(spec, arch.name, key, text, cubin.data)
@@ -159,20 +164,20 @@ def _announced(spec: KernelSpec, target: str) -> Iterator[None]:
     if config.on_compile == "error":
         described = variant.describe(spec.variant) if spec.variant is not None else ""
         raise CompileError(
-            f"{spec.entry} for {target} ({described}) would have to be compiled, and config.on_compile is 'error': "
+            f"{spec.name} for {target} ({described}) would have to be compiled, and config.on_compile is 'error': "
             "call cuflash.warmup with the same arguments first, or allow compiling"
         )
     if config.on_compile != "progress":
         yield
         return
-    with _progress.showing(f"compiling {spec.entry} for {target}"):
+    with _progress.showing(f"compiling {spec.name} for {target}"):
         yield
 
 
 def _tell(spec: KernelSpec, target: str, start: float, *, cached: bool) -> None:
     if callable(config.on_compile):
         described = variant.describe(spec.variant) if spec.variant is not None else ""
-        config.on_compile(CompileEvent(spec.entry, target, described, time.perf_counter() - start, cached))
+        config.on_compile(CompileEvent(spec.name, target, described, time.perf_counter() - start, cached))
 
 
 class _Progress:
@@ -218,7 +223,7 @@ def _dump(spec: KernelSpec, target: str, key: str, text: str, cubin: bytes | Non
     if config.dump is None:
         return
     config.dump.mkdir(parents=True, exist_ok=True)
-    stem = config.dump / f"{spec.entry}.{target}.{key[:10]}"
+    stem = config.dump / f"{spec.name}.{target}.{key[:10]}"
     stem.with_name(stem.name + ".cu").write_text(text, encoding="utf-8")
     if cubin is not None:
         path = stem.with_name(stem.name + ".cubin")

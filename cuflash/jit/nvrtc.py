@@ -98,7 +98,7 @@ def compile(text: str, arch: Arch, name: str, extra: tuple[str, ...] = ()) -> Cu
     and `source`; UnsupportedError where this NVRTC is too old for `arch`. One call, one thread; calls may overlap.
     """
     nvrtc, (major, minor) = _library()
-    _check_arch(arch)
+    require_arch(arch)
     flags = command(arch, extra)
     program = _ok(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))[0]
     try:
@@ -150,7 +150,8 @@ def _remedy() -> str:
     )
 
 
-def _check_arch(arch: Arch) -> None:
+def require_arch(arch: Arch) -> None:
+    """Raises UnsupportedError, with the remedy, if this NVRTC does not compile for `arch`."""
     known = supported_archs()
     digits = arch.name.removeprefix("sm_").rstrip("af")
     if digits in known:
