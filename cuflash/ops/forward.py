@@ -1,0 +1,322 @@
+"""Attention forward: which kernel and tile, which grid, and the launch. The host half of kernels_cu/forward_sm80.cu.
+
+A `ForwardProblem` is everything the host knows of a call but its pointers; `plan` turns it into a `ForwardPlan` once,
+and a plan launches any number of times. What is compiled depends on `ForwardVariant` alone: two problems with the same
+variant share one kernel, whatever their lengths, batch, heads and numbers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .. import dtypes
+from ..arch import Arch
+from ..array import TensorView
+from ..dtypes import DType
+from ..errors import ArgumentError, UnsupportedError
+from ..jit import layout, module
+
+HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
+MAX_ROWS = 2**30 - 2**16  # kernels add a window (2^30: none) to a row's index in 32 bits
+MAX_HEADS = 65535  # grid.y
+UNLIMITED = 2**30
+LOG2_E = 1.4426950408889634
+
+Strides = tuple[int, int, int]  # (batch, row, head) in elements; batch 0 when packed
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardProblem:
+    """A forward call without its pointers.
+
+    q_rows, k_rows   dense: length of every sequence; packed: rows in all
+    max_seqlen_q     packed: the longest query length if the host knows it; a wrong one costs time and never a row
+    load_bytes       16, 4 or 2: what bases and strides of q, k, v and out are all aligned to
+    window           (left, right) keys visible on either side of the diagonal, -1: all; causal is right <= 0
+    alibi            None, "head" (slopes [heads_q]) or "batch" ([batch, heads_q]), contiguous
+    sink             None, "float32" or "element" (the dtype of q), contiguous
+    """
+
+    dtype: DType
+    batch: int
+    packed: bool
+    q_rows: int
+    k_rows: int
+    max_seqlen_q: int | None
+    heads_q: int
+    heads_kv: int
+    head_dim: int
+    head_dim_v: int
+    q_strides: Strides
+    k_strides: Strides
+    v_strides: Strides
+    out_strides: Strides
+    load_bytes: int
+    scale: float
+    window: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    seqused_q: bool = False
+    seqused_k: bool = False
+    alibi: str | None = None
+    sink: str | None = None
+    lse: bool = True
+    max_logit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Query rows and keys of a tile, and the warps that compute it."""
+
+    block_q: int
+    block_k: int
+    warps: int
+
+
+# (bytes an element, head-dim class) -> tile, and another where a block has less than 163 KB of shared memory.
+# Each is the largest that compiles without a spill for every architecture with mods in place; the class is that of the
+# wider of d and d_v. block_k depends on nothing but this table, so that sums are taken in one order whatever the lengths.
+TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (2, 32): (Tile(128, 64, 4),) * 2,  # 16 KB
+    (2, 64): (Tile(128, 64, 4),) * 2,  # 32 KB: two row tiles a warp, each K and V fragment serves both
+    (2, 96): (Tile(128, 64, 8),) * 2,  # 48 KB
+    (2, 128): (Tile(128, 128, 8), Tile(128, 64, 8)),  # 96 KB, 64 KB
+    (2, 192): (Tile(128, 64, 8),) * 2,  # 96 KB
+    (2, 256): (Tile(128, 64, 8), Tile(64, 32, 4)),  # 128 KB, 64 KB
+    (4, 32): (Tile(64, 64, 4),) * 2,  # 24 KB
+    (4, 64): (Tile(64, 64, 4),) * 2,  # 48 KB
+    (4, 96): (Tile(64, 32, 4),) * 2,  # 48 KB
+    (4, 128): (Tile(64, 32, 4),) * 2,  # 64 KB
+    (4, 192): (Tile(64, 32, 4),) * 2,  # 96 KB
+    (4, 256): (Tile(64, 32, 4), Tile(64, 16, 4)),  # 128 KB, 96 KB
+}
+SMALL_SMEM = 163 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardVariant:
+    """All that a forward kernel's machine code depends on, beside the architecture."""
+
+    element: DType
+    head_dim: int
+    head_dim_v: int
+    tile: Tile
+    load_bytes: int
+
+    @property
+    def smem_bytes(self) -> int:
+        """Q (where the output is gathered at the end), one tile of K, one of V."""
+        q = self.tile.block_q * max(self.head_dim, self.head_dim_v)
+        return (q + self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize
+
+    def members(self) -> dict[str, str | int | bool]:
+        return {
+            "Element": self.element.element,
+            "kHeadDim": self.head_dim,
+            "kHeadDimV": self.head_dim_v,
+            "kBlockQ": self.tile.block_q,
+            "kBlockK": self.tile.block_k,
+            "kThreads": 32 * self.tile.warps,
+            "kLoadBytes": self.load_bytes,
+            "kSharedBytes": self.smem_bytes,
+        }
+
+
+def head_dim_class(d: int) -> int:
+    """The smallest class that holds d; the rest of a row is zeros in shared memory.
+
+    >>> head_dim_class(80)
+    96
+    """
+    for size in HEAD_DIM_CLASSES:
+        if d <= size:
+            return size
+    raise UnsupportedError(f"head_dim={d} must be at most {HEAD_DIM_CLASSES[-1]}: split the heads, or use host arrays")
+
+
+def choose_variant(dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, arch: Arch) -> ForwardVariant:
+    """The variant for a dtype, head dims and alignment. Nothing else enters: not lengths, batch, heads or numbers."""
+    d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
+    large, small = TILES[dtype.itemsize, max(d, d_v)]
+    tile = large if arch.smem_bytes >= SMALL_SMEM else small
+    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)))
+
+
+def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
+    """Where the variant's kernel is written and how a block of it is launched."""
+    return module.KernelSpec(
+        source="forward_sm80.cu",
+        entry="cuflash_forward_sm80",
+        params="ForwardParams",
+        variant=variant,
+        threads=32 * variant.tile.warps,
+        smem_bytes=variant.smem_bytes,
+    )
+
+
+def choose_grid(problem: ForwardProblem, block_q: int) -> tuple[tuple[int, int, int], str]:
+    """The grid and the reason for it; (0, 0, 0) where there is nothing to write.
+
+    (query block, head, sequence) when the longest sequence wastes few blocks on the others, else (slot, head): see
+    kernels_cu/tile/schedule.cuh. Only numbers the host has anyway decide.
+    """
+    p = problem
+    if p.q_rows == 0 or p.heads_q == 0 or (p.batch == 0 and not p.packed):
+        return (0, 0, 0), "nothing to compute"
+    if not p.packed:
+        blocks = math.ceil(p.q_rows / block_q)
+        if p.batch <= MAX_HEADS:
+            return (blocks, p.heads_q, p.batch), "dense: (query block, head, sequence)"
+        return (blocks * p.batch, p.heads_q, 1), f"batch={p.batch} exceeds the grid's {MAX_HEADS}: (slot, head)"
+    longest = min(p.max_seqlen_q or p.q_rows, p.q_rows)
+    blocks = math.ceil(longest / block_q)
+    slots = p.q_rows // block_q + p.batch + 1
+    if p.batch < MAX_HEADS and p.batch * blocks <= 1.25 * (p.q_rows / block_q + p.batch):
+        # One slice more than sequences: the rows behind the last one are written as zeros.
+        return (blocks, p.heads_q, p.batch + 1), "packed, similar lengths: (query block, head, sequence)"
+    why = "longest length unknown" if p.max_seqlen_q is None else "lengths differ"
+    return (slots, p.heads_q, 1), f"packed, {why}: (slot, head), each block finds its sequence in cu_seqlens_q"
+
+
+# Pointers of ForwardParams and the name of the array each is taken from.
+POINTERS = (
+    "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
+    "sink",
+)  # fmt: skip
+_WRITTEN = ("out", "lse", "max_logit")
+
+
+class ForwardPlan:
+    """A problem made ready for an architecture: variant, grid, and all params but the pointers."""
+
+    def __init__(self, problem: ForwardProblem, arch: Arch) -> None:
+        self.problem = problem
+        self.arch = arch
+        self.variant = choose_variant(problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch)
+        self.spec = kernel_spec(self.variant)
+        self.grid, self.why = choose_grid(problem, self.variant.tile.block_q)
+        self.workspace_bytes = 0
+        values = _values(problem, packed_grid=self.grid[2] == 1 and "(slot, head)" in self.why)
+        self._values = tuple(values.values())
+        self._pack = layout.load("ForwardParams").packer(*POINTERS, *values)
+        self._kernels: dict[tuple[str, int | None], module.Kernel] = {}
+
+    def params(self, pointers: Sequence[int]) -> bytes:
+        """The launch struct, pointers in the order of POINTERS (0: null)."""
+        return self._pack(*pointers, *self._values)
+
+    def kernel(self, backend: str, device: int | None) -> module.Kernel:
+        """The compiled kernel, compiling it if this machine never did."""
+        return module.load(self.spec, self.arch, backend, device)
+
+    def launch(
+        self, arrays: Mapping[str, TensorView], *, backend: str, device: int | None = None, stream: int | None = None
+    ) -> None:
+        """Computes out (and lse, max_logit where they are in `arrays`) in place."""
+        if self.grid[0] == 0:
+            return
+        pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
+        buffers = buffers_of(arrays) if backend == "emulator" else ()
+        self.kernel(backend, device).launch(self.grid, self.params(pointers), stream=stream, buffers=buffers)
+
+
+def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
+    """The fields of ForwardParams that are no pointers."""
+    size = p.dtype.itemsize
+    strides = {
+        f"{name}_stride_{axis}": stride * size
+        for name, of in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides), ("out", p.out_strides))
+        for axis, stride in zip(("batch", "row", "head"), of, strict=True)
+    }
+    scale_log2 = p.scale * LOG2_E
+    # A scale too small to be a normal float, zero or negative cannot stand inside the exponential: there -inf, a masked
+    # score, must stay -inf.
+    raw = p.softcap == 0 and p.alibi is None and scale_log2 >= 1e-30
+    score_scale = p.scale / p.softcap if p.softcap else scale_log2
+    if not (abs(score_scale) < 3e38 and abs(p.softcap * LOG2_E) < 3e38):
+        raise ArgumentError(
+            f"scale={p.scale} with softcap={p.softcap} leaves float32: scale, and scale / softcap, must be below 2e38"
+        )
+    return strides | {
+        "lse_stride_batch": 0 if p.packed else p.heads_q * p.q_rows,
+        "lse_stride_head": p.q_rows,
+        "alibi_stride_batch": p.heads_q if p.alibi == "batch" else 0,
+        "batch": p.batch,
+        "q_len": p.q_rows,
+        "k_len": p.k_rows,
+        "head_group": p.heads_q // max(p.heads_kv, 1),
+        "head_dim": p.head_dim,
+        "head_dim_v": p.head_dim_v,
+        "window_left": UNLIMITED if p.window[0] < 0 else min(p.window[0], UNLIMITED),
+        "window_right": UNLIMITED if p.window[1] < 0 else min(p.window[1], UNLIMITED),
+        "packed_grid": int(packed_grid),
+        "sink_is_element": int(p.sink == "element"),
+        "score_scale": score_scale,
+        "score_cap": p.softcap * LOG2_E,
+        "softmax_scale": scale_log2 if raw else 1.0,
+        "raw_scores": int(raw),
+    }
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
+    """The plan of a problem. Compiles nothing: the first launch, or `ForwardPlan.kernel`, does."""
+    for name, rows in (("q", problem.q_rows), ("k", problem.k_rows)):
+        if rows > MAX_ROWS:
+            raise UnsupportedError(f"{name} has {rows} rows, a kernel counts to {MAX_ROWS}: split the batch")
+    if problem.heads_q > MAX_HEADS:
+        raise UnsupportedError(f"heads_q={problem.heads_q} must be at most {MAX_HEADS}: split the heads")
+    return ForwardPlan(problem, arch)
+
+
+def run(
+    problem: ForwardProblem,
+    arrays: Mapping[str, TensorView],
+    *,
+    backend: str,
+    arch: Arch,
+    device: int | None = None,
+    stream: int | None = None,
+) -> None:
+    """Computes out, lse and max_logit (those in `arrays`) in place. backend: "cuda" or "emulator"."""
+    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream)
+
+
+def buffers_of(arrays: Mapping[str, TensorView]) -> list[module.Buffer]:
+    """The memory each array spans, for the emulator's bounds checks."""
+    found = []
+    for name, view in arrays.items():
+        if all(view.shape):
+            extent = 1 + sum((n - 1) * abs(s) for n, s in zip(view.shape, view.strides, strict=True))
+        else:
+            extent = 0
+        found.append(module.Buffer(name, view.ptr, extent * view.dtype.itemsize, name in _WRITTEN))
+    return found
+
+
+def representative(arch: Arch) -> list[module.KernelSpec]:
+    """Variants that between them compile every line of every tile: each dtype and class, each load width, d != d_v."""
+    variants = [
+        choose_variant(dtype, d, d, 16, arch)
+        for dtype in (dtypes.bfloat16, dtypes.float16, dtypes.float32)
+        for d in HEAD_DIM_CLASSES
+    ]
+    variants += [
+        choose_variant(dtype, d, d_v, load_bytes, arch)
+        for dtype, d, d_v, load_bytes in (
+            (dtypes.bfloat16, 64, 64, 4),
+            (dtypes.bfloat16, 64, 64, 2),
+            (dtypes.float16, 128, 128, 4),
+            (dtypes.float16, 128, 128, 2),
+            (dtypes.bfloat16, 256, 256, 2),
+            (dtypes.float32, 128, 128, 4),
+            (dtypes.float32, 256, 256, 4),
+            (dtypes.bfloat16, 192, 128, 16),
+            (dtypes.float16, 64, 256, 16),
+            (dtypes.float32, 256, 32, 16),
+        )
+    ]
+    return [kernel_spec(v) for v in variants]
