@@ -1,0 +1,69 @@
+"""cuflash: FlashAttention as a CuPy raw-kernel runtime library.
+
+One function, `attention`, for dense and packed (variable-length) batches of NumPy, CuPy, PyTorch or JAX arrays. On a
+GPU its kernels are CUDA C strings, compiled by NVRTC when first used; host arrays run on a NumPy reference, or, when
+asked, run the same kernels on an emulator.
+
+>>> import numpy as np, cuflash
+>>> q = np.ones((1, 5, 4, 64), np.float16)
+>>> k = v = np.ones((1, 9, 2, 64), np.float16)
+>>> cuflash.attention(q, k, v, causal=True).shape
+(1, 5, 4, 64)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import errors
+from .api import AttentionOutput, Explanation, Support, attention, explain, supports, warmup
+from .flash import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
+from .settings import config
+
+if TYPE_CHECKING:
+    from . import emulator, packing
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionOutput",
+    "Explanation",
+    "Support",
+    "__version__",
+    "attention",
+    "config",
+    "emulator",
+    "errors",
+    "explain",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+    "packing",
+    "supports",
+    "warmup",
+]
+
+_SUBMODULES = ("emulator", "packing")  # imported when first named
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_SUBMODULES))

@@ -1,0 +1,778 @@
+"""`attention` and the questions one may ask about it: `explain`, `supports`, `warmup`.
+
+A call goes through three steps. *Bind* views the arrays and asks for a `_Prepared` by the call's metadata: shapes,
+strides, dtypes, devices, numbers. Only where that metadata is new is it *checked* (`cuflash/validate.py`) and planned;
+nothing about the values of device arrays is ever looked at. *Run* allocates the results and launches.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from . import arch as arch_table
+from . import dtypes, frameworks, validate
+from .arch import Arch
+from .array import Device, TensorView, contiguous_strides, of_numpy
+from .dtypes import DType
+from .errors import ArgumentError, CuflashError, UnsupportedError, require
+from .frameworks import Framework
+from .settings import config
+
+Array = Any  # of NumPy, CuPy, PyTorch, JAX or any other producer of DLPack
+IndexArray = Any  # int32 [n] of the same framework, or a list, tuple or NumPy array
+
+
+class AttentionOutput(NamedTuple):
+    """What `attention` returns when `aux` names something; what was not named is None.
+
+    out        as without aux
+    lse        float32 [batch, heads_q, q_len] or [heads_q, total_q]: natural logarithm of the softmax denominator
+    max_logit  float32, lse's shape: the row's largest score before the sink
+    """
+
+    out: Array
+    lse: Array = None
+    max_logit: Array = None
+    dropout_mask: Array = None
+
+
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    cu_seqlens_q: IndexArray | None = None,
+    cu_seqlens_k: IndexArray | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: IndexArray | None = None,
+    seqused_k: IndexArray | None = None,
+    page_table: IndexArray | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    offset: Any = 0,
+    deterministic: bool = False,
+    split_size: int | None = None,
+    kernel_options: dict[str, Any] | None = None,
+    out: Array | None = None,
+    aux: Sequence[str] = (),
+) -> Any:
+    """softmax(scale * q @ k.T + ...) @ v, without ever holding the matrix of scores.
+
+    Dense: q [batch, q_len, heads_q, d], k [batch, k_len, heads_kv, d], v [batch, k_len, heads_kv, d_v].
+    Packed: q [total_q, heads_q, d], k [total_k, heads_kv, d], v [total_k, heads_kv, d_v], with `cu_seqlens_q` and
+    `cu_seqlens_k`, int32 [batch + 1] from 0: sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1].
+
+    All arrays are of one framework, float16, bfloat16 or float32 (float64 on the host alone), any strides with a
+    unit last one; heads_kv divides heads_q; d and d_v from 1 to 256. The result is of the same framework and dtype, on
+    the same device, ordered on the caller's current stream.
+
+    max_seqlen_*   hints for the launch; a wrong one costs time and never a row
+    seqused_*      int32 [batch]: only the first rows of each sequence exist
+    scale          multiplies q.k; None: 1 / sqrt(d)
+    causal         query i sees key j iff j <= i + k_len - q_len: the last query sees the last key
+    window_size    (left, right) keys seen on either side of that diagonal; -1 or None: all
+    softcap        > 0: scores become softcap * tanh(score / softcap)
+    alibi_slopes   float32 [heads_q] or [batch, heads_q]: adds -slope * |i + k_len - q_len - j|
+    sink           [heads_q]: a score without a value, in the softmax's denominator alone
+    score_mod, mask_mod   f(score, b, h, q_idx, kv_idx) and f(b, h, q_idx, kv_idx), on the NumPy reference
+    deterministic  the forward is bitwise reproducible either way
+    out            where to write the result
+    aux            any of "lse", "max_logit": return an `AttentionOutput` that holds them
+
+    A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
+    sink). `page_table`, `block_mask`, `dropout_p`, `split_size` and `kernel_options` raise `UnsupportedError`, as do
+    mods beside device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused
+    call has launched and written nothing.
+
+    Two sequences, of 2 and 3 tokens, in one packed batch:
+
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal((5, 4, 64)).astype(np.float32)
+    >>> starts = np.array([0, 2, 5], np.int32)
+    >>> result = attention(x, x, x, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True, aux=("lse",))
+    >>> result.out.shape, result.lse.shape
+    ((5, 4, 64), (4, 5))
+    >>> bool(np.allclose(result.out[2], x[2]))  # the first token of the second sequence sees itself alone
+    True
+    """
+    return _bind(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
+        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, split_size,
+        kernel_options, out, aux,
+    ).run()  # fmt: skip
+
+
+# Bind -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call, bound: its arrays and what was prepared for their metadata."""
+
+    framework: Framework
+    views: dict[str, TensorView]
+    uploads: dict[str, np.ndarray]  # host values a device kernel needs
+    prepared: _Prepared
+    out: Array | None
+    mods: dict[str, Callable[..., Any]]
+
+    def run(self) -> Any:
+        prepared, framework, views = self.prepared, self.framework, self.views
+        device = prepared.device
+        for name, values in self.uploads.items():
+            views[name] = framework.upload(values, device)
+        for name, shape, dtype in prepared.results:
+            if name not in views:
+                views[name] = framework.empty(shape, dtype, device)
+        if prepared.problem is None:
+            self._run_reference()
+        elif device[0] == "cpu":
+            _forward().run(prepared.problem, views, backend="emulator", arch=prepared.arch, device=None, stream=None)
+        else:
+            index = device[1]
+            _forward().run(
+                prepared.problem, views,
+                backend="cuda", arch=prepared.arch, device=index, stream=framework.stream(index),
+            )  # fmt: skip
+            framework.retain(views.values(), index)
+        out = self.out
+        if out is None:
+            out = framework.wrap(views["out"])
+        else:
+            framework.written(out)
+        if not prepared.aux:
+            return out
+        return AttentionOutput(out, **{name: framework.wrap(views[name]) for name in prepared.aux})
+
+    def _run_reference(self) -> None:
+        from . import reference
+
+        arrays = {name: view.as_numpy() for name, view in self.views.items()}
+        targets = {name: arrays.pop(name) for name, _, _ in self.prepared.results}
+        prepared = self.prepared
+        out, lse, max_logit = reference.attention(
+            **arrays, scale=prepared.scale, window_size=prepared.window, softcap=prepared.softcap, **self.mods
+        )
+        for name, values in (("out", out), ("lse", lse), ("max_logit", max_logit)):
+            if name in targets:
+                targets[name][...] = values
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one kind of call needs, whatever its pointers: checked once, then found by the call's metadata."""
+
+    backend: str  # "cuda", "emulator" or "reference"
+    device: Device
+    arch: Arch | None  # None on the reference
+    problem: Any  # ops.forward.ForwardProblem; None on the reference
+    results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype): out first
+    aux: tuple[str, ...]
+    scale: float
+    window: tuple[int, int]  # causal folded in
+    softcap: float
+
+
+_prepared: dict[tuple[Any, ...], _Prepared] = {}
+_PREPARED_LIMIT = 4096  # then the table starts afresh: preparing again costs microseconds and compiles nothing
+
+
+def _bind(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    seqused_q: Any,
+    seqused_k: Any,
+    page_table: Any,
+    scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sink: Any,
+    score_mod: Any,
+    mask_mod: Any,
+    block_mask: Any,
+    dropout_p: Any,
+    split_size: Any,
+    kernel_options: Any,
+    out: Any,
+    aux: Any,
+) -> _Call:
+    if page_table is not None or block_mask is not None or dropout_p or split_size is not None or kernel_options:
+        _refuse_keywords(page_table, block_mask, dropout_p, split_size, kernel_options)
+    framework = frameworks.of(q)
+    floats = {"q": q, "k": k, "v": v}
+    if alibi_slopes is not None:
+        floats["alibi_slopes"] = alibi_slopes
+    if sink is not None:
+        floats["sink"] = sink
+    if out is not None:
+        floats["out"] = out
+    views = {name: _view(framework, x, name) for name, x in floats.items()}
+    framework.refuse_transformed(floats)
+
+    host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
+    for name, x in (
+        ("cu_seqlens_q", cu_seqlens_q),
+        ("cu_seqlens_k", cu_seqlens_k),
+        ("seqused_q", seqused_q),
+        ("seqused_k", seqused_k),
+    ):
+        if x is not None:
+            view = views[name] = _index_view(framework, x, name)
+            if view.device[0] == "cpu":
+                host_values[name] = view.as_numpy()
+
+    vq, vk, vv = views["q"], views["k"], views["v"]
+    alignment = (vq.ptr | vk.ptr | vv.ptr | (views["out"].ptr if out is not None else 0)) & 15
+    mods = {n: f for n, f in (("score_mod", score_mod), ("mask_mod", mask_mod)) if f is not None}
+    if "cu_seqlens_q" in host_values:
+        max_seqlen_q = _longest(host_values["cu_seqlens_q"], max_seqlen_q)
+    if isinstance(window_size, list):
+        window_size = tuple(window_size)
+    if type(aux) is not tuple:
+        aux = validate.aux_names(aux)
+    key = (
+        framework.NAME, config.version, alignment,
+        vq.shape, vq.strides, vq.dtype.name, vq.device,
+        vk.shape, vk.strides, vk.dtype.name, vk.device,
+        vv.shape, vv.strides, vv.dtype.name, vv.device,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, *mods,
+        *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items() if n not in "qkv"],
+    )  # fmt: skip
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # something no key can hold, such as an array for the scale: the checks will name it
+        prepared, key = None, None
+    if prepared is None:
+        prepared = _prepare(
+            framework, views, tuple(host_values), alignment, scale, causal, window_size, softcap, max_seqlen_q,
+            max_seqlen_k, aux, mods,
+        )  # fmt: skip
+        if key is not None:
+            if len(_prepared) >= _PREPARED_LIMIT:
+                _prepared.clear()
+            _prepared[key] = prepared
+    elif out is not None:
+        validate.no_overlap(views)
+
+    uploads: dict[str, np.ndarray] = {}
+    on_device = prepared.device[0] == "cuda"
+    if config.check and on_device:
+        host_values = {**_read_back(framework, views, prepared.device), **host_values}
+    if host_values:
+        _check_lengths(views, host_values)
+        if on_device:
+            uploads = {n: x for n, x in host_values.items() if views[n].device[0] == "cpu"}
+            if uploads and framework.capturing(prepared.device[1]):
+                raise ArgumentError(
+                    f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
+                    f"values: copy to the device before the capture and pass that array"
+                )
+    return _Call(framework, views, uploads, prepared, out, mods)
+
+
+def _view(framework: Framework, x: Any, name: str) -> TensorView:
+    other = frameworks.of(x, name)
+    if other is not framework:
+        raise ArgumentError(
+            f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one framework; "
+            "convert with from_dlpack, which copies nothing"
+        )
+    try:
+        return framework.view(x)
+    except CuflashError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _index_view(framework: Framework, x: Any, name: str) -> TensorView:
+    """View of cu_seqlens or seqused: of the framework of q, or plain host values."""
+    if isinstance(x, (list, tuple)):
+        for i, value in enumerate(x):
+            if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
+                raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
+        return of_numpy(np.array(x, np.int32))
+    if isinstance(x, np.ndarray):
+        return _view(frameworks.of(x), x, name)
+    return _view(framework, x, name)
+
+
+def _longest(starts: np.ndarray, hint: Any) -> Any:
+    """The longest sequence, in place of a hint; `starts` are not checked yet."""
+    return max(int(np.diff(starts).max()), 0) if starts.ndim == 1 and starts.size > 1 else hint
+
+
+def _check_lengths(views: dict[str, TensorView], values: dict[str, np.ndarray]) -> None:
+    for side in "qk":
+        rows = views[side].shape[-3]
+        starts, used = values.get(f"cu_seqlens_{side}"), values.get(f"seqused_{side}")
+        if starts is not None:
+            validate.cu_seqlens(f"cu_seqlens_{side}", starts, rows)
+        if used is not None:
+            # Lengths the host does not know are at most the array's.
+            validate.seqused(f"seqused_{side}", used, np.diff(starts) if starts is not None else np.array([rows]))
+
+
+def _read_back(framework: Framework, views: dict[str, TensorView], device: Device) -> dict[str, np.ndarray]:
+    """The values of device lengths, for `config.check`. Waits for the device, so it does nothing under capture."""
+    from .frameworks import cupy
+
+    if framework.capturing(device[1]):
+        return {}
+    names = [n for n in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k") if n in views]
+    stream = framework.stream(device[1])
+    return {n: cupy.download(views[n], stream) for n in names if views[n].device[0] == "cuda"}
+
+
+def _refuse_keywords(page_table: Any, block_mask: Any, dropout_p: Any, split_size: Any, kernel_options: Any) -> None:
+    if page_table is not None:
+        raise UnsupportedError(_UNSUPPORTED["page_table"])
+    if block_mask is not None:
+        raise UnsupportedError(_UNSUPPORTED["block_mask"])
+    if dropout_p:
+        p = validate.number("dropout_p", dropout_p)
+        require(0 <= p < 1, f"dropout_p={p} must be from 0 up to, not including, 1")
+        raise UnsupportedError(f"dropout_p={p}: {_UNSUPPORTED['dropout_p']}")
+    if split_size is not None:
+        raise UnsupportedError(f"split_size={split_size!r}: {_UNSUPPORTED['split_size']}")
+    raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
+
+
+# What no kernel here does, and what to use instead: said by `attention` and by `supports`.
+_UNSUPPORTED = {
+    "page_table": (
+        "no kernel reads paged keys: gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), "
+        "and pass seqused_k"
+    ),
+    "block_mask": (
+        "no kernel reads a block mask: say the pattern with causal=, window_size=, seqused_k= or cu_seqlens, or pass "
+        "mask_mod with host arrays"
+    ),
+    "dropout_p": "no kernel drops weights: pass dropout_p=0.0, as for evaluation",
+    "split_size": "no kernel splits the keys of a row: leave it None",
+    "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
+    "score_mod": (
+        "no kernel calls a Python function: pass softcap= or alibi_slopes= where they say it, or host (NumPy) arrays "
+        "with config.backend='auto', which run on the reference"
+    ),
+    "mask_mod": (
+        "no kernel calls a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens where they say it, or "
+        "host (NumPy) arrays with config.backend='auto', which run on the reference"
+    ),
+    "dropout_mask": 'no kernel drops weights, so there is no mask: leave "dropout_mask" out of aux',
+    "backward": "no kernel computes gradients: train with torch.nn.functional.scaled_dot_product_attention or "
+    "jax.nn.dot_product_attention",
+}
+
+
+# Prepare ----------------------------------------------------------------------------------------------------------
+
+
+def _prepare(
+    framework: Framework,
+    views: dict[str, TensorView],
+    host_known: tuple[str, ...],
+    alignment: int,
+    scale: Any,
+    causal: Any,
+    window_size: Any,
+    softcap: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    aux: tuple[str, ...],
+    mods: dict[str, Any],
+) -> _Prepared:
+    """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
+    q, k, v = views["q"], views["k"], views["v"]
+    packed = validate.layout(views)
+    validate.same_device(views, host_known)
+    backend = _backend(q.device, framework)
+    validate.element_types(views, backend, framework)
+    validate.shapes(views, packed)
+    validate.strides(views, framework)
+    batch = validate.index_arrays(views, packed, framework)
+    validate.head_arrays(views, batch, framework)
+
+    head_dim, head_dim_v = q.shape[-1], v.shape[-1]
+    heads_q, heads_kv, q_rows, k_rows = q.shape[-2], k.shape[-2], q.shape[-3], k.shape[-3]
+    scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
+    softcap = validate.number("softcap", softcap)
+    require(softcap >= 0, f"softcap={softcap} must be positive, or 0 for none")
+    left, right = validate.window(window_size, causal)
+    max_seqlen_q = validate.hint("max_seqlen_q", max_seqlen_q)
+    validate.hint("max_seqlen_k", max_seqlen_k)
+    aux = validate.aux_names(aux)
+    if "dropout_mask" in aux:
+        raise UnsupportedError(_UNSUPPORTED["dropout_mask"])
+    for name in mods:
+        if not callable(mods[name]):
+            raise ArgumentError(f"{name}={mods[name]!r} must be a function")
+        if backend != "reference":
+            raise UnsupportedError(f"{name} with the {backend} backend: {_UNSUPPORTED[name]}")
+
+    out_shape = (*q.shape[:-1], head_dim_v)
+    lse_shape = (heads_q, q_rows) if packed else (batch, heads_q, q_rows)
+    if "out" in views:
+        validate.output(views, out_shape, framework)
+    results = (("out", out_shape, q.dtype), *((name, lse_shape, dtypes.float32) for name in dict.fromkeys(aux)))
+
+    arch = problem = None
+    if backend != "reference":
+        if backend == "cuda":
+            arch = frameworks.cupy.arch_of(q.device[1], framework.cuda_version())
+        else:
+            arch = arch_table.named(config.arch)
+        out_strides = views["out"].strides if "out" in views else contiguous_strides(out_shape)
+        slopes, sink = views.get("alibi_slopes"), views.get("sink")
+        # A side wider than all the keys and queries there are hides nothing, and might overflow a kernel's sums.
+        left, right = (-1 if side >= q_rows + k_rows else side for side in (left, right))
+        problem = _forward().ForwardProblem(
+            dtype=q.dtype,
+            batch=batch,
+            packed=packed,
+            q_rows=q_rows,
+            k_rows=k_rows,
+            max_seqlen_q=max_seqlen_q if packed else None,
+            heads_q=heads_q,
+            heads_kv=heads_kv,
+            head_dim=head_dim,
+            head_dim_v=head_dim_v,
+            q_strides=_problem_strides(q.strides, packed),
+            k_strides=_problem_strides(k.strides, packed),
+            v_strides=_problem_strides(v.strides, packed),
+            out_strides=_problem_strides(out_strides, packed),
+            load_bytes=_load_bytes(alignment, q.dtype.itemsize, (q.strides, k.strides, v.strides, out_strides)),
+            scale=scale,
+            window=(left, right),
+            softcap=softcap,
+            seqused_q="seqused_q" in views,
+            seqused_k="seqused_k" in views,
+            alibi=None if slopes is None else ("head" if slopes.ndim == 1 else "batch"),
+            sink=None if sink is None else ("float32" if sink.dtype is dtypes.float32 else "element"),
+            lse="lse" in aux,
+            max_logit="max_logit" in aux,
+        )
+    return _Prepared(backend, q.device, arch, problem, results, aux, scale, (left, right), softcap)
+
+
+def _backend(device: Device, framework: Framework) -> str:
+    """The backend for arrays on `device` under `config.backend`."""
+    wanted, host = config.backend, device[0] == "cpu"
+    if wanted == "auto":
+        return "reference" if host else "cuda"
+    if host and wanted == "cuda":
+        raise ArgumentError(
+            f"q is in host memory and config.backend='cuda' runs on a GPU: pass {framework.advise('device', 'q')} "
+            "(k and v likewise), or set config.backend='auto'"
+        )
+    if not host and wanted != "cuda":
+        raise ArgumentError(
+            f"q is on {device[0]}:{device[1]} and config.backend={wanted!r} runs on the host: copy the arrays there, "
+            "or set config.backend='auto'"
+        )
+    return wanted
+
+
+def _problem_strides(strides: tuple[int, ...], packed: bool) -> tuple[int, int, int]:
+    """(batch, row, head) in elements."""
+    return (0, strides[0], strides[1]) if packed else (strides[0], strides[1], strides[2])
+
+
+def _load_bytes(alignment: int, itemsize: int, strides: Sequence[tuple[int, ...]]) -> int:
+    """The widest load, 16, 4 or 2 bytes, that every row of every array is aligned to.
+
+    `alignment` has the low bits of the pointers or-ed together.
+    """
+    bits = alignment
+    for steps in strides:
+        for step in steps[:-1]:
+            bits |= step * itemsize
+    return 16 if bits % 16 == 0 else 4 if bits % 4 == 0 else 2
+
+
+def _forward() -> Any:
+    from .ops import forward
+
+    return forward
+
+
+# Questions --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a call would do, and why. Prints as text; notebooks show a table.
+
+    backend          "cuda", "emulator" or "reference"
+    kernel           its name, e.g. "forward_sm80"
+    why              reasons for the choices made, a sentence each
+    grid             blocks launched, (x, y, z)
+    variant          the compile-time choices, in one line
+    source           the CUDA C text: `cupy.RawModule(code=source, options=options)` compiles it too
+    options          of NVRTC
+    shared_bytes     shared memory of a block
+    workspace_bytes  device memory needed besides the arrays
+    captured         values captured by mods, by name
+    fallback         why no kernel runs; "" where one does
+    """
+
+    backend: str
+    kernel: str
+    why: tuple[str, ...] = ()
+    grid: tuple[int, int, int] = (0, 0, 0)
+    variant: str = ""
+    source: str = ""
+    options: tuple[str, ...] = ()
+    shared_bytes: int = 0
+    workspace_bytes: int = 0
+    captured: tuple[str, ...] = ()
+    fallback: str = ""
+
+    def _rows(self) -> list[tuple[str, str]]:
+        rows = [("backend", self.backend), ("kernel", self.kernel)]
+        if not self.fallback:
+            x, y, z = self.grid
+            rows += [
+                ("grid", f"{x} x {y} x {z} blocks"),
+                ("variant", self.variant),
+                ("source", f"{self.source.count(chr(10))} lines"),
+                ("options", " ".join(self.options)),
+                ("shared memory", f"{self.shared_bytes:,} bytes a block"),
+                ("workspace", f"{self.workspace_bytes:,} bytes"),
+            ]
+        if self.captured:
+            rows.append(("captured", ", ".join(self.captured)))
+        if self.fallback:
+            rows.append(("fallback", self.fallback))
+        return rows + [("why", reason) for reason in self.why]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:<14}{value}" for name, value in self._rows())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        left = "style='text-align:left'"
+        rows = "".join(
+            f"<tr><th {left}>{html.escape(n)}</th><td {left}>{html.escape(v)}</td></tr>" for n, v in self._rows()
+        )
+        if not self.source:
+            return f"<table>{rows}</table>"
+        source = f"<pre>{html.escape(self.source)}</pre>"
+        return f"<table>{rows}</table><details><summary>source</summary>{source}</details>"
+
+
+def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
+    """What `attention` would do with the same arguments, without doing it: nothing is compiled, launched or written.
+
+    Raises what `attention` would raise.
+
+    >>> import numpy as np
+    >>> q = np.zeros((1, 4, 2, 64), np.float16)
+    >>> explain(q, q, q, causal=True).backend
+    'reference'
+    """
+    bound = inspect.signature(attention).bind(q, k, v, **keywords)
+    bound.apply_defaults()
+    named = {name: value for name, value in bound.arguments.items() if name not in ("seed", "offset", "deterministic")}
+    prepared = _bind(**named).prepared
+    if prepared.problem is None:
+        return Explanation(
+            backend="reference",
+            kernel="reference",
+            fallback="arrays in host memory run in NumPy; cuflash.config.backend = 'emulator' runs the kernel on them, "
+            "arrays on a GPU run it there",
+        )
+    from .jit import nvrtc, variant
+
+    plan = _forward().plan(prepared.problem, prepared.arch)
+    spec = plan.spec
+    return Explanation(
+        backend=prepared.backend,
+        kernel=spec.source.removesuffix(".cu"),
+        why=(plan.why,) if isinstance(plan.why, str) else tuple(plan.why),
+        grid=plan.grid,
+        variant=variant.describe(spec.variant),
+        source=spec.text("cuda"),
+        options=nvrtc.options(),
+        shared_bytes=spec.smem_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Support:
+    """True or false, and why not.
+
+    >>> bool(Support("")), bool(Support("no"))
+    (True, False)
+    """
+
+    reason: str
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+    def __repr__(self) -> str:
+        return f"Support(False, reason={self.reason!r})" if self.reason else "Support(True)"
+
+
+# Keywords and outputs of `attention` that every kernel serves.
+_SERVED = (
+    "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
+    "causal", "window_size", "softcap", "alibi_slopes", "sink", "deterministic", "out", "lse", "max_logit",
+)  # fmt: skip
+
+
+# Every feature `supports` knows, served or not.
+FEATURES = (*_SERVED, *(name for name in _UNSUPPORTED if name != "backward"))
+
+
+def supports(
+    *,
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    arch: str | Arch | None = None,
+    backward: bool = False,
+    **features: Any,
+) -> Support:
+    """Whether kernels serve such a call, and if not, what to use instead.
+
+    `dtype` by name or as any framework's; `arch` such as "sm_90a" (None: every GPU from sm_80); features are the
+    keywords and outputs of `attention`, each true where it is used.
+
+    >>> supports(dtype="bfloat16", head_dim=128, causal=True, lse=True)
+    Support(True)
+    >>> supports(dtype="bfloat16", head_dim=512).reason
+    'head_dim=512: head dims go from 1 to 256'
+    """
+    for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
+        require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive int")
+        if value > validate.MAX_HEAD_DIM:
+            return Support(f"{name}={value}: head dims go from 1 to {validate.MAX_HEAD_DIM}")
+    element = _dtype_named(dtype)
+    if element not in dtypes.KERNEL:
+        return Support(
+            f"dtype={element}: kernels compute in {', '.join(t.name for t in dtypes.KERNEL)}"
+            + ("; float64 runs on the NumPy reference, for host arrays" if element is dtypes.float64 else "")
+        )
+    if arch is not None and not isinstance(arch, Arch):
+        try:
+            arch_table.named(arch)
+        except UnsupportedError as error:
+            return Support(str(error))
+    if backward:
+        return Support(_UNSUPPORTED["backward"])
+    for name, value in features.items():
+        if name in _SERVED:
+            continue
+        require(
+            name in FEATURES,
+            f"feature {name!r} is not a keyword or output of attention: use one of {', '.join(FEATURES)}",
+        )
+        if value is not None and value is not False and value != 0:
+            return Support(f"{name}: {_UNSUPPORTED[name]}")
+    return Support("")
+
+
+def warmup(
+    *,
+    dtype: Any,
+    head_dim: int,
+    head_dim_v: int | None = None,
+    arch: str | Arch | None = None,
+    backward: bool = False,
+    device: int | None = None,
+    **features: Any,
+) -> None:
+    """Compile and load the kernel such calls need, so that none of them waits: the keywords of `supports`.
+
+    Shapes, lengths, head counts and numbers are no part of it. On a GPU the kernel is loaded on `device` (None: the
+    current one). With `arch` the kernel is only compiled, which needs no GPU. Under `config.backend = "emulator"` the
+    emulator's is compiled.
+
+    Raises `UnsupportedError` with the reason of `supports`, or that no GPU is there.
+    """
+    support = supports(dtype=dtype, head_dim=head_dim, head_dim_v=head_dim_v, arch=arch, backward=backward, **features)
+    if not support:
+        raise UnsupportedError(support.reason)
+    if config.backend == "reference":
+        return
+    element = _dtype_named(dtype)
+    head_dim_v = head_dim_v or head_dim
+    load_bytes = _load_bytes(0, element.itemsize, [(head_dim, 1), (head_dim_v, 1)])
+    problem = _forward().ForwardProblem(
+        dtype=element,
+        batch=1,
+        packed=False,
+        q_rows=1,
+        k_rows=1,
+        max_seqlen_q=None,
+        heads_q=1,
+        heads_kv=1,
+        head_dim=head_dim,
+        head_dim_v=head_dim_v,
+        q_strides=(head_dim, head_dim, head_dim),
+        k_strides=(head_dim, head_dim, head_dim),
+        v_strides=(head_dim_v, head_dim_v, head_dim_v),
+        out_strides=(head_dim_v, head_dim_v, head_dim_v),
+        load_bytes=load_bytes,
+        scale=1.0,
+        window=(-1, -1),
+        softcap=0.0,
+        seqused_q=False,
+        seqused_k=False,
+        alibi=None,
+        sink=None,
+        lse=False,
+        max_logit=False,
+    )
+    from .jit import module
+
+    if config.backend == "emulator":
+        target = arch_table.named(config.arch)
+        module.load(_forward().plan(problem, target).spec, target, "emulator").prepare()
+    elif arch is not None:
+        target = arch if isinstance(arch, Arch) else arch_table.named(arch)
+        module.compile(_forward().plan(problem, target).spec, target)
+    else:
+        index = frameworks.cupy.current_device() if device is None else device
+        target = frameworks.cupy.arch_of(index)
+        module.load(_forward().plan(problem, target).spec, target, "cuda", index).prepare()
+
+
+def _dtype_named(dtype: Any) -> DType:
+    """A DType from a name or from any framework's dtype object."""
+    if isinstance(dtype, DType):
+        return dtype
+    name = dtype if isinstance(dtype, str) else str(dtype).rpartition(".")[2]
+    found = dtypes.BY_NAME.get(name)
+    if found is None:
+        try:
+            found = dtypes.BY_NUMPY.get(np.dtype(dtype))
+        except TypeError:
+            found = None
+    if found is None:
+        raise ArgumentError(f"dtype={dtype!r} must be one of {', '.join(dtypes.BY_NAME)}")
+    return found

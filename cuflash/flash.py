@@ -1,0 +1,207 @@
+"""flash-attn 2's functions, by name, positional order and defaults: `import cuflash as flash_attn` works.
+
+Each is a thin layer over `cuflash.attention`, whose docstring defines shapes, dtypes and masks. What differs from
+flash-attn: float32 and every head dim from 1 to 256 are served, k and v may have different head dims, a fully masked
+row has lse -inf, and a non-contiguous last dimension is refused instead of copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .api import attention
+from .errors import ArgumentError, UnsupportedError, require
+
+Array = Any
+
+
+def flash_attn_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """Attention of q [batch, q_len, heads_q, d] to k, v [batch, k_len, heads_kv, d] -> out, q's shape.
+
+    With `return_attn_probs`: (out, lse [batch, heads_q, q_len] float32, None).
+
+    >>> import numpy as np
+    >>> x = np.ones((2, 7, 4, 32), np.float16)
+    >>> out, lse, _ = flash_attn_func(x, x, x, causal=True, return_attn_probs=True)
+    >>> out.shape, lse.shape
+    ((2, 7, 4, 32), (2, 4, 7))
+    """
+    return _call(
+        q, k, v, return_attn_probs,
+        dropout_p=dropout_p, scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, deterministic=deterministic,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: Array,
+    kv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with kv [batch, k_len, 2, heads_kv, d], read in place."""
+    k, v = _split(kv, "kv", 2, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv: Array,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_func` with qkv [batch, len, 3, heads, d], read in place."""
+    q, k, v = _split(qkv, "qkv", 3, 5)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q: Array,
+    k: Array,
+    v: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Array | None = None,
+) -> Any:
+    """Attention of packed q [total_q, heads_q, d] to k, v [total_k, heads_kv, d] -> out, q's shape.
+
+    Sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1]; `max_seqlen_*` are hints. With `return_attn_probs`:
+    (out, lse [heads_q, total_q] float32, None). `block_table` raises `UnsupportedError`.
+    """
+    return _call(
+        q, k, v, return_attn_probs,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        dropout_p=dropout_p, scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, deterministic=deterministic, page_table=block_table,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: Array,
+    kv: Array,
+    cu_seqlens_q: Array,
+    cu_seqlens_k: Array,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with kv [total_k, 2, heads_kv, d], read in place."""
+    k, v = _split(kv, "kv", 2, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: Array,
+    cu_seqlens: Array,
+    max_seqlen: int | None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Any:
+    """`flash_attn_varlen_func` with qkv [total, 3, heads, d], read in place."""
+    q, k, v = _split(qkv, "qkv", 3, 4)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k: Array | None = None,
+    v: Array | None = None,
+    rotary_cos: Array | None = None,
+    rotary_sin: Array | None = None,
+    cache_seqlens: Any = None,
+    cache_batch_idx: Array | None = None,
+    cache_leftpad: Array | None = None,
+    block_table: Array | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Array | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+) -> Any:
+    """Raises `UnsupportedError`: no kernel writes to a cache. `attention` reads one, given `seqused_k`."""
+    raise UnsupportedError(
+        "flash_attn_with_kvcache: no kernel appends to a cache: write the new keys and values into k_cache and "
+        "v_cache, then call cuflash.attention(q, k_cache, v_cache, seqused_k=<lengths after appending>, causal=...)"
+    )
+
+
+def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any) -> Any:
+    if not return_attn_probs:
+        return attention(q, k, v, **keywords)
+    result = attention(q, k, v, aux=("lse",), **keywords)
+    return result.out, result.lse, None
+
+
+def _split(packed: Array, name: str, parts: int, ndim: int) -> tuple[Array, ...]:
+    """The parts of a packed array, as views: the dimension before the heads counts them."""
+    shape = getattr(packed, "shape", None)
+    if shape is None or not hasattr(packed, "__getitem__"):
+        raise ArgumentError(f"{name} is a {type(packed).__qualname__}: pass an array, or its parts to flash_attn_func")
+    require(
+        len(shape) == ndim and shape[ndim - 3] == parts,
+        f"{name}.shape={tuple(shape)} must have {ndim} dimensions, [{'batch, len' if ndim == 5 else 'total'}, {parts}, "
+        f"heads, head_dim]: stack the parts along dimension {ndim - 3}",
+    )
+    before = (slice(None),) * (ndim - 3)
+    return tuple(packed[(*before, i)] for i in range(parts))

@@ -1,0 +1,98 @@
+"""One adapter a framework: view its arrays, allocate its results, name its stream. Nothing else knows a framework.
+
+An adapter is a module with the functions of `Framework`. None imports its framework before an array of it arrives:
+which one that is shows in the array's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..array import Device, TensorView
+from ..dtypes import DType
+from ..errors import ArgumentError
+from . import cupy, dlpack, jax, numpy, torch
+
+
+class Framework(Protocol):
+    """What an adapter offers."""
+
+    NAME: str
+
+    def view(self, x: Any) -> TensorView:
+        """Borrow an array. Raises `ArgumentError` where its memory cannot be read in place."""
+        ...
+
+    def refuse_transformed(self, arrays: dict[str, Any]) -> None:
+        """Raise `UnsupportedError` if one of the named arrays wants a gradient or is being traced."""
+        ...
+
+    def empty(self, shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
+        """Uninitialised memory from the framework's own allocator."""
+        ...
+
+    def wrap(self, view: TensorView) -> Any:
+        """The framework's array of memory that `empty` gave, once it is written."""
+        ...
+
+    def written(self, x: Any) -> None:
+        """Tell the framework that the caller's own array was written in place."""
+        ...
+
+    def stream(self, device: int) -> int:
+        """Address of the stream that is current on a CUDA device; 0 is the default stream."""
+        ...
+
+    def capturing(self, device: int) -> bool:
+        """Whether that stream records a CUDA graph instead of running."""
+        ...
+
+    def upload(self, values: np.ndarray, device: Device) -> TensorView:
+        """Copy small host values to a CUDA device, in order with the current stream, without waiting."""
+        ...
+
+    def retain(self, views: Iterable[TensorView], device: int) -> None:
+        """Keep borrowed arrays alive until the work just launched is done, where the framework would not."""
+        ...
+
+    def cuda_version(self) -> str | None:
+        """The CUDA version the framework was built for, e.g. "13.0"; None if it does not matter."""
+        ...
+
+    def advise(self, what: str, name: str) -> str:
+        """How to write, in the framework's words, what mends argument `name`: what is the NumPy name of a dtype to
+        cast to, "contiguous", or "device" (a copy on a GPU)."""
+        ...
+
+
+_BY_ROOT: dict[str, Framework] = {"numpy": numpy, "cupy": cupy, "torch": torch, "jax": jax, "jaxlib": jax}
+
+
+def of(array: Any, name: str = "q") -> Framework:
+    """The adapter for an array; `name` is the argument's, for the error.
+
+    >>> import numpy as np
+    >>> of(np.zeros(3)).NAME
+    'NumPy'
+    """
+    return _of_type(type(array)) or _refuse(array, name)
+
+
+@lru_cache(maxsize=256)
+def _of_type(cls: type) -> Framework | None:
+    for base in cls.__mro__:  # subclasses of a tensor may live in any module
+        framework = _BY_ROOT.get(base.__module__.partition(".")[0])
+        if framework is not None:
+            return framework
+    return dlpack if hasattr(cls, "__dlpack__") and hasattr(cls, "__dlpack_device__") else None
+
+
+def _refuse(array: Any, name: str) -> Framework:
+    raise ArgumentError(
+        f"{name} is a {type(array).__qualname__}: pass a NumPy, CuPy, PyTorch or JAX array, or any object with "
+        "__dlpack__ and __dlpack_device__"
+    )

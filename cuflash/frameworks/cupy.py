@@ -1,0 +1,223 @@
+"""CuPy arrays, and what CuPy knows of the machine: it launches every kernel, whoever owns the arrays."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from .. import arch as arch_table
+from ..arch import Arch
+from ..array import Device, TensorView
+from ..dtypes import BY_NAME, BY_NUMPY, DType
+from ..errors import ArgumentError, UnsupportedError
+
+NAME = "CuPy"
+
+
+def view(x: Any) -> TensorView:
+    dtype = BY_NUMPY.get(x.dtype)
+    if dtype is None:
+        raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
+    size = dtype.itemsize
+    memory = x.data
+    strides = tuple([s // size for s in x.strides])
+    return TensorView(memory.ptr, x.shape, strides, dtype, ("cuda", memory.device_id), False, x)
+
+
+def refuse_transformed(arrays: dict[str, Any]) -> None:
+    """CuPy arrays are never traced."""
+
+
+def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
+    import cupy
+
+    index = device[1]
+    if cupy.cuda.runtime.getDevice() == index:
+        return view(cupy.empty(shape, dtype.numpy))
+    with cupy.cuda.Device(index):
+        return view(cupy.empty(shape, dtype.numpy))
+
+
+def wrap(view: TensorView) -> Any:
+    return view.owner
+
+
+def written(x: Any) -> None:
+    """Nothing records what was written."""
+
+
+def stream(device: int) -> int:
+    import cupy
+
+    return cupy.cuda.get_current_stream(device).ptr
+
+
+def capturing(device: int) -> bool:
+    import cupy
+
+    return cupy.cuda.get_current_stream(device).is_capturing()
+
+
+def upload(values: np.ndarray, device: Device) -> TensorView:
+    import cupy
+
+    with cupy.cuda.Device(device[1]):
+        result = cupy.empty(values.shape, values.dtype)
+        # The driver takes a pageable source into its own staging memory before it returns, so nothing need outlive it.
+        result.data.copy_from_host_async(values.ctypes.data, values.nbytes, cupy.cuda.get_current_stream())
+    return view(result)
+
+
+def download(view: TensorView, stream: int) -> np.ndarray:
+    """Copy a contiguous device array to the host after the work on `stream`. Waits for it."""
+    import cupy
+
+    result = np.empty(prod(view.shape), view.dtype.numpy)
+    if result.nbytes:
+        with cupy.cuda.Device(view.device[1]):
+            cupy.cuda.runtime.memcpyAsync(
+                result.ctypes.data, view.ptr, result.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream
+            )
+            cupy.cuda.runtime.streamSynchronize(stream)
+    return result.reshape(view.shape)
+
+
+def retain(views: Iterable[TensorView], device: int) -> None:
+    """CuPy's memory pool reuses memory in stream order."""
+
+
+_in_flight: deque[tuple[Any, list[TensorView]]] = deque()
+
+
+def retain_until_done(views: Iterable[TensorView], device: int) -> None:
+    """Hold views that another stream's allocator may reuse once they die, until CuPy's current stream gets here."""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        event = cupy.cuda.Event(disable_timing=True)
+        event.record(cupy.cuda.get_current_stream())
+    _in_flight.append((event, list(views)))
+    while _in_flight and _in_flight[0][0].done:
+        _in_flight.popleft()
+
+
+def cuda_version() -> None:
+    return None
+
+
+def advise(what: str, name: str) -> str:
+    if what == "contiguous":
+        return f"cupy.ascontiguousarray({name})"
+    if what == "device":
+        return f"cupy.asarray({name})"
+    return f"{name}.astype({'ml_dtypes.bfloat16' if what == 'bfloat16' else f'cupy.{what}'})"
+
+
+# The machine -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides whether a kernel can be compiled and launched on one GPU. CUDA versions are (major, minor)."""
+
+    capability: tuple[int, int]
+    driver: tuple[int, int]
+    cupy: tuple[int, int]
+    nvrtc: tuple[int, int]
+
+
+def current_device() -> int:
+    """Index of CuPy's current device. Raises `UnsupportedError` if there is no CuPy, driver or GPU."""
+    runtime = _import().cuda.runtime
+    try:
+        return runtime.getDevice()
+    except runtime.CUDARuntimeError as error:
+        raise UnsupportedError(
+            f"no GPU can be used ({error}): name arch= to compile without one, or set config.backend='emulator'"
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def arch_of(device: int, cuda_version: str | None = None) -> Arch:
+    """The architecture of a CUDA device, once the machine is known to be able to run kernels on it.
+
+    `cuda_version` is that of the framework whose arrays are used. Raises `UnsupportedError` naming what to install.
+    """
+    return check(machine(device), cuda_version)
+
+
+def machine(device: int) -> Machine:
+    """Ask CuPy, the driver and NVRTC. Raises `UnsupportedError` if CuPy is not installed."""
+    from ..jit import nvrtc
+
+    runtime = _import().cuda.runtime
+    major = runtime.deviceGetAttribute(75, device)  # cudaDevAttrComputeCapabilityMajor
+    minor = runtime.deviceGetAttribute(76, device)
+    return Machine(
+        capability=(major, minor),
+        driver=_cuda_version(runtime.driverGetVersion()),
+        cupy=_cuda_version(runtime.runtimeGetVersion()),
+        nvrtc=nvrtc.version(),
+    )
+
+
+def check(machine: Machine, cuda_version: str | None = None) -> Arch:
+    """The architecture to compile for, or `UnsupportedError` with what does not fit and the remedy.
+
+    >>> check(Machine(capability=(9, 0), driver=(13, 0), cupy=(13, 0), nvrtc=(13, 0))).name
+    'sm_90a'
+    """
+    arch = arch_table.of_capability(*machine.capability)
+    if machine.driver[0] < machine.nvrtc[0]:
+        raise UnsupportedError(
+            f"the NVIDIA driver serves CUDA {_dotted(machine.driver)}, older than NVRTC's CUDA "
+            f"{_dotted(machine.nvrtc)}, whose kernels it cannot load: update the driver, or "
+            f"{install(machine.driver[0])}"
+        )
+    if cuda_version is not None and int(cuda_version.partition(".")[0]) != machine.cupy[0]:
+        major = int(cuda_version.partition(".")[0])
+        raise UnsupportedError(
+            f"PyTorch is built for CUDA {cuda_version} and CuPy for CUDA {_dotted(machine.cupy)}: two CUDA runtimes of "
+            f"different major versions in one process do not share a GPU safely; "
+            f"pip uninstall cupy-cuda{machine.cupy[0]}x && {install(major)}"
+        )
+    return arch
+
+
+def install(cuda_major: int | None = None) -> str:
+    """The command that installs CuPy, NVRTC and the CUDA runtime for a CUDA major version.
+
+    Without one, PyTorch's decides if it is loaded.
+
+    >>> install(12)
+    "pip install 'cuflash[cuda12]'"
+    """
+    if cuda_major is None:
+        version = getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None)
+        cuda_major = int(version.partition(".")[0]) if version else 13
+    return f"pip install 'cuflash[cuda{12 if cuda_major <= 12 else 13}]'"
+
+
+def _import() -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise UnsupportedError(
+            f"work on a GPU needs CuPy, which launches the kernels and cannot be imported here ({error}): {install()}"
+        ) from error
+    return cupy
+
+
+def _cuda_version(number: int) -> tuple[int, int]:
+    return number // 1000, number % 1000 // 10
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

@@ -1,0 +1,56 @@
+"""Any other producer of the DLPack protocol: borrowed, and answered with NumPy (host) or CuPy (device) arrays."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
+from ..dtypes import DType
+from ..errors import ArgumentError
+from . import cupy as _cupy
+from . import numpy as _numpy
+
+NAME = "DLPack"
+
+stream, capturing, upload = _cupy.stream, _cupy.capturing, _cupy.upload
+retain = _cupy.retain_until_done  # the producer may reuse the memory on a stream of its own
+
+
+def view(x: Any) -> TensorView:
+    device = dlpack_device(x)
+    try:
+        if device == HOST:
+            return from_dlpack(x)
+        # The producer makes the stream that will read the memory wait for its own work. 0 is not a stream there: 1 is
+        # the legacy default stream's name.
+        return from_dlpack(x, stream=stream(device[1]) or 1)
+    except BufferError as error:
+        raise ArgumentError(f"a {type(x).__qualname__} would not export its memory: {error}") from error
+
+
+def refuse_transformed(arrays: dict[str, Any]) -> None:
+    """The protocol has no notion of a gradient."""
+
+
+def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
+    return (_numpy if device == HOST else _cupy).empty(shape, dtype, device)
+
+
+def wrap(view: TensorView) -> Any:
+    return view.owner
+
+
+def written(x: Any) -> None:
+    """Nothing records what was written."""
+
+
+def cuda_version() -> None:
+    return None
+
+
+def advise(what: str, name: str) -> str:
+    if what == "contiguous":
+        return f"a contiguous copy of {name}"
+    if what == "device":
+        return f"a copy of {name} on a GPU"
+    return f"{name} cast to {what}"

@@ -1,0 +1,129 @@
+"""PyTorch tensors, on the host or a CUDA device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from ..array import HOST, Device, TensorView
+from ..dtypes import BY_NAME, DType
+from ..errors import ArgumentError, UnsupportedError
+
+NAME = "PyTorch"
+
+
+@cache
+def _dtypes() -> dict[Any, DType]:
+    import torch
+
+    return {getattr(torch, t.name.rstrip("_")): t for t in BY_NAME.values() if hasattr(torch, t.name)}
+
+
+def view(x: Any) -> TensorView:
+    dtype = _dtypes().get(x.dtype)
+    if dtype is None:
+        raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
+    where = x.device
+    kind = where.type
+    if kind == "cuda":
+        device: Device = ("cuda", where.index)
+    elif kind == "cpu":
+        device = HOST
+    else:
+        raise UnsupportedError(f"a tensor on device {kind!r} cannot be read: move it to 'cuda' or 'cpu'")
+    import torch
+
+    if torch._C._functorch.is_functorch_wrapped_tensor(x):
+        raise UnsupportedError(
+            "torch.func transforms (grad, vmap, jvp) cannot see through this call: call it outside of them, or use "
+            "torch.nn.functional.scaled_dot_product_attention inside"
+        )
+    if x.layout is not torch.strided or x.is_neg():
+        raise ArgumentError(
+            "a sparse or lazily negated tensor has no plain memory: pass its to_dense() or resolve_neg()"
+        )
+    ptr = x.data_ptr()
+    if ptr == 0 and x.numel():
+        raise ArgumentError(f"a {type(x).__qualname__} has no memory of its own: pass the local torch.Tensor it wraps")
+    return TensorView(ptr, tuple(x.shape), x.stride(), dtype, device, False, x)
+
+
+def refuse_transformed(arrays: dict[str, Any]) -> None:
+    import torch
+
+    if torch.is_grad_enabled():
+        for name, x in arrays.items():
+            if x.requires_grad:
+                raise UnsupportedError(
+                    f"{name}.requires_grad is True and gradients are on, but this call returns none: call it under "
+                    f"torch.no_grad() or pass {name}.detach(); to train, use "
+                    "torch.nn.functional.scaled_dot_product_attention"
+                )
+    if torch.autograd.forward_ad._current_level >= 0:
+        for name, x in arrays.items():
+            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+                raise UnsupportedError(
+                    f"{name} is a dual tensor of forward-mode differentiation, which this call does not follow: pass "
+                    f"{name}.detach(), or use torch.nn.functional.scaled_dot_product_attention"
+                )
+
+
+def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
+    import torch
+
+    where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
+    return view(torch.empty(shape, dtype=getattr(torch, dtype.name), device=where))
+
+
+def wrap(view: TensorView) -> Any:
+    return view.owner
+
+
+def written(x: Any) -> None:
+    import torch
+
+    torch.autograd.graph.increment_version(x)  # a backward pass that saved x must see that it has changed
+
+
+def stream(device: int) -> int:
+    import torch
+
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def capturing(device: int) -> bool:
+    import torch
+
+    return torch.cuda.is_current_stream_capturing()
+
+
+def upload(values: np.ndarray, device: Device) -> TensorView:
+    import torch
+
+    return view(torch.from_numpy(values).to(torch.device("cuda", device[1]), non_blocking=True))
+
+
+def retain(views: Iterable[TensorView], device: int) -> None:
+    """PyTorch's allocator reuses memory in the order of the stream, which is the one used here."""
+
+
+def cuda_version() -> str | None:
+    import torch
+
+    if torch.version.hip is not None:
+        raise UnsupportedError(
+            "this PyTorch is built for AMD GPUs (ROCm), and the kernels are CUDA: use "
+            "torch.nn.functional.scaled_dot_product_attention there"
+        )
+    return torch.version.cuda
+
+
+def advise(what: str, name: str) -> str:
+    if what == "contiguous":
+        return f"{name}.contiguous()"
+    if what == "device":
+        return f"{name}.cuda()"
+    return f"{name}.to(torch.{what})"

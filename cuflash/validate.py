@@ -1,0 +1,337 @@
+"""The rules of a call to `attention`, checked before anything is launched or written.
+
+Each function raises `ArgumentError` (a rule is broken) or `UnsupportedError` (a request no kernel serves) with the
+value, the rule and the remedy. Nothing here reads a device array or depends on a framework: arrays are `TensorView`s,
+and a framework's own words for a remedy come from its adapter.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from . import dtypes
+from .array import TensorView, device_name
+from .errors import ArgumentError, UnsupportedError, require
+from .frameworks import Framework
+
+MAX_HEAD_DIM = 256
+AUX = ("lse", "max_logit", "dropout_mask")
+_MAX_ROWS = 2**31 - 1  # kernels count rows in 32 bits (and offsets in 64)
+_DENSE = {name: f"[batch, {name}_len, heads, head_dim]" for name in "qkv"}
+_PACKED = {name: f"[total_{name}, heads, head_dim]" for name in "qkv"}
+
+Views = dict[str, TensorView]
+
+
+def layout(views: Views) -> bool:
+    """Check the ranks of q, k, v -> True for the packed layout, False for the dense one."""
+    for given, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
+        require(
+            given not in views or missing in views,
+            f"{given} is given and {missing} is not: the packed layout needs both; for self-attention pass the same "
+            "array twice",
+        )
+    packed = "cu_seqlens_q" in views
+    for name in "qkv":
+        shape = views[name].shape
+        if packed:
+            require(
+                len(shape) == 3,
+                f"{name}.shape={shape} must have 3 dimensions, {_PACKED[name]}, as cu_seqlens are given: merge batch "
+                f"and length by {name}.reshape(-1, heads, head_dim), or leave cu_seqlens out for {_DENSE[name]}",
+            )
+        else:
+            require(
+                len(shape) == 4,
+                f"{name}.shape={shape} must have 4 dimensions, {_DENSE[name]}: "
+                + (
+                    f"for one sequence pass {name}[None], for packed sequences also cu_seqlens_q and cu_seqlens_k"
+                    if len(shape) == 3
+                    else "reshape it"
+                ),
+            )
+        require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
+    return packed
+
+
+def element_types(views: Views, backend: str, framework: Framework) -> None:
+    """One float dtype for q, k and v, of those the backend computes in."""
+    dtype = views["q"].dtype
+    if not dtype.is_float:
+        raise ArgumentError(
+            f"q.dtype={dtype} must be float16, bfloat16 or float32: pass {framework.advise('bfloat16', 'q')}"
+        )
+    for name in "kv":
+        require(
+            views[name].dtype is dtype,
+            f"{name}.dtype={views[name].dtype} must equal q.dtype={dtype}: pass {framework.advise(dtype.name, name)}",
+        )
+    if dtype is dtypes.float64 and backend != "reference":
+        raise UnsupportedError(
+            f"q.dtype=float64 runs on the NumPy reference alone, and the backend here is {backend!r}: pass "
+            f"{framework.advise('float32', 'q')} (k and v likewise), or host arrays with config.backend='auto'"
+        )
+
+
+def same_device(views: Views, host_known: Sequence[str]) -> None:
+    """Every array on the device of q; those whose values the host knows may also lie on the host."""
+    device = views["q"].device
+    for name, view in views.items():
+        if view.device != device and name not in host_known:
+            raise ArgumentError(
+                f"{name} is on {device_name(view.device)} and q on {device_name(device)}: all arrays must be on one "
+                f"device; move {name} there"
+            )
+
+
+def shapes(views: Views, packed: bool) -> None:
+    """Batch, lengths, heads and head dims of q, k, v fit together."""
+    q, k, v = (views[name].shape for name in "qkv")
+    axis = -3  # of the rows
+    swapped = _swap_hint(q, k, v) if not packed else ""
+    if not packed:
+        for name, shape in (("k", k), ("v", v)):
+            require(shape[0] == q[0], f"{name}.shape[0]={shape[0]} must equal q.shape[0]={q[0]}, the batch: expand it")
+    require(
+        v[axis] == k[axis],
+        f"v.shape[{len(v) + axis}]={v[axis]} must equal k.shape[{len(k) + axis}]={k[axis]}: each key has one value",
+    )
+    heads = len(q) - 2
+    require(
+        v[-2] == k[-2],
+        f"v.shape[{heads}]={v[-2]} must equal k.shape[{heads}]={k[-2]}: keys and values have the same heads" + swapped,
+    )
+    require(
+        k[-2] > 0 and q[-2] > 0,
+        f"q.shape[{heads}]={q[-2]} and k.shape[{heads}]={k[-2]} must be at least 1: attention needs a head",
+    )
+    require(
+        q[-2] % k[-2] == 0,
+        f"k.shape[{heads}]={k[-2]} must divide q.shape[{heads}]={q[-2]}: each key head serves a whole group of query "
+        f"heads; repeat or drop heads of k and v" + swapped,
+    )
+    require(
+        k[-1] == q[-1],
+        f"k.shape[{heads + 1}]={k[-1]} must equal q.shape[{heads + 1}]={q[-1]}: queries and keys are multiplied",
+    )
+    for name, n in (("q", q[-1]), ("v", v[-1])):
+        require(n > 0, f"{name}.shape[{heads + 1}]=0: the head dim must be at least 1")
+        if n > MAX_HEAD_DIM:
+            raise UnsupportedError(
+                f"{name}.shape[{heads + 1}]={n}: head dims go from 1 to {MAX_HEAD_DIM}; for a larger one use "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+    if swapped and k[-2] > 128 and k[1] < k[2] and q[1] < q[2]:
+        raise ArgumentError(
+            f"q.shape={q} and k.shape={k} read as {q[2]} query and {k[2]} key heads over {k[1]} keys{swapped}; if the "
+            "heads are meant so, pass them in groups of 128 at most"
+        )
+
+
+def _swap_hint(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> str:
+    """What to add to an error where [batch, heads, len, d] would have made a right call."""
+    fits = k[:-1] == v[:-1] and k[1] > 0 and q[1] % k[1] == 0 and q[2] > q[1]
+    if not fits:
+        return ""
+    return (
+        f"; heads and length look swapped: attention takes [batch, len, heads, head_dim], and q.shape={q} looks like "
+        "[batch, heads, len, head_dim]; pass q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), which copy nothing"
+    )
+
+
+def strides(views: Views, framework: Framework) -> None:
+    """Unit step within a row of q, k, v and out; no backward steps."""
+    for name in ("q", "k", "v", "out"):
+        view = views.get(name)
+        if view is None:
+            continue
+        remedy = f"pass {framework.advise('contiguous', name)}" if name != "out" else "allocate it contiguous"
+        require(
+            view.strides[-1] == 1,
+            f"{name}.strides={view.strides} (in elements) must end in 1: the elements of a row lie side by side; "
+            + remedy,
+        )
+        require(min(view.strides) >= 0, f"{name}.strides={view.strides} (in elements) must not be negative: {remedy}")
+
+
+def output(views: Views, shape: tuple[int, ...], framework: Framework) -> None:
+    """`out=` is writable memory of the right shape and dtype that no input shares."""
+    out, q = views["out"], views["q"]
+    require(out.shape == shape, f"out.shape={out.shape} must be {shape}: q's, with v's head dim")
+    require(
+        out.dtype is q.dtype,
+        f"out.dtype={out.dtype} must equal q.dtype={q.dtype}: pass an out of that dtype, or leave it out and cast",
+    )
+    require(
+        not out.readonly,
+        f"out is read-only ({framework.NAME} arrays are immutable): leave out= away and take the result"
+        if framework.NAME == "JAX"
+        else "out is read-only: pass a writable array",
+    )
+    require(
+        all(s != 0 for n, s in zip(out.shape, out.strides, strict=True) if n > 1) or 0 in out.shape,
+        f"out.strides={out.strides}: an expanded array (stride 0) has several results in one place; pass one with "
+        "memory for each",
+    )
+    no_overlap(views)
+
+
+def no_overlap(views: Views) -> None:
+    """`out=` shares memory with no input."""
+    out = views["out"]
+    for name, view in views.items():
+        require(
+            name == "out" or not out.overlaps(view),
+            f"out shares memory with {name}, which is still read while out is written: pass other memory",
+        )
+
+
+def index_arrays(views: Views, packed: bool, framework: Framework) -> int:
+    """Dtypes and shapes of cu_seqlens and seqused -> the batch size."""
+    for name in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k"):
+        view = views.get(name)
+        if view is None:
+            continue
+        require(
+            view.dtype is dtypes.int32,
+            f"{name}.dtype={view.dtype} must be int32: pass {framework.advise('int32', name)}",
+        )
+        require(view.ndim == 1, f"{name}.shape={view.shape} must have one dimension: pass {name}.reshape(-1)")
+        require(
+            view.strides[0] == 1,
+            f"{name}.strides={view.strides} must be (1,): pass {framework.advise('contiguous', name)}",
+        )
+    if packed:
+        starts_q, starts_k = views["cu_seqlens_q"].shape[0], views["cu_seqlens_k"].shape[0]
+        require(starts_q >= 1, "cu_seqlens_q.shape=(0,) must be (batch + 1,): it starts with 0 even for an empty batch")
+        require(
+            starts_q == starts_k,
+            f"cu_seqlens_k.shape=({starts_k},) must equal cu_seqlens_q.shape=({starts_q},): one entry a sequence and "
+            "one more",
+        )
+        batch = starts_q - 1
+    else:
+        batch = views["q"].shape[0]
+    for name in ("seqused_q", "seqused_k"):
+        if name in views:
+            require(
+                views[name].shape == (batch,),
+                f"{name}.shape={views[name].shape} must be ({batch},): one length a sequence",
+            )
+    return batch
+
+
+def head_arrays(views: Views, batch: int, framework: Framework) -> None:
+    """Shapes and dtypes of the arrays with a number for each query head."""
+    heads = views["q"].shape[-2]
+    slopes, sink = views.get("alibi_slopes"), views.get("sink")
+    if slopes is not None:
+        require(
+            slopes.dtype is dtypes.float32,
+            f"alibi_slopes.dtype={slopes.dtype} must be float32: pass {framework.advise('float32', 'alibi_slopes')}",
+        )
+        require(
+            slopes.shape in ((heads,), (batch, heads)),
+            f"alibi_slopes.shape={slopes.shape} must be ({heads},) or ({batch}, {heads}): one slope a query head, or "
+            "one a sequence and query head",
+        )
+    if sink is not None:
+        dtype = views["q"].dtype
+        require(
+            sink.dtype in (dtypes.float32, dtype),
+            f"sink.dtype={sink.dtype} must be float32 or q's {dtype}: pass {framework.advise('float32', 'sink')}",
+        )
+        require(sink.shape == (heads,), f"sink.shape={sink.shape} must be ({heads},): one number a query head")
+    for name, view in (("alibi_slopes", slopes), ("sink", sink)):
+        require(
+            view is None or (view.strides[-1] == 1 and min(view.strides) >= 0),
+            f"{name}.strides={view.strides if view else ()} must be a contiguous array's: pass "
+            f"{framework.advise('contiguous', name)}",
+        )
+
+
+def cu_seqlens(name: str, values: np.ndarray, rows: int) -> None:
+    """Values known to the host: from 0, never falling, not past the array."""
+    if values[0] != 0:
+        raise ArgumentError(f"{name}[0]={values[0]} must be 0: the first sequence begins at the first row")
+    falls = np.flatnonzero(values[1:] < values[:-1])
+    if falls.size:
+        at = int(falls[0]) + 1
+        raise ArgumentError(
+            f"{name}[{at}]={values[at]} must not be below {name}[{at - 1}]={values[at - 1]}: entries are running "
+            "totals of the lengths; build them with cuflash.packing.cu_seqlens_from(lengths=...)"
+        )
+    if values[-1] > rows:
+        raise ArgumentError(
+            f"{name}[-1]={values[-1]} must not exceed {rows}, the rows of {name[-1]}: the last sequence would end past "
+            "the array"
+        )
+
+
+def seqused(name: str, values: np.ndarray, lengths: np.ndarray) -> None:
+    """Values known to the host: within each sequence. `lengths` [batch] or [1]."""
+    wrong = np.flatnonzero((values < 0) | (values > lengths))
+    if wrong.size:
+        at = int(wrong[0])
+        length = int(np.broadcast_to(lengths, values.shape)[at])
+        raise ArgumentError(f"{name}[{at}]={values[at]} must be from 0 to {length}, the length of sequence {at}")
+
+
+def number(name: str, value: Any) -> float:
+    """A finite host number."""
+    if not isinstance(value, numbers.Real):
+        raise ArgumentError(
+            f"{name} is a {type(value).__qualname__} and must be a Python number, for it goes to the kernel by value: "
+            f"pass float({name})"
+        )
+    value = float(value)
+    require(math.isfinite(value), f"{name}={value} must be finite")
+    return value
+
+
+def window(window_size: Any, causal: bool) -> tuple[int, int]:
+    """(left, right) with -1 for unlimited and causal folded in."""
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise ArgumentError(
+            f"window_size={window_size!r} must be a pair (left, right), -1 or None for unlimited: for a causal "
+            "window of n keys pass (n - 1, 0)"
+        ) from None
+    sides = []
+    for side in (left, right):
+        side = -1 if side is None else side
+        if not isinstance(side, numbers.Integral):
+            raise ArgumentError(f"window_size={window_size!r} must hold two ints: pass (int(left), int(right))")
+        require(side >= -1, f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
+        sides.append(int(side))
+    left, right = sides
+    return left, 0 if causal else right
+
+
+def hint(name: str, value: Any) -> int | None:
+    """`max_seqlen_*`: a non-negative host int or None."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral):
+        raise ArgumentError(
+            f"{name} is a {type(value).__qualname__} and must be an int or None: reading a device value would wait for "
+            "the device, and the hint is not needed"
+        )
+    require(value >= 0, f"{name}={value} must not be negative")
+    return int(value)
+
+
+def aux_names(aux: Any) -> tuple[str, ...]:
+    """The names in `aux`, checked."""
+    if isinstance(aux, str):
+        raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass aux=({aux!r},)")
+    names = tuple(aux)
+    for name in names:
+        require(name in AUX, f"aux names {name!r}: it must be one of {', '.join(AUX)}")
+    return names
