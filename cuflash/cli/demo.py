@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from .. import emulator, packing
+from .. import packing
 from ..api import attention, explain
 from ..errors import require
 from ..settings import config
@@ -256,6 +256,8 @@ def choose_backend(notes: list[str]) -> str:
 def _launches_counted(backend: str, attend: _ComparedAttention) -> Iterator[Callable[[], int]]:
     """Yields a function that says how many kernels have been launched inside."""
     if backend == "emulator":
+        from .. import emulator
+
         with emulator.counting() as counters:
             yield lambda: counters.launches
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import numpy as np
@@ -58,12 +59,9 @@ def explain(
     if source:
         print(explanation.source)
     elif as_json:
-        print(json.dumps({name: _plain(getattr(explanation, name)) for name in _FIELDS}))
+        print(json.dumps(asdict(explanation)))
     else:
         print(explanation)
-
-
-_FIELDS = ("backend", "kernel", "why", "grid", "variant", "options")
 
 
 def made_up_call(
@@ -107,12 +105,3 @@ def _integers(name: str, text: str) -> list[int]:
     except ValueError:
         require(False, f"--{name.replace('_', '-')} {text!r} must be whole numbers with commas between, as 5,17,300")
         raise
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it: what is neither number, text, list nor mapping becomes its text."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else str(value)

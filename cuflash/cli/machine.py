@@ -166,7 +166,10 @@ def cxx_compiler() -> str | None:
 
 def nvdisasm() -> str | None:
     """The disassembler that reads cubins: its path, or None."""
+    from ..errors import UnsupportedError
     from ..jit import sass
 
-    found = sass.find_nvdisasm()
-    return None if found is None else str(found)
+    try:
+        return str(sass.nvdisasm())
+    except UnsupportedError:
+        return None

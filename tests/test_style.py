@@ -1,0 +1,162 @@
+"""The layers of the project, the reach of its CUDA C, and what its README promises, read from the files themselves."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "cuflash"
+KERNELS = ROOT / "kernels_cu"
+
+# A module may import from its own layer and from those before it. A folder stands for all its files.
+LAYERS = (
+    ("errors", "settings", "dtypes", "arch"),
+    ("array",),
+    ("reference",),
+    ("trace", "mods"),
+    ("jit",),
+    ("emulator",),
+    ("ops",),
+    ("frameworks",),
+    ("validate", "packing"),
+    ("api",),
+    ("flash", "flex", "integrations", "workbench"),
+    ("cli",),
+    ("__init__", "__main__"),
+)
+LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+FRAMEWORKS = {"cupy", "cupy_backends", "torch", "jax", "jaxlib", "cuda"}
+
+
+def unit(module: Path) -> str:
+    """The name a module has in LAYERS: jit/source.py -> jit, api.py -> api."""
+    return module.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST, module: Path) -> Iterator[tuple[str, bool]]:
+    """(absolute dotted name, whether it runs when the module is imported) of every import in a module."""
+    later = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(n)]
+    inside = {id(inner) for outer in later for inner in ast.walk(outer)}
+    package = ["cuflash", *module.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            yield name, id(node) not in inside
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_imports_run_one_way(module: Path) -> None:
+    own = LAYER[unit(module)]
+    for name, at_import in imports(ast.parse(module.read_text(encoding="utf-8")), module):
+        root, _, rest = name.partition(".")
+        assert not (root in FRAMEWORKS and at_import), f"{name} is imported with the module: import it in a function"
+        if root == "cuflash":
+            target = rest.split(".")[0] or "__init__"
+            assert LAYER.get(target, LAYER["__init__"]) <= own, f"{unit(module)} must not import {name}"
+
+
+def test_jit_never_imports_trace() -> None:
+    for module in (PACKAGE / "jit").glob("*.py"):
+        names = [name for name, _ in imports(ast.parse(module.read_text(encoding="utf-8")), module)]
+        assert not [name for name in names if name.startswith("cuflash.trace")], module.name
+
+
+# --- kernels_cu -------------------------------------------------------------------------------------------------------
+
+SOURCES = sorted(p for p in KERNELS.rglob("*") if p.suffix in (".cu", ".cuh"))
+REACH = {  # what a file of each folder may include, beside its own folder
+    "base.cuh": set(),
+    "params": {"base.cuh"},
+    "hw_cuda": {"base.cuh", "hw"},
+    "hw_emu": {"base.cuh", "hw", "emu", "hw_emu"},
+    "tile": {"base.cuh", "hw", "params", "variant.cuh"},
+    "kernel": {"base.cuh", "hw", "params", "tile", "variant.cuh"},
+}
+
+
+def code(text: str) -> str:
+    """`text` without comments and string literals."""
+    return re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\])*"', " ", text, flags=re.DOTALL)
+
+
+def place(source: Path) -> str:
+    parts = source.relative_to(KERNELS).parts
+    return parts[0] if len(parts) > 1 or parts[0] == "base.cuh" else "kernel"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.relative_to(KERNELS).as_posix())
+def test_cuda_includes_run_one_way_and_name_only_our_files(source: Path) -> None:
+    where = place(source)
+    for name in re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', source.read_text(encoding="utf-8"), re.MULTILINE):
+        target = name.split("/")[0]
+        if where == "hw_emu" and "/" not in name:
+            continue  # the emulator's runtime is C++ on the host and may use its library
+        assert target == where or target in REACH[where], f"{where} must not include <{name}>"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.relative_to(KERNELS).as_posix())
+def test_asm_and_the_preprocessor_stay_in_the_hardware_wrappers(source: Path) -> None:
+    text = code(source.read_text(encoding="utf-8"))
+    if place(source) != "hw_cuda" and place(source) != "hw_emu":
+        assert not re.search(r"\basm\b", text), "asm belongs into hw_cuda"
+        assert not re.search(r"^\s*#\s*(if|ifdef|ifndef|elif|else|define|undef)\b", text, re.MULTILINE)
+
+
+def test_every_wrapper_has_its_twin() -> None:
+    real, twin = ({p.name for p in (KERNELS / folder).glob("*.cuh")} for folder in ("hw_cuda", "hw_emu"))
+    assert real <= twin, f"without a twin: {sorted(real - twin)}"
+
+
+# --- README -----------------------------------------------------------------------------------------------------------
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def first_block(heading: str, language: str = "sh") -> str:
+    section = re.split(r"^## ", README, flags=re.MULTILINE)
+    (text,) = [s for s in section if s.startswith(heading + "\n")]
+    found = re.search(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert found, f"'## {heading}' has no block of {language}"
+    return found[1]
+
+
+@pytest.mark.parametrize(("heading", "ends"), [("Run it", "-m cuflash demo"), ("Test it", "-m pytest")])
+def test_the_readme_runs_and_tests_with_one_command(heading: str, ends: str) -> None:
+    lines = first_block(heading).splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith(ends)
+
+
+def test_ci_calls_the_command_of_the_readme() -> None:
+    script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in script and "$test_command" in script
+
+
+def test_the_support_table_is_the_one_supports_gives() -> None:
+    from cuflash.cli.support_table import BEGIN, END, table
+
+    shown = README.partition(BEGIN)[2].partition(END)[0]
+    assert shown.strip() == table().strip(), "refresh it with: python -m cuflash.cli.support_table README.md"
+
+
+def test_the_example_of_the_readme_runs() -> None:
+    example = first_block("Example", "python")
+    assert len(example.splitlines()) <= 12
+    exec(compile(example, "README.md", "exec"), {})
