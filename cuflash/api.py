@@ -140,16 +140,13 @@ class _Call:
         for name, shape, dtype in prepared.results:
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
-        if prepared.problem is None:
+        if prepared.plan is None:
             self._run_reference()
         elif device[0] == "cpu":
-            _forward().run(prepared.problem, views, backend="emulator", arch=prepared.arch, device=None, stream=None)
+            prepared.plan.launch(views, backend="emulator")
         else:
             index = device[1]
-            _forward().run(
-                prepared.problem, views,
-                backend="cuda", arch=prepared.arch, device=index, stream=framework.stream(index),
-            )  # fmt: skip
+            prepared.plan.launch(views, backend="cuda", device=index, stream=framework.stream(index))
             framework.retain(views.values(), index)
         out = self.out
         if out is None:
@@ -163,12 +160,11 @@ class _Call:
     def _run_reference(self) -> None:
         from . import reference
 
-        arrays = {name: view.as_numpy() for name, view in self.views.items()}
+        arrays: dict[str, Any] = {name: view.as_numpy() for name, view in self.views.items()}
         targets = {name: arrays.pop(name) for name, _, _ in self.prepared.results}
         prepared = self.prepared
-        out, lse, max_logit = reference.attention(
-            **arrays, scale=prepared.scale, window_size=prepared.window, softcap=prepared.softcap, **self.mods
-        )
+        arrays |= {"scale": prepared.scale, "window_size": prepared.window, "softcap": prepared.softcap, **self.mods}
+        out, lse, max_logit = reference.attention(**arrays)
         for name, values in (("out", out), ("lse", lse), ("max_logit", max_logit)):
             if name in targets:
                 targets[name][...] = values
@@ -180,8 +176,7 @@ class _Prepared:
 
     backend: str  # "cuda", "emulator" or "reference"
     device: Device
-    arch: Arch | None  # None on the reference
-    problem: Any  # ops.forward.ForwardProblem; None on the reference
+    plan: Any  # ops.forward.ForwardPlan; None on the reference
     results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype): out first
     aux: tuple[str, ...]
     scale: float
@@ -437,7 +432,7 @@ def _prepare(
         validate.output(views, out_shape, framework)
     results = (("out", out_shape, q.dtype), *((name, lse_shape, dtypes.float32) for name in dict.fromkeys(aux)))
 
-    arch = problem = None
+    plan = None
     if backend != "reference":
         if backend == "cuda":
             arch = frameworks.cupy.arch_of(q.device[1], framework.cuda_version())
@@ -445,8 +440,6 @@ def _prepare(
             arch = arch_table.named(config.arch)
         out_strides = views["out"].strides if "out" in views else contiguous_strides(out_shape)
         slopes, sink = views.get("alibi_slopes"), views.get("sink")
-        # A side wider than all the keys and queries there are hides nothing, and might overflow a kernel's sums.
-        left, right = (-1 if side >= q_rows + k_rows else side for side in (left, right))
         problem = _forward().ForwardProblem(
             dtype=q.dtype,
             batch=batch,
@@ -473,7 +466,8 @@ def _prepare(
             lse="lse" in aux,
             max_logit="max_logit" in aux,
         )
-    return _Prepared(backend, q.device, arch, problem, results, aux, scale, (left, right), softcap)
+        plan = _forward().plan(problem, arch)
+    return _Prepared(backend, q.device, plan, results, aux, scale, (left, right), softcap)
 
 
 def _backend(device: Device, framework: Framework) -> str:
@@ -597,7 +591,8 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
     bound.apply_defaults()
     named = {name: value for name, value in bound.arguments.items() if name not in ("seed", "offset", "deterministic")}
     prepared = _bind(**named).prepared
-    if prepared.problem is None:
+    plan = prepared.plan
+    if plan is None:
         return Explanation(
             backend="reference",
             kernel="reference",
@@ -606,17 +601,17 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
         )
     from .jit import nvrtc, variant
 
-    plan = _forward().plan(prepared.problem, prepared.arch)
     spec = plan.spec
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
-        why=(plan.why,) if isinstance(plan.why, str) else tuple(plan.why),
+        why=(f"grid: {plan.why}",),
         grid=plan.grid,
         variant=variant.describe(spec.variant),
         source=spec.text("cuda"),
         options=nvrtc.options(),
         shared_bytes=spec.smem_bytes,
+        workspace_bytes=plan.workspace_bytes,
     )
 
 

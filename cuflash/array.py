@@ -84,6 +84,11 @@ class TensorView:
         """Bytes from `ptr` to the end of the last element, gaps of a strided view included."""
         return self.extent[1]
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Row-major without gaps."""
+        return self.strides == canonical_strides(self.shape, contiguous_strides(self.shape))
+
     def as_numpy(self) -> np.ndarray:
         """The same memory as a NumPy array, host arrays only.
 

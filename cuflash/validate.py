@@ -248,11 +248,12 @@ def head_arrays(views: Views, batch: int, framework: Framework) -> None:
         )
         require(sink.shape == (heads,), f"sink.shape={sink.shape} must be ({heads},): one number a query head")
     for name, view in (("alibi_slopes", slopes), ("sink", sink)):
-        require(
-            view is None or (view.strides[-1] == 1 and min(view.strides) >= 0),
-            f"{name}.strides={view.strides if view else ()} must be a contiguous array's: pass "
-            f"{framework.advise('contiguous', name)}",
-        )
+        if view is not None:
+            require(
+                view.is_contiguous,
+                f"{name}.strides={view.strides} (in elements) must be a contiguous array's: pass "
+                f"{framework.advise('contiguous', name)}",
+            )
 
 
 def cu_seqlens(name: str, values: np.ndarray, rows: int) -> None:
@@ -308,7 +309,7 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
         side = -1 if side is None else side
         if not isinstance(side, numbers.Integral):
             raise ArgumentError(f"window_size={window_size!r} must hold two ints: pass (int(left), int(right))")
-        require(side >= -1, f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
+        require(int(side) >= -1, f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
         sides.append(int(side))
     left, right = sides
     return left, 0 if causal else right
@@ -323,7 +324,7 @@ def hint(name: str, value: Any) -> int | None:
             f"{name} is a {type(value).__qualname__} and must be an int or None: reading a device value would wait for "
             "the device, and the hint is not needed"
         )
-    require(value >= 0, f"{name}={value} must not be negative")
+    require(int(value) >= 0, f"{name}={value} must not be negative")
     return int(value)
 
 

@@ -18,7 +18,13 @@ from ..array import Device, TensorView
 from ..dtypes import BY_NAME, BY_NUMPY, DType
 from ..errors import ArgumentError, UnsupportedError
 
-NAME = "CuPy"
+NAME: str = "CuPy"
+
+
+def _cupy() -> Any:
+    import cupy  # at the first array, never earlier
+
+    return cupy
 
 
 def view(x: Any) -> TensorView:
@@ -36,8 +42,7 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
-    import cupy
-
+    cupy = _cupy()
     index = device[1]
     if cupy.cuda.runtime.getDevice() == index:
         return view(cupy.empty(shape, dtype.numpy))
@@ -54,20 +59,17 @@ def written(x: Any) -> None:
 
 
 def stream(device: int) -> int:
-    import cupy
-
+    cupy = _cupy()
     return cupy.cuda.get_current_stream(device).ptr
 
 
 def capturing(device: int) -> bool:
-    import cupy
-
+    cupy = _cupy()
     return cupy.cuda.get_current_stream(device).is_capturing()
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:
-    import cupy
-
+    cupy = _cupy()
     with cupy.cuda.Device(device[1]):
         result = cupy.empty(values.shape, values.dtype)
         # The driver takes a pageable source into its own staging memory before it returns, so nothing need outlive it.
@@ -77,8 +79,7 @@ def upload(values: np.ndarray, device: Device) -> TensorView:
 
 def download(view: TensorView, stream: int) -> np.ndarray:
     """Copy a contiguous device array to the host after the work on `stream`. Waits for it."""
-    import cupy
-
+    cupy = _cupy()
     result = np.empty(prod(view.shape), view.dtype.numpy)
     if result.nbytes:
         with cupy.cuda.Device(view.device[1]):
@@ -98,8 +99,7 @@ _in_flight: deque[tuple[Any, list[TensorView]]] = deque()
 
 def retain_until_done(views: Iterable[TensorView], device: int) -> None:
     """Hold views that another stream's allocator may reuse once they die, until CuPy's current stream gets here."""
-    import cupy
-
+    cupy = _cupy()
     with cupy.cuda.Device(device):
         event = cupy.cuda.Event(disable_timing=True)
         event.record(cupy.cuda.get_current_stream())
@@ -135,7 +135,7 @@ class Machine:
 
 def current_device() -> int:
     """Index of CuPy's current device. Raises `UnsupportedError` if there is no CuPy, driver or GPU."""
-    runtime = _import().cuda.runtime
+    runtime = _installed().cuda.runtime
     try:
         return runtime.getDevice()
     except runtime.CUDARuntimeError as error:
@@ -157,7 +157,7 @@ def machine(device: int) -> Machine:
     """Ask CuPy, the driver and NVRTC. Raises `UnsupportedError` if CuPy is not installed."""
     from ..jit import nvrtc
 
-    runtime = _import().cuda.runtime
+    runtime = _installed().cuda.runtime
     major = runtime.deviceGetAttribute(75, device)  # cudaDevAttrComputeCapabilityMajor
     minor = runtime.deviceGetAttribute(76, device)
     return Machine(
@@ -205,14 +205,13 @@ def install(cuda_major: int | None = None) -> str:
     return f"pip install 'cuflash[cuda{12 if cuda_major <= 12 else 13}]'"
 
 
-def _import() -> Any:
+def _installed() -> Any:
     try:
-        import cupy
+        return _cupy()
     except ImportError as error:
         raise UnsupportedError(
             f"work on a GPU needs CuPy, which launches the kernels and cannot be imported here ({error}): {install()}"
         ) from error
-    return cupy
 
 
 def _cuda_version(number: int) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 from . import cupy as _cupy
 from . import numpy as _numpy
 
-NAME = "DLPack"
+NAME: str = "DLPack"
 
 stream, capturing, upload = _cupy.stream, _cupy.capturing, _cupy.upload
 retain = _cupy.retain_until_done  # the producer may reuse the memory on a stream of its own

@@ -13,15 +13,21 @@ from ..errors import ArgumentError, UnsupportedError
 from . import cupy as _cupy
 from . import dlpack as _dlpack
 
-NAME = "JAX"
+NAME: str = "JAX"
+
+
+def _jax() -> Any:
+    import jax  # at the first array, never earlier
+
+    return jax
+
 
 stream, capturing, upload, empty = _dlpack.stream, _dlpack.capturing, _dlpack.upload, _dlpack.empty
 retain = _cupy.retain_until_done
 
 
 def view(x: Any) -> TensorView:
-    import jax
-
+    jax = _jax()
     if isinstance(x, jax.core.Tracer):
         raise UnsupportedError(
             "jax is tracing it (jit, grad, vmap, scan ...), and this call needs concrete arrays: call it outside of "
@@ -48,8 +54,7 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 
 
 def wrap(view: TensorView) -> Any:
-    import jax
-
+    jax = _jax()
     if view.device == HOST:
         return jax.device_put(view.owner, jax.devices("cpu")[0], may_alias=True)
     return jax.dlpack.from_dlpack(view.owner)

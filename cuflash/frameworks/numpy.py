@@ -11,7 +11,7 @@ from ..array import Device, TensorView, empty_host, of_numpy
 from ..dtypes import DType
 from ..errors import ArgumentError
 
-NAME = "NumPy"
+NAME: str = "NumPy"
 
 
 def view(x: Any) -> TensorView:

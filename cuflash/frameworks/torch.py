@@ -12,17 +12,23 @@ from ..array import HOST, Device, TensorView
 from ..dtypes import BY_NAME, DType
 from ..errors import ArgumentError, UnsupportedError
 
-NAME = "PyTorch"
+NAME: str = "PyTorch"
+
+
+def _torch() -> Any:
+    import torch  # at the first tensor, never earlier
+
+    return torch
 
 
 @cache
 def _dtypes() -> dict[Any, DType]:
-    import torch
-
+    torch = _torch()
     return {getattr(torch, t.name.rstrip("_")): t for t in BY_NAME.values() if hasattr(torch, t.name)}
 
 
 def view(x: Any) -> TensorView:
+    torch = _torch()
     dtype = _dtypes().get(x.dtype)
     if dtype is None:
         raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
@@ -34,17 +40,13 @@ def view(x: Any) -> TensorView:
         device = HOST
     else:
         raise UnsupportedError(f"a tensor on device {kind!r} cannot be read: move it to 'cuda' or 'cpu'")
-    import torch
-
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UnsupportedError(
             "torch.func transforms (grad, vmap, jvp) cannot see through this call: call it outside of them, or use "
             "torch.nn.functional.scaled_dot_product_attention inside"
         )
     if x.layout is not torch.strided or x.is_neg():
-        raise ArgumentError(
-            "a sparse or lazily negated tensor has no plain memory: pass its to_dense() or resolve_neg()"
-        )
+        raise ArgumentError("a sparse or lazily negated tensor has no plain memory: pass to_dense() or resolve_neg()")
     ptr = x.data_ptr()
     if ptr == 0 and x.numel():
         raise ArgumentError(f"a {type(x).__qualname__} has no memory of its own: pass the local torch.Tensor it wraps")
@@ -52,8 +54,7 @@ def view(x: Any) -> TensorView:
 
 
 def refuse_transformed(arrays: dict[str, Any]) -> None:
-    import torch
-
+    torch = _torch()
     if torch.is_grad_enabled():
         for name, x in arrays.items():
             if x.requires_grad:
@@ -72,8 +73,7 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
-    import torch
-
+    torch = _torch()
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
     return view(torch.empty(shape, dtype=getattr(torch, dtype.name), device=where))
 
@@ -83,26 +83,22 @@ def wrap(view: TensorView) -> Any:
 
 
 def written(x: Any) -> None:
-    import torch
-
+    torch = _torch()
     torch.autograd.graph.increment_version(x)  # a backward pass that saved x must see that it has changed
 
 
 def stream(device: int) -> int:
-    import torch
-
+    torch = _torch()
     return torch._C._cuda_getCurrentRawStream(device)
 
 
 def capturing(device: int) -> bool:
-    import torch
-
+    torch = _torch()
     return torch.cuda.is_current_stream_capturing()
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:
-    import torch
-
+    torch = _torch()
     return view(torch.from_numpy(values).to(torch.device("cuda", device[1]), non_blocking=True))
 
 
@@ -111,8 +107,7 @@ def retain(views: Iterable[TensorView], device: int) -> None:
 
 
 def cuda_version() -> str | None:
-    import torch
-
+    torch = _torch()
     if torch.version.hip is not None:
         raise UnsupportedError(
             "this PyTorch is built for AMD GPUs (ROCm), and the kernels are CUDA: use "
