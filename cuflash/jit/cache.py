@@ -80,8 +80,8 @@ def fetch(kind: str, key: str, suffix: str, make: Make) -> Entry:
     if found is not None:
         return found
     with _locked(folder, key) as writable:
-        found = _look(folder if writable else _temporary(kind), key, suffix)
-        if found is not None:
+        found = _look(folder, key, suffix) or (_fallback and _look(_temporary(kind), key, suffix))
+        if found:
             return found
         with _around.get()(), around_builds(contextlib.nullcontext):  # a build inside this one is part of it
             made = make()

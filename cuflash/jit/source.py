@@ -7,7 +7,8 @@ the real files.
     #include <hw/matrix.cuh>    -> hw_cuda/matrix.cuh or hw_emu/matrix.cuh, by target
     #include <variant.cuh>      -> the generated text of `struct Variant`
     #include <tile/mask.cuh>    -> that file under kernels_cu/
-    #include <emu/runtime.h>    -> hw_emu/runtime.h; only inside hw_emu/, which may also include system headers
+
+Only a file of hw_emu/ may include a header of the host's compiler; that stays in the text as it is.
 """
 
 from __future__ import annotations
@@ -148,10 +149,9 @@ class _Flattener:
                 raise CompileError(f"{where}: includes <{VARIANT_FILE}>, but no variant was given")
             self._append(wanted, self._edited(wanted, self.variant), None)
             return True
-        in_emulator = where.startswith("hw_emu/")
-        found = self._find(wanted, beside=includer.parent if includer and include[2] else None, emulator=in_emulator)
+        found = self._find(wanted, beside=includer.parent if includer and include[2] else None)
         if found is None:
-            if in_emulator and include[1]:
+            if where.startswith("hw_emu/") and include[1]:
                 self.out.append(line)  # a system header of the host compiler
                 return True
             raise CompileError(
@@ -164,11 +164,9 @@ class _Flattener:
         self._inline(found, name)
         return True
 
-    def _find(self, wanted: str, beside: Path | None = None, emulator: bool = False) -> Path | None:
+    def _find(self, wanted: str, beside: Path | None = None) -> Path | None:
         if wanted.startswith("hw/"):
             wanted = f"hw_{self.target}/{wanted[3:]}"
-        elif wanted.startswith("emu/") and emulator:
-            wanted = f"hw_emu/{wanted[4:]}"
         for base in [*([beside] if beside else []), *self.search]:
             candidate = base / wanted
             if candidate.is_file():
