@@ -78,8 +78,7 @@ struct RowLoader {
   // The tile whose row 0 is row `begin`, of `rows` rows in all, row_bytes bytes each, `stride` bytes apart.
   HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
     const u8* row_source = source + begin * stride;
-    HW_UNROLL
-    for (i32 step = 0; step < kRows / kRowStep; ++step) {
+    const auto copy_row = [&](i32 step) {
       const bool inside = begin + first_row() + step * kRowStep < rows;
       HW_UNROLL
       for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
@@ -88,6 +87,14 @@ struct RowLoader {
         copy_unit(to, row_source + group * kGroup * 16, left);
       }
       row_source += kRowStep * stride;
+    };
+    if constexpr (kLoadBytes == 16) {
+      HW_UNROLL
+      for (i32 step = 0; step < kRows / kRowStep; ++step) copy_row(step);
+    } else {
+      // NOTE: unrolled, the narrow loads of head dim 256 keep so much in flight that they spill.
+      HW_NO_UNROLL
+      for (i32 step = 0; step < kRows / kRowStep; ++step) copy_row(step);
     }
   }
 
