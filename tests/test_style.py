@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import readme
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cuflash"
@@ -19,8 +20,7 @@ LAYERS = (
     ("array",),
     ("reference",),
     ("trace", "mods"),
-    ("jit",),
-    ("emulator",),
+    ("jit", "emulator"),
     ("ops",),
     ("frameworks",),
     ("validate", "packing"),
@@ -149,11 +149,8 @@ def test_ci_calls_the_command_of_the_readme() -> None:
     assert "README.md" in script and "$test_command" in script
 
 
-def test_the_support_table_is_the_one_supports_gives() -> None:
-    from cuflash.cli.support_table import BEGIN, END, table
-
-    shown = README.partition(BEGIN)[2].partition(END)[0]
-    assert shown.strip() == table().strip(), "refresh it with: python -m cuflash.cli.support_table README.md"
+def test_what_the_readme_quotes_of_the_code_is_what_the_code_says() -> None:
+    assert readme.refreshed(README) == README, "write it anew with: python tests/readme.py"
 
 
 def test_the_example_of_the_readme_runs() -> None:
