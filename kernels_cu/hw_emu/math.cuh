@@ -28,6 +28,7 @@ struct Bfloat16 {
   u16 bits;
 };
 
+HW_DEVICE i32 popcount(u32 x) { return __builtin_popcount(x); }
 HW_DEVICE u32 float_bits(float x) { return __builtin_bit_cast(u32, x); }
 HW_DEVICE float bits_float(u32 x) { return __builtin_bit_cast(float, x); }
 
@@ -48,6 +49,7 @@ HW_DEVICE float min(float a, float b) {
   return a < b || b != b ? a : a == b ? bits_float(float_bits(a) | float_bits(b)) : b;
 }
 HW_DEVICE float abs(float x) { return bits_float(float_bits(x) & 0x7fffffffu); }
+HW_DEVICE float mul(float a, float b) { return a * b; }
 HW_DEVICE float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 HW_DEVICE u32 round_tf32(float x) {

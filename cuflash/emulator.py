@@ -1,0 +1,370 @@
+"""Running kernels without a GPU: launches on the emulator, what they cost, and in which order their threads run.
+
+    with cuflash.emulator.counting() as counters:
+        cuflash.attention(q, k, v)              # under config.backend = "emulator"
+    counters.matrix_instructions                # {"mma_m16n8k16_f16": 128}
+
+    with cuflash.emulator.schedule(seed=7, landing="early"):
+        cuflash.attention(q, k, v)              # another order; the result must have the same bits
+
+A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it is:
+
+    race            two warps use one byte of shared memory, one writes, no block barrier between; or a copy is in flight
+    uninitialised   a read of shared memory that nobody has written
+    out of bounds   an access to shared or global memory outside of what the block or the launch has, or a forbidden write
+    misaligned      an address that is no multiple of the access's size
+    divergence      threads that must meet stand at different instructions
+    collective      lanes wait for others that have exited
+    deadlock        no thread can run on
+    runaway         a block took more steps than allowed
+    fault           a wild pointer, a division by zero, or a stack overflow in the kernel
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from .errors import EmulatorError, require
+
+DEFAULT_SEED = 20260
+LANDINGS = ("late", "early")
+DEFAULT_STEP_LIMIT = 400_000_000  # of one block: accesses and meetings of its threads; some 10 seconds
+MAX_THREADS = 1024
+MAX_SMEM_BYTES = 227 * 1024
+MAX_GRID = (2**31 - 1, 65535, 65535)
+
+__all__ = ["Counters", "Schedule", "counting", "launch", "schedule", "speed"]
+
+
+class Buffer(Protocol):
+    """An array that a launch may touch, see `cuflash.jit.module.Buffer`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def ptr(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def writable(self) -> bool: ...
+
+
+# --- What a launch costs ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Counters:
+    """Sums over the launches counted. Only what is not zero has an entry; a site is "file:line".
+
+    launches              kernels started
+    matrix_instructions   name -> matrix multiplications, e.g. "mma_m16n8k16_f16", one for a whole warp
+    matrix_moves          name -> ldmatrix and stmatrix, likewise
+    barriers              times a block met
+    global_bytes_read     buffer -> bytes asked for by loads and asynchronous copies
+    global_bytes_written  buffer -> bytes
+    global_sectors        32-byte sectors touched, each counted once for an instruction of a warp
+    uncoalesced           site -> sectors beyond those its bytes would fill
+    shared_bytes          bytes of shared memory read and written
+    bank_conflicts        site -> passes over shared memory beyond those its bytes need
+    """
+
+    launches: int = 0
+    matrix_instructions: Counter[str] = field(default_factory=Counter)
+    matrix_moves: Counter[str] = field(default_factory=Counter)
+    barriers: int = 0
+    global_bytes_read: Counter[str] = field(default_factory=Counter)
+    global_bytes_written: Counter[str] = field(default_factory=Counter)
+    global_sectors: int = 0
+    uncoalesced: Counter[str] = field(default_factory=Counter)
+    shared_bytes: int = 0
+    bank_conflicts: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total_matrix_instructions(self) -> int:
+        """Matrix multiplications of all kinds."""
+        return sum(self.matrix_instructions.values())
+
+    def _add(self, text: str) -> None:
+        self.launches += 1
+        groups = {
+            "matrix": self.matrix_instructions,
+            "moves": self.matrix_moves,
+            "read": self.global_bytes_read,
+            "written": self.global_bytes_written,
+            "uncoalesced": self.uncoalesced,
+            "bank_conflicts": self.bank_conflicts,
+        }
+        for line in text.splitlines():
+            group, name, number = line.split("\t")
+            if group == "total":
+                setattr(self, name, getattr(self, name) + int(number))
+            elif int(number):
+                groups[group][name] += int(number)
+
+
+_counting: list[Counters] = []
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counters]:
+    """Counts what every launch on the emulator costs while this lasts, in any thread. Launches run slower meanwhile.
+
+    >>> with counting() as counters:
+    ...     pass
+    >>> counters.launches, counters.total_matrix_instructions
+    (0, 0)
+    """
+    counters = Counters()
+    _counting.append(counters)
+    try:
+        yield counters
+    finally:
+        _counting[:] = [c for c in _counting if c is not counters]
+
+
+# --- In which order ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How launches run.
+
+    seed        draws the order of blocks, and between barriers of warps and lanes
+    landing     "late": an asynchronous copy lands in the wait that covers it; "early": when it is issued
+    step_limit  a block that takes more steps (accesses to memory, meetings of threads) is stopped
+    os_threads  threads of this machine that blocks are spread over. Nothing but time depends on it. None: one for each
+                processor, or CUFLASH_EMULATOR_THREADS; one in a worker of pytest-xdist
+    """
+
+    seed: int = DEFAULT_SEED
+    landing: str = "late"
+    step_limit: int = DEFAULT_STEP_LIMIT
+    os_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            isinstance(self.seed, int) and 0 <= self.seed < 2**64, f"seed={self.seed!r} must be an integer of 64 bits"
+        )
+        require(self.landing in LANDINGS, f"landing={self.landing!r} must be one of {', '.join(LANDINGS)}")
+        require(self.step_limit > 0, f"step_limit={self.step_limit!r} must be at least 1")
+        require(
+            self.os_threads is None or self.os_threads > 0, f"os_threads={self.os_threads!r} must be at least 1, or None"
+        )
+
+
+_schedule = Schedule()
+
+
+@contextlib.contextmanager
+def schedule(
+    *,
+    seed: int | None = None,
+    landing: str | None = None,
+    step_limit: int | None = None,
+    os_threads: int | None = None,
+) -> Iterator[Schedule]:
+    """Sets how launches run while this lasts, in any thread; what is not given stays as it is. See `Schedule`.
+
+    >>> with schedule(seed=3, landing="early") as chosen:
+    ...     chosen.seed, chosen.landing
+    (3, 'early')
+    """
+    global _schedule
+    given = {"seed": seed, "landing": landing, "step_limit": step_limit, "os_threads": os_threads}
+    before = _schedule
+    _schedule = replace(before, **{name: value for name, value in given.items() if value is not None})
+    try:
+        yield _schedule
+    finally:
+        _schedule = before
+
+
+def _os_threads() -> int:
+    if given := os.environ.get("CUFLASH_EMULATOR_THREADS"):
+        require(given.isdecimal() and int(given) > 0, f"CUFLASH_EMULATOR_THREADS={given!r} must be at least 1")
+        return int(given)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return 1  # its siblings have the other processors
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# --- Launching ----------------------------------------------------------------------------------------------------
+
+
+class _Buffer(ctypes.Structure):  # CuflashEmuBuffer in kernels_cu/hw_emu/runtime.cpp, and so on
+    _fields_ = (
+        ("begin", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("writable", ctypes.c_int32),
+    )
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("entry", ctypes.c_void_p),
+        ("params", ctypes.c_void_p),
+        ("grid", ctypes.c_int32 * 3),
+        ("threads", ctypes.c_int32),
+        ("smem_bytes", ctypes.c_uint32),
+        ("buffer_count", ctypes.c_int32),
+        ("buffers", ctypes.POINTER(_Buffer)),
+        ("seed", ctypes.c_uint64),
+        ("step_limit", ctypes.c_uint64),
+        ("early_landing", ctypes.c_int32),
+        ("counting", ctypes.c_int32),
+        ("os_threads", ctypes.c_int32),
+    )
+
+
+class _Result(ctypes.Structure):
+    _fields_ = (("report", ctypes.c_char_p), ("counters", ctypes.c_char_p))
+
+
+@functools.cache
+def _runtime() -> ctypes.CDLL:
+    from .jit import hostcxx
+
+    # Kernels find the runtime's functions among the process's: hence global.
+    library = ctypes.CDLL(str(hostcxx.runtime()), mode=ctypes.RTLD_GLOBAL)
+    library.cuflash_emu_launch.argtypes = (ctypes.POINTER(_Launch), ctypes.POINTER(_Result))
+    library.cuflash_emu_launch.restype = None
+    library.cuflash_emu_free.argtypes = (ctypes.POINTER(_Result),)
+    library.cuflash_emu_free.restype = None
+    return library
+
+
+@functools.cache
+def _entry(library: Path, entry: str) -> tuple[int, int]:
+    """Address of a kernel in a shared object, and the threads of a block it was compiled for."""
+    _runtime()
+    kernels = ctypes.CDLL(str(library))
+    try:
+        address = ctypes.cast(kernels[f"cuflash_emu_entry_{entry}"], ctypes.c_void_p).value
+        threads = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_threads_{entry}").value
+    except (AttributeError, ValueError) as error:
+        raise EmulatorError(f"launch: {library} has no kernel {entry!r}") from error
+    assert address is not None
+    return address, threads
+
+
+def launch(
+    library: Path,
+    entry: str,
+    grid: tuple[int, int, int],
+    threads: int,
+    smem_bytes: int,
+    params: bytes,
+    buffers: Sequence[Buffer],
+    *,
+    seed: int | None = None,
+    landing: str | None = None,
+) -> None:
+    """Runs a kernel to its end.
+
+    library  from `hostcxx.compile`       entry       the kernel's name in it
+    threads  of a block                   smem_bytes  dynamic shared memory of a block
+    params   the bytes of its struct      buffers     every array the params point into
+    seed, landing: see `schedule`, which gives what is None
+
+    Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
+    written stays written.
+    """
+    address, compiled_threads = _entry(library, entry)
+    given = {"seed": seed, "landing": landing}
+    how = replace(_schedule, **{name: value for name, value in given.items() if value is not None})
+    shape = f"kernel {entry}, grid {grid}, {threads} threads, {smem_bytes} bytes of shared memory"
+    _check_shape(shape, grid, threads, compiled_threads, smem_bytes)
+
+    table = (_Buffer * max(1, len(buffers)))()
+    for at, buffer in enumerate(buffers):
+        table[at] = _Buffer(buffer.ptr, buffer.nbytes, buffer.name.encode(), buffer.writable)
+    memory = ctypes.create_string_buffer(len(params) + 64)
+    start = -ctypes.addressof(memory) % 64  # as aligned as a struct may ask
+    memory[start : start + len(params)] = params
+    counted = tuple(_counting)
+    request = _Launch(
+        entry=address,
+        params=ctypes.addressof(memory) + start,
+        grid=grid,
+        threads=threads,
+        smem_bytes=smem_bytes,
+        buffer_count=len(buffers),
+        buffers=table,
+        seed=how.seed,
+        step_limit=how.step_limit,
+        early_landing=how.landing == "early",
+        counting=bool(counted),
+        os_threads=how.os_threads or _os_threads(),
+    )
+    result = _Result()
+    _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))
+    try:
+        report, counters = result.report, result.counters
+    finally:
+        _runtime().cuflash_emu_free(ctypes.byref(result))
+    if counters is not None:
+        for each in counted:
+            each._add(counters.decode())
+    if report is not None:
+        again = f"cuflash.emulator.schedule(seed={how.seed}, landing={how.landing!r})"
+        raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
+
+
+def _check_shape(shape: str, grid: tuple[int, int, int], threads: int, compiled_threads: int, smem_bytes: int) -> None:
+    """What CUDA refuses to launch, and what a whole warp needs."""
+    if len(grid) != 3 or not all(0 < n <= most for n, most in zip(grid, MAX_GRID, strict=True)):
+        raise EmulatorError(f"launch: {shape}: a grid has 1 to {MAX_GRID} blocks")
+    if not 0 < threads <= MAX_THREADS or threads % 32:
+        raise EmulatorError(f"launch: {shape}: a block has whole warps of 32, at most {MAX_THREADS} threads")
+    if threads > compiled_threads:
+        raise EmulatorError(f"launch: {shape}: HW_KERNEL promises at most {compiled_threads} threads")
+    if not 0 <= smem_bytes <= MAX_SMEM_BYTES:
+        raise EmulatorError(f"launch: {shape}: a block has at most {MAX_SMEM_BYTES} bytes of shared memory")
+
+
+# --- Speed --------------------------------------------------------------------------------------------------------
+
+
+def speed(seconds: float = 0.5) -> float:
+    """`mma.m16n8k16` a second on one processor in a small attention kernel (kernels_cu/hw_emu/speed.cu), the best of
+    runs that take `seconds` in all. Compiles the kernel if need be.
+    """
+    from .jit import hostcxx, layout, source
+
+    require(seconds > 0, f"seconds={seconds} must be more than 0")
+    text = source.flatten("hw_emu/speed.cu", "emu")
+    library = hostcxx.compile(text)
+    length, dim, heads = 512, 64, 1
+    memory = ctypes.create_string_buffer(4 * length * dim * 2 + 16)
+    begin = ctypes.addressof(memory) + -ctypes.addressof(memory) % 16
+    pointers = {name: begin + at * length * dim * 2 for at, name in enumerate(("q", "k", "v", "out"))}
+    params = layout.parse(text, "SpeedParams").pack(**pointers, k_len=length, scale_log2=0.18)
+    buffers = [_Extent(name, pointer, length * dim * 2, name == "out") for name, pointer in pointers.items()]
+    instructions = 2 * (length // 16) * (length // 8) * (dim // 16) * heads
+    best, end = 0.0, time.perf_counter() + seconds
+    with schedule(os_threads=1):
+        while True:
+            start = time.perf_counter()
+            launch(library, "cuflash_emu_speed", (length // 64, heads, 1), 128, 3 * 64 * dim * 2, params, buffers)
+            now = time.perf_counter()
+            best = max(best, instructions / (now - start))
+            if now > end:
+                return best
+
+
+@dataclass(frozen=True)
+class _Extent:
+    name: str
+    ptr: int
+    nbytes: int
+    writable: bool
