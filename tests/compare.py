@@ -1,0 +1,191 @@
+"""When is a result right? The rule of every numerical test, and the naive attention it needs.
+
+A kernel that rounds as it must cannot match the oracle (float64) to a fixed number of digits: how far it may be off
+depends on the data. So the allowance is measured: the same maths done naively in the working dtype, rounding after
+every step as eager code does, is off by some amount; a good kernel is off by no more than twice that, plus a few units
+in the last place for rows where the naive way is right by luck. flash-attn's own tests have this rule for a whole
+array; here it holds for each row, since a wrong row in a long sequence is small beside the errors of short ones.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from cuflash import reference
+
+# Units in the last place allowed on top, times the sum of the magnitudes that were added up. Rounding the weights and
+# then the result to 16 bits costs at most half a unit each. In float32 the matrix units sum in an order of their own,
+# and products take three passes of tf32: some tens of units; a single pass would be a thousand times worse.
+ULPS = {"float16": 1, "bfloat16": 1, "float32": 64, "float64": 64}
+
+
+def close(
+    actual: np.ndarray,
+    oracle: np.ndarray,
+    naive: np.ndarray,
+    *,
+    dtype: Any = None,
+    magnitude: np.ndarray | float | None = None,
+    factor: float = 2.0,
+    slack: float = 0.0,
+    name: str = "out",
+) -> float:
+    """Assert that `actual` is as near to `oracle` as the rule asks; returns the largest error over its allowance.
+
+    The allowance of a row (the last axis) is `factor` times the naive way's largest error in it, plus ULPS units in
+    the last place of `dtype` (actual's own) times `magnitude` (default: the oracle's), plus `slack`. Infinities and
+    NaN must stand exactly where the oracle has them.
+    """
+    assert actual.shape == oracle.shape, f"{name}: shape {actual.shape}, expected {oracle.shape}"
+    dtype = np.dtype(dtype or actual.dtype)
+    actual, oracle, naive = (np.asarray(x, np.float64) for x in (actual, oracle, naive))
+    if actual.size == 0:
+        return 0.0
+    for what, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        wrong = test(actual) != test(oracle)
+        if wrong.any():
+            at = _first(wrong)
+            raise AssertionError(
+                f"{name}: {what} misplaced in {wrong.sum()} of {wrong.size} elements ({(wrong & test(actual)).sum()} "
+                f"too many), the first at {at}: {actual[at]}, expected {oracle[at]}"
+            )
+    finite = np.isfinite(oracle)
+    oracle = np.where(finite, oracle, 0)
+    error = np.abs(np.where(finite, actual, 0) - oracle)
+    naive_error = np.where(finite & np.isfinite(naive), np.abs(np.where(finite, naive, 0) - oracle), 0)
+    magnitude = np.abs(oracle) if magnitude is None else np.where(np.isfinite(magnitude), magnitude, 0)
+    tiny = float(ml_dtypes.finfo(dtype).smallest_subnormal)
+    units = ULPS[dtype.name] * float(ml_dtypes.finfo(dtype).eps) * magnitude
+    allowed = factor * naive_error.max(axis=-1, keepdims=True) + units + slack + tiny
+    ratio = error / allowed
+    if (ratio > 1).any():
+        at = np.unravel_index(ratio.argmax(), ratio.shape)
+        at = tuple(int(i) for i in at)
+        raise AssertionError(
+            f"{name}: {(ratio > 1).sum()} of {ratio.size} elements off by more than allowed, in "
+            f"{(ratio > 1).any(axis=-1).sum()} rows; the worst at {at}: {actual[at]:.9g}, expected {oracle[at]:.9g}, "
+            f"off by {error[at]:.3g} where {np.broadcast_to(allowed, error.shape)[at]:.3g} is allowed and the naive "
+            f"way is off by {naive_error[at]:.3g}; first wrong element {_first(ratio > 1)}"
+        )
+    return float(ratio.max())
+
+
+def _first(where: np.ndarray) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.argwhere(where)[0])
+
+
+def check_forward(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray | None = None,
+    max_logit: np.ndarray | None = None,
+    **keywords: Any,
+) -> float:
+    """Assert that a forward result follows the rule; `keywords` as of `reference.attention`. Returns the worst ratio.
+
+    lse and max_logit are float32 whatever the arrays are, and are held to it: a key left out of a long row shows there
+    first. A hardware tanh is right to 2**-11 of its value, which softcap then multiplies.
+    """
+    # The second half of the values is there for sum_j p_j |v_j|: what rounding the weights is relative to.
+    both, *oracle = reference.attention(
+        q, k, np.concatenate([v, np.abs(v)], axis=-1), compute_dtype=np.float64, **keywords
+    )
+    oracle_out, magnitude = np.split(both, 2, axis=-1)
+    naive_out, *_ = naive(q, k, v, **keywords)
+    _, *exact = reference.attention(q, k, v, compute_dtype=np.float32, **keywords)
+    scale = keywords.get("scale")
+    largest = _largest_score(q, k, q.shape[-1] ** -0.5 if scale is None else scale)
+    slack, softcap = 0.0, keywords.get("softcap", 0.0)
+    if softcap:
+        largest = min(largest, softcap)
+        slack = largest * 2.0**-10 if out.dtype.itemsize == 2 else 0.0
+    if keywords.get("alibi_slopes") is not None:
+        largest += float(np.abs(keywords["alibi_slopes"]).max(initial=0)) * max(q.shape[-3], k.shape[-3])
+    worst = close(out, oracle_out, naive_out, magnitude=magnitude, factor=3.0 if softcap else 2.0)
+    for name, actual, right, rough in zip(("lse", "max_logit"), (lse, max_logit), oracle, exact, strict=True):
+        if actual is not None:
+            assert actual.dtype == np.float32, f"{name}.dtype={actual.dtype}, expected float32"
+            ratio = close(actual, right, rough, magnitude=max(1.0, largest), slack=slack, name=name)
+            worst = max(worst, ratio)
+    return worst
+
+
+def _largest_score(q: np.ndarray, k: np.ndarray, scale: float) -> float:
+    """A bound of |scale * q.k|, by the norms of the rows; rows of NaN belong to nobody."""
+    norms = [np.linalg.norm(np.nan_to_num(x.astype(np.float64), nan=0.0), axis=-1).max(initial=0) for x in (q, k)]
+    return float(abs(scale) * norms[0] * norms[1])
+
+
+def naive(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    seqused_q: Any = None,
+    seqused_k: Any = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: np.ndarray | None = None,
+    sink: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Attention as eager code does it, every intermediate rounded to q's dtype -> (out, lse, max_logit) in float32.
+
+    Written without a look at `reference`: one head at a time, the whole score matrix at once.
+    """
+    dtype = q.dtype
+    wide = np.float64 if dtype == np.float64 else np.float32
+
+    def rounded(x: Any) -> np.ndarray:
+        return np.asarray(x).astype(dtype).astype(wide)
+
+    dense = cu_seqlens_q is None
+    batch = q.shape[0] if dense else len(cu_seqlens_q) - 1
+    heads_q, heads_kv = q.shape[-2], k.shape[-2]
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), wide)
+    lse = np.full((batch, heads_q, q.shape[1]) if dense else (heads_q, q.shape[0]), -np.inf, wide)
+    max_logit = np.full_like(lse, -np.inf)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    left, right = (10**9 if w is None or w < 0 else w for w in window_size)
+    right = min(right, 0) if causal else right
+    for b in range(batch):
+        if dense:
+            q_b, k_b, v_b, out_b, lse_b, max_b = q[b], k[b], v[b], out[b], lse[b], max_logit[b]
+        else:
+            rows_q = slice(int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]))
+            rows_k = slice(int(cu_seqlens_k[b]), int(cu_seqlens_k[b + 1]))
+            q_b, k_b, v_b, out_b = q[rows_q], k[rows_k], v[rows_k], out[rows_q]
+            lse_b, max_b = lse[:, rows_q], max_logit[:, rows_q]
+        m = len(q_b) if seqused_q is None else int(seqused_q[b])
+        n = len(k_b) if seqused_k is None else int(seqused_k[b])
+        offset = np.arange(n) - (np.arange(m)[:, None] + n - m)
+        keep = (offset >= -left) & (offset <= right)
+        for h in range(heads_q):
+            h_kv = h // (heads_q // heads_kv)
+            with np.errstate(all="ignore"):
+                s = rounded(q_b[:m, h].astype(wide) @ k_b[:n, h_kv].astype(wide).T)
+                s = rounded(s * rounded(scale))
+                if softcap:
+                    s = rounded(rounded(np.tanh(rounded(s / softcap))) * softcap)
+                if alibi_slopes is not None:
+                    slope = np.broadcast_to(alibi_slopes, (batch, heads_q))[b, h]
+                    s = rounded(s - rounded(slope * np.abs(offset)))
+                s = np.where(keep, s, -np.inf)
+                max_b[h, :m] = s.max(axis=1, initial=-np.inf)
+                if sink is not None:
+                    s = np.concatenate([s, np.full((m, 1), rounded(sink[h]), wide)], axis=1)
+                top = s.max(axis=1, initial=-np.inf, keepdims=True)
+                e = np.exp(s - np.where(np.isneginf(top), 0, top))
+                total = e.sum(axis=1, keepdims=True)
+                p = rounded(np.where(total == 0, 0, e / total))[:, :n]
+                out_b[:m, h] = rounded(p @ v_b[:n, h_kv].astype(wide))
+                lse_b[h, :m] = (np.where(np.isneginf(top), 0, top) + np.log(total))[:, 0]
+    return out, lse, max_logit

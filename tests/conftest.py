@@ -1,0 +1,88 @@
+"""What every test run shares: the seed, the kernel cache, the tests that need a GPU, and a closing account.
+
+CUFLASH_TEST_SEED   an integer draws other cases; "random" draws one, and prints it; unset: always the same cases
+CUFLASH_CACHE_DIR   compiled kernels; unset: a folder in pytest's cache, so that a second run compiles nothing
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import secrets
+import sys
+import tempfile
+from collections import Counter
+
+# Tests run side by side, one a core: threads of BLAS on top would only wait for each other. Before NumPy is imported.
+for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+import hypothesis  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+DEFAULT_SEED = "20260"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Set in the environment, which parallel workers and subprocesses of tests inherit.
+    if os.environ.setdefault("CUFLASH_TEST_SEED", DEFAULT_SEED) == "random":
+        os.environ["CUFLASH_TEST_SEED"] = str(secrets.randbelow(2**31))
+    if "CUFLASH_CACHE_DIR" not in os.environ:
+        cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
+        os.environ["CUFLASH_CACHE_DIR"] = str(cache.mkdir("cuflash-kernels")) if cache else tempfile.mkdtemp()
+    # Hypothesis repeats its examples likewise; a failing one prints what makes it again. A machine's speed is no bug.
+    settled = os.environ["CUFLASH_TEST_SEED"] == DEFAULT_SEED
+    hypothesis.settings.register_profile("cuflash", derandomize=settled, deadline=None, print_blob=True)
+    hypothesis.settings.load_profile("cuflash")
+    # NumPy tells of overflow and NaN made unawares by RuntimeWarning; the host side of cuflash must not cause any.
+    config.addinivalue_line("filterwarnings", "error::RuntimeWarning")
+    config.addinivalue_line("filterwarnings", "error:::cuflash")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    gpu_items = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu_items and (missing := why_no_gpu()):
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason=f"gpu test: {missing}"))
+
+
+def why_no_gpu() -> str:
+    """What is missing to run CUDA kernels here; "" if nothing is."""
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return "no NVIDIA driver"
+    try:
+        import cupy
+    except ImportError:
+        return "CuPy is not installed"
+    try:
+        return "" if cupy.cuda.runtime.getDeviceCount() > 0 else "no CUDA device"
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return str(error)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        for report in skipped
+    )
+    write = terminalreporter.write_line
+    write(f"seed {os.environ['CUFLASH_TEST_SEED']}; CUFLASH_TEST_SEED={os.environ['CUFLASH_TEST_SEED']} repeats it")
+    write(f"gpu tests skipped: {sum('gpu' in report.keywords for report in skipped)}")
+    for reason, count in sorted(reasons.items()):
+        write(f"skipped {count}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def seed() -> int:
+    """The seed of this run's random draws."""
+    return int(os.environ["CUFLASH_TEST_SEED"])
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest, seed: int) -> np.random.Generator:
+    """Random numbers of this test's own, from the seed and its name, whatever else runs before or beside it."""
+    return np.random.default_rng([seed, *request.node.nodeid.encode()])
