@@ -1,0 +1,144 @@
+"""PyTorch tensors on the CPU: the same numbers as NumPy's, in place, and never a silent zero for a gradient."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+from samples import DTYPES, sample
+
+import cuflash
+from cuflash import packing
+from cuflash.errors import ArgumentError, UnsupportedError
+
+torch = pytest.importorskip("torch")
+
+
+def to_torch(x: np.ndarray):
+    if x.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(x.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(x)
+
+
+def to_numpy(x) -> np.ndarray:
+    if x.dtype == torch.bfloat16:
+        return x.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return x.numpy()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_as_numpy_without_a_copy(backend, addresses, rng, dtype):
+    s = sample(rng, dtype)
+    expected = cuflash.attention(**s.arrays, causal=True, aux=("lse", "max_logit"))
+    tensors = {name: to_torch(x) for name, x in s.arrays.items()}
+    result = cuflash.attention(**tensors, causal=True, aux=("lse", "max_logit"))
+    for name, x in s.arrays.items():
+        assert addresses[name] == tensors[name].data_ptr() == x.ctypes.data, f"{name} was copied"
+    for got, want in zip(result[:3], expected[:3], strict=True):
+        assert type(got) is torch.Tensor and got.device.type == "cpu" and got.is_contiguous()
+        np.testing.assert_array_equal(to_numpy(got), want)
+
+
+def test_out_and_the_result_are_the_memory_written(backend, addresses):
+    q = torch.randn(2, 5, 4, 64, dtype=torch.bfloat16)
+    result = cuflash.attention(q, q, q)
+    if backend == "emulator":
+        assert addresses["out"] == result.data_ptr()
+    out = torch.zeros_like(q)
+    version = out._version
+    assert cuflash.attention(q, q, q, out=out) is out
+    assert torch.equal(out, result)
+    assert out._version > version, "autograd must be able to see that out has changed"
+
+
+def test_transposed_and_sliced_tensors(backend, addresses):
+    x = torch.randn(2, 4, 9, 3, 64).half()[:, :, :, 0].transpose(1, 2)  # [batch, len, heads, d] of [batch, heads, len, d]
+    result = cuflash.attention(x, x, x)
+    assert addresses["q"] == x.data_ptr()
+    assert torch.equal(result, cuflash.attention(*[x.contiguous()] * 3))
+
+
+def test_expanded_tensors_and_empty_ones(backend):
+    q = torch.randn(1, 4, 1, 64).half().expand(3, 4, 2, 64)
+    assert torch.equal(cuflash.attention(q, q, q), cuflash.attention(*[q.contiguous()] * 3))
+    empty = torch.empty(0, 4, 2, 64)
+    assert cuflash.attention(empty, empty, empty).shape == empty.shape
+
+
+def test_cu_seqlens_as_a_list_or_numpy(backend, rng):
+    s = sample(rng, "float16")
+    q, k, v = (to_torch(x) for x in (s.q, s.k, s.v))
+    want = cuflash.attention(q, k, v, **{n: to_torch(x) for n, x in s.lengths.items()})
+    assert torch.equal(cuflash.attention(q, k, v, **s.lengths), want)
+    assert torch.equal(cuflash.attention(q, k, v, **{n: x.tolist() for n, x in s.lengths.items()}), want)
+
+
+def test_packing_meets_attention(backend):
+    sequences = [torch.randn(n, 2, 64).half() for n in (3, 0, 5)]
+    packed = packing.pack(sequences)
+    out = cuflash.attention(
+        packed.data, packed.data, packed.data, cu_seqlens_q=packed.cu_seqlens, cu_seqlens_k=packed.cu_seqlens
+    )
+    for got, x in zip(packing.unpack(out, packed.cu_seqlens), sequences, strict=True):
+        assert torch.equal(got, cuflash.attention(x[None], x[None], x[None])[0])
+
+
+# --- gradients ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "alibi_slopes", "sink", "out"])
+def test_a_needed_gradient_is_refused(name):
+    arrays = {n: torch.randn(1, 3, 2, 8) for n in ("q", "k", "v", "out")}
+    arrays |= {n: torch.randn(2) for n in ("alibi_slopes", "sink")}
+    arrays[name].requires_grad_()
+    with pytest.raises(UnsupportedError, match=rf"{name}\.requires_grad .*torch\.no_grad\(\) .*{name}\.detach\(\)"):
+        cuflash.attention(**arrays)
+    with torch.no_grad():
+        result = cuflash.attention(**arrays)
+    assert not result.requires_grad or result is arrays["out"]
+    with torch.inference_mode():
+        cuflash.attention(**arrays)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(lambda y: f(y).sum())(x),
+        lambda f, x: torch.func.vmap(f)(x[None]),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+def test_function_transforms_are_refused(transform):
+    with pytest.raises(UnsupportedError, match=r"torch\.func"):
+        transform(lambda x: cuflash.attention(x, x, x), torch.ones(1, 2, 2, 8))
+
+
+def test_forward_mode_differentiation_is_refused():
+    x = torch.ones(1, 2, 2, 8)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            cuflash.attention(dual, x, x)
+        assert cuflash.attention(x, x, x).shape == x.shape
+
+
+def test_parameters_and_modules_under_no_grad():
+    parameter = torch.nn.Parameter(torch.ones(1, 2, 2, 8))
+    with torch.no_grad():
+        assert type(cuflash.attention(parameter, parameter, parameter)) is torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "make, match",
+    [
+        (lambda x: x.to("meta"), "device 'meta'"),
+        (lambda x: x.to_sparse(), "sparse"),
+        (lambda x: torch._neg_view(x), "negated"),
+        (lambda x: x.to(torch.complex64), "complex64"),
+    ],
+)
+def test_tensors_without_plain_memory_are_refused(make, match):
+    x = torch.ones(1, 2, 2, 8)
+    with pytest.raises((ArgumentError, UnsupportedError), match=match):
+        cuflash.attention(x, make(x), x)
