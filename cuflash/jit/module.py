@@ -288,16 +288,29 @@ class CudaKernel(Kernel):
     @functools.cached_property
     def function(self) -> Any:
         """CuPy's RawKernel, loaded on this kernel's device, its shared memory allowed."""
-        cupy = _cupy()
+        return self._loaded[0]
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Any, Any, Any, Any]:
+        """(RawKernel, and what a launch needs of CuPy: getDevice, Device, CPointer)."""
+        try:
+            import cupy
+            from cupy.cuda import function as cupy_function
+            from cupy.cuda import runtime
+        except ImportError as error:
+            raise UnsupportedError(
+                'device arrays need CuPy: pip install "cuflash[cuda13]" '
+                '("cuflash[cuda12]" for a driver older than 580)'
+            ) from error
         with cupy.cuda.Device(self.device):
-            function = cupy.RawModule(path=str(self.path)).get_function(self.spec.entry)
+            kernel = cupy.RawModule(path=str(self.path)).get_function(self.spec.entry)
             if self.spec.smem_bytes > DEFAULT_SMEM_BYTES:
-                function.max_dynamic_shared_size_bytes = self.spec.smem_bytes
-            function.compile()
-        return function
+                kernel.max_dynamic_shared_size_bytes = self.spec.smem_bytes
+            kernel.compile()
+        return kernel, runtime.getDevice, cupy.cuda.Device, cupy_function.CPointer
 
     def prepare(self) -> None:
-        _ = self.function
+        _ = self._loaded
 
     def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
         launch_cuda(self, grid, self.block, params, self.spec.smem_bytes, stream)
@@ -312,19 +325,16 @@ def launch_cuda(
     stream: int | None,
 ) -> None:
     """The one place where a kernel meets the GPU. The driver copies `params` before this returns."""
-    from cupy.cuda import runtime
-    from cupy.cuda.function import CPointer
-
-    function = kernel.function
+    function, current_device, device, pointer = kernel._loaded
     value = ctypes.create_string_buffer(params, len(params))
     # CuPy passes a CPointer's address as the address of the argument: the struct goes by value, at a quarter of the
     # cost of a structured NumPy scalar.
-    args = (CPointer(ctypes.addressof(value)),)
+    args = (pointer(ctypes.addressof(value)),)
     where = None if stream is None else _Stream(stream)
-    if runtime.getDevice() == kernel.device:
+    if current_device() == kernel.device:
         function(grid, block, args, shared_mem=smem_bytes, stream=where)
     else:
-        with _cupy().cuda.Device(kernel.device):
+        with device(kernel.device):
             function(grid, block, args, shared_mem=smem_bytes, stream=where)
 
 
@@ -344,16 +354,6 @@ class EmulatedKernel(Kernel):
         from .. import emulator
 
         emulator.launch(self.path, self.spec.entry, grid, self.spec.threads, self.spec.smem_bytes, params, buffers)
-
-
-def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise UnsupportedError(
-            'device arrays need CuPy: pip install "cuflash[cuda13]", or "cuflash[cuda12]" for a driver older than 580'
-        ) from error
-    return cupy
 
 
 # --- Loading ------------------------------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def parse_resources(log: str) -> dict[str, Resources]:
 def parse_warnings(log: str) -> tuple[str, ...]:
     """The lines of a log that warn: the front end's, and ptxas' about lost performance."""
     shown = re.compile(r"\bwarning\b|Potential Performance Loss")
-    return tuple(line.strip() for line in log.splitlines() if shown.search(line))
+    return tuple(s.strip() for s in log.splitlines() if shown.search(s) and not s.startswith("Remark"))
 
 
 def _failure(text: str, log: str, name: str, what: str) -> CompileError:
