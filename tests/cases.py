@@ -252,8 +252,11 @@ def poisoned(shape: tuple[int, ...], dtype: Any, *, layout: str = "contiguous", 
         steps.append(block)
         block *= n
     strides = tuple(s * dtype.itemsize for s in reversed(steps))
-    buffer = np.full(2 * _GUARD + 128 + (block + offset) * dtype.itemsize, POISON, np.uint8)
-    begin = _GUARD + -(buffer.ctypes.data + _GUARD) % 128 + offset * dtype.itemsize
+    size = 2 * _GUARD + (block + offset) * dtype.itemsize
+    memory = np.full(size + 127, POISON, np.uint8)
+    aligned = -memory.ctypes.data % 128
+    buffer = memory[aligned : aligned + size]  # so that a copy on a device is aligned alike
+    begin = _GUARD + offset * dtype.itemsize
     return Poisoned(np.ndarray(shape, dtype, buffer.data, begin, strides), buffer)
 
 
