@@ -57,7 +57,9 @@ def test_lengths_as_lists(backend, rng):
     )
 
 
-@pytest.mark.parametrize("shape_q, shape_k", [((0, 3, 2, 64),) * 2, ((2, 0, 2, 64),) * 2, ((2, 3, 2, 64), (2, 0, 2, 64))])
+@pytest.mark.parametrize(
+    "shape_q, shape_k", [((0, 3, 2, 64),) * 2, ((2, 0, 2, 64),) * 2, ((2, 3, 2, 64), (2, 0, 2, 64))]
+)
 def test_empty_arrays(backend, shape_q, shape_k):
     q, k = np.ones(shape_q, np.float16), np.ones(shape_k, np.float16)
     result = cuflash.attention(q, k, k, aux=("lse",))

@@ -52,7 +52,9 @@ def test_out_and_the_result_are_the_memory_written(backend, addresses):
 
 
 def test_transposed_and_sliced_tensors(backend, addresses):
-    x = torch.randn(2, 4, 9, 3, 64).half()[:, :, :, 0].transpose(1, 2)  # [batch, len, heads, d] of [batch, heads, len, d]
+    x = (
+        torch.randn(2, 4, 9, 3, 64).half()[:, :, :, 0].transpose(1, 2)
+    )  # [batch, len, heads, d] of [batch, heads, len, d]
     result = cuflash.attention(x, x, x)
     assert addresses["q"] == x.data_ptr()
     assert torch.equal(result, cuflash.attention(*[x.contiguous()] * 3))

@@ -1,0 +1,221 @@
+"""The CUDA path without a GPU: launches are recorded, and their very bytes then run on the emulator.
+
+    with recording() as recorder:
+        q = recorder.arrays["torch"](host_q)         # a CUDA tensor whose memory nobody may touch
+        out = cuflash.attention(q, ...)
+        recorder.replay()                            # the recorded bytes, pointers exchanged for host memory
+        result = recorder.host(out)
+
+Device memory is a mapping without access rights: whatever on the host looked into it would crash. `arrays` holds one
+way to make a device array a framework: real CuPy arrays where CuPy is installed, and always stand-ins, which have what
+an adapter reads and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import mmap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from cuflash import arch, array, dtypes, frameworks
+from cuflash.array import TensorView
+from cuflash.jit import layout, module
+from cuflash.ops import forward
+
+STREAM = 0x57EA  # the address of every framework's current stream
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What would have gone to the driver."""
+
+    kernel: module.CudaKernel
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    params: bytes
+    smem_bytes: int
+    stream: int | None
+
+
+@dataclass
+class Recorder:
+    """Launches, in order; and the host arrays that stand behind device addresses."""
+
+    launches: list[Launch] = field(default_factory=list)
+    behind: dict[int, tuple[mmap.mmap, np.ndarray]] = field(default_factory=dict)
+    uploads: list[np.ndarray] = field(default_factory=list)
+    waits: list[int] = field(default_factory=list)  # streams that DLPack producers were asked to make wait
+    retained: list[list[TensorView]] = field(default_factory=list)
+    capturing: bool = False
+
+    @property
+    def arrays(self) -> dict[str, Callable[[np.ndarray], Any]]:
+        made: dict[str, Callable[[np.ndarray], Any]] = {"cupy stand-in": self._cupy_like, "dlpack": self._producer}
+        if importlib.util.find_spec("cupy"):
+            made["cupy"] = self._cupy
+        if importlib.util.find_spec("torch"):
+            made["torch"] = self._torch
+        return made
+
+    def address(self, host: np.ndarray) -> int:
+        """A device address for the contents of a host array."""
+        region = mmap.mmap(-1, max(host.nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, 0)
+        address = np.frombuffer(region, np.uint8).ctypes.data
+        self.behind[address] = (region, host)
+        return address
+
+    def host(self, x: Any) -> np.ndarray:
+        """The host array behind a device array."""
+        framework = frameworks.of(x)
+        return self.behind[framework.view(x).ptr][1]
+
+    def empty(self, shape: tuple[int, ...], dtype: dtypes.DType) -> np.ndarray:
+        """Host memory for a result, full of what an uninitialised one may hold."""
+        x = array.empty_host(shape, dtype)
+        x.reshape(-1).view(np.uint8)[...] = 0xFF  # NaN
+        return x
+
+    def replay(self) -> None:
+        """Run the latest launch on the emulator: the same bytes, but each address exchanged for the host's."""
+        launch = self.launches[-1]
+        struct = layout.load(launch.kernel.spec.params)
+        fields = struct.unpack(launch.params)
+        buffers = []
+        for name in forward.POINTERS:
+            if fields[name]:
+                host = self.behind[fields[name]][1]
+                fields[name] = host.ctypes.data
+                buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in ("out", "lse", "max_logit")))
+        kernel = module.load(launch.kernel.spec, launch.kernel.arch, "emulator")
+        kernel.launch(launch.grid, struct.pack(**fields), buffers=buffers)
+
+    # Device arrays of each kind, for the contents of a contiguous host array.
+
+    def _cupy(self, host: np.ndarray) -> Any:
+        import cupy
+
+        memory = cupy.cuda.UnownedMemory(self.address(host), host.nbytes, host, device_id=0)
+        return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0))
+
+    def _cupy_like(self, host: np.ndarray) -> Any:
+        return CupyArray(self.address(host), host)
+
+    def _torch(self, host: np.ndarray) -> Any:
+        import torch
+
+        address = self.address(host)
+
+        class CudaTensor(torch.Tensor):
+            def data_ptr(self) -> int:
+                return address
+
+            @classmethod
+            def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                raise AssertionError(f"{func} was called on a device tensor")
+
+        strides = [s // host.itemsize for s in host.strides]
+        dtype = getattr(torch, host.dtype.name)
+        return torch.Tensor._make_wrapper_subclass(
+            CudaTensor, host.shape, strides=strides, dtype=dtype, device=torch.device("cuda", 0)
+        )
+
+    def _producer(self, host: np.ndarray) -> Any:
+        return Producer(self, self.address(host), host)
+
+
+class CupyArray:
+    """What the CuPy adapter reads of an array."""
+
+    __module__ = "cupy._core.core"
+
+    class _Pointer:
+        def __init__(self, ptr: int) -> None:
+            self.ptr, self.device_id = ptr, 0
+
+    def __init__(self, address: int, host: np.ndarray) -> None:
+        self.data = self._Pointer(address)
+        self.shape, self.strides, self.dtype = host.shape, host.strides, host.dtype
+
+
+class Producer:
+    """A device array of another library: the DLPack protocol, in its first edition, and nothing else."""
+
+    def __init__(self, recorder: Recorder, address: int, host: np.ndarray) -> None:
+        self.recorder, self.address, self.host = recorder, address, host
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return (2, 0)
+
+    def __dlpack__(self, stream: int) -> Any:
+        self.recorder.waits.append(stream)
+        host, dtype = self.host, dtypes.BY_NUMPY[self.host.dtype]
+        # DLManagedTensor begins with its DLTensor; its deleter stays null, as the memory is the recorder's.
+        self.tensor = tensor = array._DLTensor(
+            data=self.address,
+            device_type=2,
+            ndim=host.ndim,
+            dtype_code=dtype.dlpack[0],
+            dtype_bits=dtype.dlpack[1],
+            dtype_lanes=1,
+            shape=(ctypes.c_int64 * host.ndim)(*host.shape),
+            strides=(ctypes.c_int64 * host.ndim)(*(s // host.itemsize for s in host.strides)),
+        )
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(tensor), b"dltensor", None)
+
+
+@contextlib.contextmanager
+def recording(name: str = "sm_90a") -> Iterator[Recorder]:
+    """No driver, no CuPy and no GPU needed: what would ask one of them is replaced while this lasts."""
+    recorder = Recorder()
+
+    def launch_cuda(kernel: Any, grid: Any, block: Any, params: bytes, smem_bytes: int, stream: int | None) -> None:
+        recorder.launches.append(Launch(kernel, grid, block, params, smem_bytes, stream))
+
+    def allocate(make: Callable[[np.ndarray], Any], view: Callable[[Any], TensorView]) -> Callable[..., TensorView]:
+        return lambda shape, dtype, device: view(make(recorder.empty(shape, dtype)))
+
+    def upload_as(make: Callable[[np.ndarray], Any], view: Callable[[Any], TensorView]) -> Callable[..., TensorView]:
+        def upload(values: np.ndarray, device: array.Device) -> TensorView:
+            recorder.uploads.append(values)
+            return view(make(values.copy()))
+
+        return upload
+
+    with contextlib.ExitStack() as stack:
+
+        def replace(target: Any, **functions: Any) -> None:
+            for attribute, function in functions.items():
+                stack.enter_context(mock.patch.object(target, attribute, function))
+
+        replace(module, launch_cuda=launch_cuda)
+        replace(frameworks.cupy, arch_of=lambda device, cuda_version=None: arch.named(name))
+        makers = {
+            frameworks.cupy: recorder._cupy_like,
+            frameworks.dlpack: recorder._cupy_like,
+            frameworks.torch: recorder._torch,
+        }
+        for adapter, make in makers.items():
+            view = frameworks.torch.view if adapter is frameworks.torch else frameworks.cupy.view
+            replace(
+                adapter,
+                empty=allocate(make, view),
+                upload=upload_as(make, view),
+                stream=lambda device: STREAM,
+                capturing=lambda device: recorder.capturing,
+            )
+        replace(frameworks.dlpack, retain=lambda views, device: recorder.retained.append(list(views)))
+        if importlib.util.find_spec("torch"):
+            replace(frameworks.torch, cuda_version=lambda: "13.0")
+        yield recorder
+
+
+KINDS = ["cupy stand-in", "dlpack", *(name for name in ("cupy", "torch") if importlib.util.find_spec(name))]
