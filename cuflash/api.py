@@ -228,6 +228,7 @@ def _bind(
     framework.refuse_transformed(floats)
 
     host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
+    plain: list[str] = []  # those given as a list, tuple or NumPy array, which may lie beside device arrays
     for name, x in (
         ("cu_seqlens_q", cu_seqlens_q),
         ("cu_seqlens_k", cu_seqlens_k),
@@ -238,12 +239,14 @@ def _bind(
             view = views[name] = _index_view(framework, x, name)
             if view.device[0] == "cpu":
                 host_values[name] = view.as_numpy()
+            if isinstance(x, (list, tuple, np.ndarray)):
+                plain.append(name)
 
     vq, vk, vv = views["q"], views["k"], views["v"]
     alignment = (vq.ptr | vk.ptr | vv.ptr | (views["out"].ptr if out is not None else 0)) & 15
     mods = {n: f for n, f in (("score_mod", score_mod), ("mask_mod", mask_mod)) if f is not None}
-    if "cu_seqlens_q" in host_values:
-        max_seqlen_q = _longest(host_values["cu_seqlens_q"], max_seqlen_q)
+    if max_seqlen_q is None and "cu_seqlens_q" in host_values:
+        max_seqlen_q = _longest(host_values["cu_seqlens_q"])
     if isinstance(window_size, list):
         window_size = tuple(window_size)
     if type(aux) is not tuple:
@@ -253,7 +256,7 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, *mods,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, *plain, *mods,
         *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items() if n not in "qkv"],
     )  # fmt: skip
     try:
@@ -262,7 +265,7 @@ def _bind(
         prepared, key = None, None
     if prepared is None:
         prepared = _prepare(
-            framework, views, tuple(host_values), alignment, scale, causal, window_size, softcap, max_seqlen_q,
+            framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
             max_seqlen_k, aux, mods,
         )  # fmt: skip
         if key is not None:
@@ -313,9 +316,9 @@ def _index_view(framework: Framework, x: Any, name: str) -> TensorView:
     return _view(framework, x, name)
 
 
-def _longest(starts: np.ndarray, hint: Any) -> Any:
-    """The longest sequence, in place of a hint; `starts` are not checked yet."""
-    return max(int(np.diff(starts).max()), 0) if starts.ndim == 1 and starts.size > 1 else hint
+def _longest(starts: np.ndarray) -> int | None:
+    """The longest sequence, for a hint; `starts` are not checked yet."""
+    return max(int(np.diff(starts).max()), 0) if starts.ndim == 1 and starts.size > 1 else None
 
 
 def _check_lengths(views: dict[str, TensorView], values: dict[str, np.ndarray]) -> None:
@@ -387,7 +390,7 @@ _UNSUPPORTED = {
 def _prepare(
     framework: Framework,
     views: dict[str, TensorView],
-    host_known: tuple[str, ...],
+    plain: Sequence[str],
     alignment: int,
     scale: Any,
     causal: Any,
@@ -401,7 +404,7 @@ def _prepare(
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
     packed = validate.layout(views)
-    validate.same_device(views, host_known)
+    validate.same_device(views, plain)
     backend = _backend(q.device, framework)
     validate.element_types(views, backend, framework)
     validate.shapes(views, packed)

@@ -78,11 +78,11 @@ def element_types(views: Views, backend: str, framework: Framework) -> None:
         )
 
 
-def same_device(views: Views, host_known: Sequence[str]) -> None:
-    """Every array on the device of q; those whose values the host knows may also lie on the host."""
+def same_device(views: Views, plain: Sequence[str]) -> None:
+    """Every array on the device of q; plain lengths (lists, NumPy arrays) may lie beside device arrays."""
     device = views["q"].device
     for name, view in views.items():
-        if view.device != device and name not in host_known:
+        if view.device != device and name not in plain:
             raise ArgumentError(
                 f"{name} is on {device_name(view.device)} and q on {device_name(device)}: all arrays must be on one "
                 f"device; move {name} there"

@@ -49,7 +49,7 @@ def test_the_params_hold_the_arrays_own_addresses(kind, rng):
         assert cuflash.attention(**device) is device["out"]
         (launch,) = recorder.launches
         fields = layout.load("ForwardParams").unpack(launch.params)
-        for name, x in device.items():
+        for name in device:
             assert recorder.behind[fields[name]][1] is (out if name == "out" else s.arrays[name]), name
     assert fields["lse"] == fields["max_logit"] == fields["seqused_q"] == 0
 
