@@ -2,8 +2,8 @@
 
     library = hostcxx.compile(source.flatten("forward_sm80.cu", "emu", variant=...))
 
-The emulator's runtime (kernels_cu/hw_emu/runtime.cpp) is compiled once, at -O3; a kernel at -O1, which is where compiling
-and running it together take the least time.
+The emulator's runtime (kernels_cu/hw_emu/runtime.cpp) is compiled once, at -O3; a kernel at -O1, where compiling and
+running it together take the least time.
 """
 
 from __future__ import annotations

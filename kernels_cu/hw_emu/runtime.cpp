@@ -142,7 +142,7 @@ struct alignas(64) Chunk {  // 16 bytes of shared memory
   Trace reader[4];  // the first of this interval
 };
 
-enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited };
+enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited, kParted };
 
 struct Block;
 struct Warp;
@@ -167,8 +167,8 @@ struct Fiber : emu::Thread {
   Warp* warp;
   Block* block;
   u32 lane;
-  const char* what;  // the last instruction met, and where
-  Site site;
+  Site site;         // of the barrier it waits at, or of its fault
+  const char* what;  // the instruction there
   CopyQueue copies;
 #ifdef CUFLASH_EMU_UCONTEXT
   ucontext_t context;
@@ -192,7 +192,8 @@ struct Warp {
   u32 arrived;  // lanes waiting at the collective
   u32 first;    // the first of them
   const char* what;
-  Site site;
+  Site site;    // its place, or that of the last meeting if nobody waits
+  Site before;  // that of the meeting before
   // What the lanes bring to a collective, and what they take from it.
   u32 value[32];
   u32 source[32];
@@ -479,7 +480,7 @@ std::string format(const char* text, ...) {
   longjmp(b->escape, 1);
 }
 
-std::string place(Site site) { return site.file ? format("%s:%d", site.file, site.line) : "its beginning"; }
+std::string place(Site site) { return site.file ? format("%s:%d", site.file, site.line) : "the beginning"; }
 
 std::string place(Block* b, Trace trace) {
   const u32 file = trace >> 24;
@@ -514,17 +515,22 @@ std::string ranges(const std::vector<i32>& numbers) {
   return out;
 }
 
+// Where the warp's lanes that run have met last.
+Site last_seen(const Warp* w) { return w->arrived ? w->before : w->site; }
+
 // Every thread's position, threads at the same one on one line.
 std::string positions(Block* b) {
   std::vector<std::pair<std::string, std::vector<i32>>> groups;
   for (i32 w = 0; w < b->warps; w++)
     for (i32 lane = 0; lane < 32; lane++) {
-      Fiber* f = b->warp[w].fibers[lane];
-      const u8 state = b->warp[w].state[lane];
+      const Warp& warp = b->warp[w];
+      const Fiber* f = warp.fibers[lane];
+      const u8 state = warp.state[lane];
       std::string text = state == kExited     ? "have exited"
                          : state == kAtBarrier    ? "wait at sync_threads, " + place(f->site)
-                         : state == kAtCollective ? format("wait at %s, ", f->what) + place(f->site)
-                                                  : "run, last seen at " + place(f->site);
+                         : state == kAtCollective ? format("wait at %s, ", warp.what) + place(warp.site)
+                         : state == kParted       ? format("came to %s, ", f->what) + place(f->site)
+                                                  : "can run, last seen at " + place(last_seen(&warp));
       auto group = std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first == text; });
       if (group == groups.end()) group = groups.insert(groups.end(), {text, {}});
       group->second.push_back(f->index);
@@ -661,7 +667,7 @@ ALWAYS_INLINE void leave(Fiber* f) {
 [[noreturn]] NEVER_INLINE void fail_diverged(Fiber* f, const char* what, Site site) {
   Warp* w = f->warp;
   f->what = what, f->site = site;
-  w->state[f->lane] = kAtCollective;
+  w->state[f->lane] = kParted;
   fail(f->block, format("divergence: lanes of warp %d meet at different instructions: lane %u is at %s (%s), lane %u at %s (%s)",
                         f->index / 32, w->first, w->what, place(w->site).c_str(), f->lane, what, place(site).c_str()) +
                      positions(f->block));
@@ -676,11 +682,11 @@ ALWAYS_INLINE bool same(Site x, Site y) {
 ALWAYS_INLINE bool meet(Fiber* f, const char* what, Site site) {
   Warp* w = f->warp;
   if (w->arrived == 0) {
+    w->before = w->site;
     w->what = what, w->site = site, w->first = f->lane;
   } else if (UNLIKELY(w->what != what || !same(w->site, site))) {
     fail_diverged(f, what, site);
   }
-  f->what = what, f->site = site;
   if (++w->arrived == 32) {
     w->arrived = 0;
     memset(w->state, kRunning, 32);
@@ -753,7 +759,8 @@ std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at sha
                   " have no block barrier between them");
     }
     if (!write && written == 0)
-      fail(b, "uninitialised: " + me + ", but " + byte + " was never written in this block");
+      fail(b, "uninitialised: " + me + ", but nobody has written " + byte +
+                  " in this block; who writes it later must be waited for at a barrier");
   }
   fail(b, "race: " + me);
 }
@@ -1181,7 +1188,6 @@ void run_block(Arena* arena, u64 linear) {
     f->warp = w;
     f->block = b;
     f->lane = static_cast<u32>(i % 32);
-    f->what = nullptr;
     f->site = {nullptr, 0};
     f->copies.items.clear();
     f->copies.head = 0;
@@ -1189,6 +1195,7 @@ void run_block(Arena* arena, u64 linear) {
     w->fibers[i % 32] = f;
     w->state[i % 32] = kRunning;
     w->arrived = 0;
+    w->site = w->before = {nullptr, 0};
     w->ballot = 0;
     w->accesses.clear();
     prepare(f, arena->stack_low(i), arena->stack_top(i));
@@ -1216,7 +1223,7 @@ void run_block(Arena* arena, u64 linear) {
                : b->fault_signal == SIGFPE
                    ? "fault: integer division by zero"
                    : format("fault: the address %p was used outside of hw::", b->fault_address);
-    if (f) b->error += " by " + who(f) + ", last seen at " + place(f->site);
+    if (f) b->error += " by " + who(f) + ", last seen at " + place(last_seen(f->warp));
   }
   this_block = nullptr;
   // Back to what the next block expects. Reads touch no more than writes have.
@@ -1373,9 +1380,11 @@ extern "C" {
 void cuflash_emu_sync_threads(Site site) {
   Fiber* f = this_fiber();
   Block* b = f->block;
-  f->what = "sync_threads", f->site = site;
+  Warp* w = f->warp;
+  f->site = site;
+  if (LIKELY(w->arrived == 0)) w->site = site;
   step(f, site);
-  f->warp->state[f->lane] = kAtBarrier;
+  w->state[f->lane] = kAtBarrier;
   if (b->at_barrier++ == 0) {
     b->first_at_barrier = f;
     b->barrier_site = site;
