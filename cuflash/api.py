@@ -224,7 +224,7 @@ def _bind(
         floats["sink"] = sink
     if out is not None:
         floats["out"] = out
-    views = {name: _view(framework, x, name) for name, x in floats.items()}
+    views = _views(framework, floats)
     framework.refuse_transformed(floats)
 
     host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
@@ -236,7 +236,7 @@ def _bind(
         ("seqused_k", seqused_k),
     ):
         if x is not None:
-            view = views[name] = _index_view(framework, x, name)
+            view = views[name] = _lengths_view(framework, x, name)
             if view.device[0] == "cpu":
                 host_values[name] = view.as_numpy()
             if isinstance(x, (list, tuple, np.ndarray)):
@@ -291,20 +291,24 @@ def _bind(
     return _Call(framework, views, uploads, prepared, out, mods)
 
 
-def _view(framework: Framework, x: Any, name: str) -> TensorView:
-    other = frameworks.of(x, name)
-    if other is not framework:
-        raise ArgumentError(
-            f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one framework; "
-            "convert with from_dlpack, which copies nothing"
-        )
-    try:
-        return framework.view(x)
-    except CuflashError as error:
-        raise type(error)(f"{name}: {error}") from error
+def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
+    """Views of arrays that must all be of one framework."""
+    views: dict[str, TensorView] = {}
+    for name, x in arrays.items():
+        other = frameworks.of(x, name)
+        if other is not framework:
+            raise ArgumentError(
+                f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one framework; "
+                "convert with from_dlpack, which copies nothing"
+            )
+        try:
+            views[name] = framework.view(x)
+        except CuflashError as error:
+            raise type(error)(f"{name}: {error}") from error
+    return views
 
 
-def _index_view(framework: Framework, x: Any, name: str) -> TensorView:
+def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
     """View of cu_seqlens or seqused: of the framework of q, or plain host values."""
     if isinstance(x, (list, tuple)):
         for i, value in enumerate(x):
@@ -312,8 +316,8 @@ def _index_view(framework: Framework, x: Any, name: str) -> TensorView:
                 raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
         return of_numpy(np.array(x, np.int32))
     if isinstance(x, np.ndarray):
-        return _view(frameworks.of(x), x, name)
-    return _view(framework, x, name)
+        framework = frameworks.of(x)
+    return _views(framework, {name: x})[name]
 
 
 def _longest(starts: np.ndarray) -> int | None:

@@ -51,6 +51,14 @@ class KernelSpec:
     smem_bytes: int
     edits: tuple[source.Edit, ...] = ()
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        parts = (self.source, self.entry, self.params, self.variant, self.threads, self.smem_bytes, self.edits)
+        return hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash  # asked for at every launch, and slow to find
+
     @property
     def name(self) -> str:
         """The kernel's name in reports, e.g. "forward_sm80"."""
@@ -299,8 +307,7 @@ class CudaKernel(Kernel):
             from cupy.cuda import runtime
         except ImportError as error:
             raise UnsupportedError(
-                'device arrays need CuPy: pip install "cuflash[cuda13]" '
-                '("cuflash[cuda12]" for a driver older than 580)'
+                'device arrays need CuPy: pip install "cuflash[cuda13]" ("cuflash[cuda12]" for a driver older than 580)'
             ) from error
         with cupy.cuda.Device(self.device):
             kernel = cupy.RawModule(path=str(self.path)).get_function(self.spec.entry)

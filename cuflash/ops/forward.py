@@ -145,6 +145,7 @@ def choose_variant(dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int
     return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)))
 
 
+@functools.cache
 def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
     """Where the variant's kernel is written and how a block of it is launched."""
     return module.KernelSpec(
