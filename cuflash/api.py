@@ -693,7 +693,8 @@ def supports(
             name in FEATURES,
             f"feature {name!r} is not a keyword or output of attention: use one of {', '.join(FEATURES)}",
         )
-        if value is not None and value is not False and value != 0:
+        unused = value is None or (isinstance(value, (bool, int, float)) and not value)
+        if not unused:
             return Support(f"{name}: {_UNSUPPORTED[name]}")
     return Support("")
 

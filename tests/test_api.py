@@ -1,0 +1,300 @@
+"""The public face: names, drop-in functions, explain, supports, warmup."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from backends import using
+from compare import check_forward
+
+import cuflash
+from cuflash import api, dtypes
+from cuflash.errors import ArgumentError, UnsupportedError
+
+
+def test_public_names():
+    assert set(cuflash.__all__) <= set(dir(cuflash))
+    for name in cuflash.__all__:
+        assert getattr(cuflash, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(cuflash, "nothing")  # noqa: B009
+
+
+def test_importing_is_light():
+    """No framework, no command line, nothing of CUDA: `import cuflash` is for laptops as well."""
+    code = (
+        "import sys, cuflash; print([m for m in ('torch', 'jax', 'cupy', 'cuda', 'rich', 'typer') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_signature_is_the_contract():
+    parameters = inspect.signature(cuflash.attention).parameters
+    assert (
+        list(parameters)
+        == (
+            "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k seqused_q seqused_k page_table scale causal "
+            "window_size softcap alibi_slopes sink score_mod mask_mod block_mask dropout_p seed offset deterministic "
+            "split_size kernel_options out aux"
+        ).split()
+    )
+    assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in "qkv")
+    defaults = {name: p.default for name, p in parameters.items() if name not in "qkv"}
+    given = {"causal": False, "window_size": (-1, -1), "softcap": 0.0, "dropout_p": 0.0, "offset": 0,
+             "deterministic": False, "aux": ()}  # fmt: skip
+    assert defaults == {name: given.get(name) for name in defaults}
+
+
+def test_result_depends_on_aux_alone(rng):
+    q = rng.standard_normal((1, 4, 2, 32)).astype(np.float16)
+    assert isinstance(cuflash.attention(q, q, q), np.ndarray)
+    result = cuflash.attention(q, q, q, aux=["max_logit"])
+    assert isinstance(result, cuflash.AttentionOutput)
+    assert result.lse is None and result.dropout_mask is None and result.max_logit.shape == (1, 2, 4)
+    assert cuflash.AttentionOutput._fields == ("out", "lse", "max_logit", "dropout_mask")
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (None, None), [-1, -1], (10**12, 10**12)])
+def test_spellings_of_no_window(window, rng):
+    q = rng.standard_normal((1, 4, 2, 32)).astype(np.float16)
+    np.testing.assert_array_equal(cuflash.attention(q, q, q, window_size=window), cuflash.attention(q, q, q))
+
+
+def test_a_window_wider_than_32_bits_on_a_kernel(rng):
+    q = rng.standard_normal((1, 70, 2, 64)).astype(np.float16)
+    with using("emulator"):
+        wide = cuflash.attention(q, q, q, window_size=(2**40, 2**31 - 1))
+        np.testing.assert_array_equal(wide, cuflash.attention(q, q, q))
+        causal = cuflash.attention(q, q, q, window_size=(2**31, 2**40), causal=True)
+        np.testing.assert_array_equal(causal, cuflash.attention(q, q, q, causal=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 1e-30, np.float32(0.3), 2])
+def test_any_finite_scale(scale, rng):
+    q = rng.standard_normal((1, 40, 2, 64)).astype(np.float16)
+    for backend in ("auto", "emulator"):
+        with using(backend):
+            result = cuflash.attention(q, q, q, scale=scale, aux=("lse", "max_logit"))
+        check_forward(q, q, q, result.out, result.lse, result.max_logit, scale=float(scale))
+
+
+# --- drop-in names ------------------------------------------------------------------------------------------------
+
+FLASH_ATTN_2 = {
+    "flash_attn_func": (
+        "q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+    ),
+    "flash_attn_qkvpacked_func": (
+        "qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, "
+        "deterministic=False, return_attn_probs=False"
+    ),
+    "flash_attn_kvpacked_func": (
+        "q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, "
+        "alibi_slopes=None, deterministic=False, return_attn_probs=False"
+    ),
+    "flash_attn_varlen_func": (
+        "q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, "
+        "causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, "
+        "return_attn_probs=False, block_table=None"
+    ),
+    "flash_attn_varlen_qkvpacked_func": (
+        "qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), "
+        "softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False"
+    ),
+    "flash_attn_varlen_kvpacked_func": (
+        "q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, "
+        "causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, "
+        "return_attn_probs=False"
+    ),
+    "flash_attn_with_kvcache": (
+        "q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, "
+        "cache_batch_idx=None, cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, "
+        "window_size=(-1, -1), softcap=0.0, rotary_interleaved=True, alibi_slopes=None, num_splits=0, "
+        "return_softmax_lse=False"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLASH_ATTN_2)
+def test_positional_order_and_defaults_are_flash_attns(name):
+    parameters = inspect.signature(getattr(cuflash, name)).parameters.values()
+    bare = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+    assert ", ".join(bare) == FLASH_ATTN_2[name]
+
+
+def test_dense_drop_ins(rng):
+    import cuflash as flash_attn
+
+    qkv = rng.standard_normal((2, 7, 3, 4, 32)).astype(np.float16)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    slopes = np.array([0.1, 0.2, 0.3, 0.4], np.float32)
+    expected = cuflash.attention(
+        q, k, v, scale=0.5, causal=True, window_size=(4, 0), softcap=2.0, alibi_slopes=slopes, aux=("lse",)
+    )
+    arguments = (0.0, 0.5, True, (4, 0), 2.0, slopes, True, True)
+    for out, lse, probabilities in (
+        flash_attn.flash_attn_func(q, k, v, *arguments),
+        flash_attn.flash_attn_qkvpacked_func(qkv, *arguments),
+        flash_attn.flash_attn_kvpacked_func(q, qkv[:, :, 1:], *arguments),
+    ):
+        np.testing.assert_array_equal(out, expected.out)
+        np.testing.assert_array_equal(lse, expected.lse)
+        assert probabilities is None
+    np.testing.assert_array_equal(
+        flash_attn.flash_attn_func(q, k, v, causal=True), cuflash.attention(q, k, v, causal=True)
+    )
+
+
+def test_varlen_drop_ins(rng):
+    qkv = rng.standard_normal((11, 3, 4, 32)).astype(np.float16)
+    q, k, v = (qkv[:, i] for i in range(3))
+    cu = np.array([0, 4, 4, 11], np.int32)
+    expected = cuflash.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, scale=0.5, causal=True, aux=("lse",))
+    for out, lse, _ in (
+        cuflash.flash_attn_varlen_func(q, k, v, cu, cu, 7, 7, 0.0, 0.5, True, return_attn_probs=True),
+        cuflash.flash_attn_varlen_qkvpacked_func(qkv, cu, 7, 0.0, 0.5, True, return_attn_probs=True),
+        cuflash.flash_attn_varlen_kvpacked_func(q, qkv[:, 1:], cu, cu, 7, 7, 0.0, 0.5, True, return_attn_probs=True),
+    ):
+        np.testing.assert_array_equal(out, expected.out)
+        np.testing.assert_array_equal(lse, expected.lse)
+
+
+def test_drop_ins_refuse_what_no_kernel_does(rng):
+    q = rng.standard_normal((2, 7, 4, 32)).astype(np.float16)
+    flat, cu = q.reshape(-1, 4, 32), np.array([0, 7, 14], np.int32)
+    with pytest.raises(UnsupportedError, match=r"dropout_p=0\.1"):
+        cuflash.flash_attn_func(q, q, q, 0.1)
+    with pytest.raises(UnsupportedError, match="paged"):
+        cuflash.flash_attn_varlen_func(flat, flat, flat, cu, cu, 7, 7, block_table=np.zeros((2, 1), np.int32))
+    with pytest.raises(UnsupportedError, match=r"cuflash\.attention\(q, k_cache, v_cache, seqused_k="):
+        cuflash.flash_attn_with_kvcache(q, q, q)
+    with pytest.raises(ArgumentError, match=r"qkv\.shape=\(2, 7, 4, 32\) must have 5 dimensions, \[batch, len, 3"):
+        cuflash.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ArgumentError, match=r"kv\.shape=\(14, 4, 32\) must have 4 dimensions, \[total, 2"):
+        cuflash.flash_attn_varlen_kvpacked_func(flat, flat, cu, cu, 7, 7)
+    with pytest.raises(ArgumentError, match="kv is a list"):
+        cuflash.flash_attn_kvpacked_func(q, [q, q])
+
+
+# --- explain ------------------------------------------------------------------------------------------------------
+
+
+def test_explain_on_the_host(rng):
+    q = rng.standard_normal((2, 70, 4, 64)).astype(np.float16)
+    explained = cuflash.explain(q, q, q, causal=True, seed=3, deterministic=True)
+    assert explained.backend == "reference" and "emulator" in explained.fallback
+    assert "fallback" in str(explained)
+    with using("emulator", "sm_86"):
+        explained = cuflash.explain(q, q, q, causal=True)
+    assert explained.backend == "emulator" and explained.kernel == "forward_sm80" and explained.fallback == ""
+    assert explained.grid == (1, 4, 2)
+    assert "kHeadDim=64" in explained.variant and "struct Variant" in explained.source
+    assert "#include" not in explained.source and any("c++17" in o for o in explained.options)
+    assert 0 < explained.shared_bytes <= 99 * 1024 and explained.workspace_bytes == 0
+    text = str(explained)
+    for word in ("emulator", "forward_sm80", "1 x 4 x 2", "kHeadDim=64", "bytes"):
+        assert word in text
+    markup = explained._repr_html_()
+    assert markup.startswith("<table>") and "forward_sm80" in markup and "&lt;" in markup and "<script" not in markup
+
+
+def test_explain_takes_attentions_keywords_alone():
+    q = np.ones((1, 2, 1, 8), np.float16)
+    with pytest.raises(TypeError, match="casual"):
+        cuflash.explain(q, q, q, casual=True)
+
+
+# --- supports and warmup ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", dtypes.bfloat16, dtypes.bfloat16.numpy, np.float16, np.dtype("float32")])
+def test_supported(dtype):
+    support = cuflash.supports(
+        dtype=dtype, head_dim=80, head_dim_v=256, arch="sm_90", cu_seqlens=True, causal=True, sink=True, lse=True,
+        dropout_p=0.0, page_table=None,
+    )  # fmt: skip
+    assert support and support.reason == ""
+
+
+@pytest.mark.parametrize(
+    "changed, reason",
+    [
+        ({"dtype": "float64"}, "NumPy reference"),
+        ({"dtype": "int8"}, "float16, bfloat16, float32"),
+        ({"head_dim": 257}, "head_dim=257: head dims go from 1 to 256"),
+        ({"head_dim_v": 512}, "head_dim_v=512"),
+        ({"arch": "sm_75"}, "compute capability 8.0"),
+        ({"backward": True}, "scaled_dot_product_attention"),
+        ({"page_table": True}, "page_table: no kernel reads paged keys"),
+        ({"dropout_p": 0.1}, "dropout_p=0.0"),
+        ({"score_mod": True}, "softcap="),
+        ({"mask_mod": lambda *a: True}, "window_size="),
+        ({"dropout_mask": True}, "aux"),
+    ],
+)
+def test_unsupported_says_why(changed, reason):
+    support = cuflash.supports(**{"dtype": "bfloat16", "head_dim": 64, **changed})
+    assert not support and reason in support.reason
+    if "dtype" not in changed or changed["dtype"] != "float64":
+        with pytest.raises(UnsupportedError):
+            cuflash.warmup(**{"dtype": "bfloat16", "head_dim": 64, "arch": "sm_80", **changed})
+
+
+def test_supports_refuses_nonsense():
+    with pytest.raises(ArgumentError, match="feature 'casual' is not a keyword"):
+        cuflash.supports(dtype="float16", head_dim=64, casual=True)
+    with pytest.raises(ArgumentError, match="head_dim=0 must be a positive int"):
+        cuflash.supports(dtype="float16", head_dim=0)
+    with pytest.raises(ArgumentError, match="dtype='bf16' must be one of"):
+        cuflash.supports(dtype="bf16", head_dim=64)
+
+
+def test_supports_knows_every_keyword_and_torch_dtypes():
+    keywords = set(inspect.signature(cuflash.attention).parameters) - set("qkv")
+    assert keywords - {"seed", "offset", "aux"} <= set(api.FEATURES)
+    torch = pytest.importorskip("torch")
+    assert cuflash.supports(dtype=torch.bfloat16, head_dim=64)
+
+
+def test_supports_and_attention_agree():
+    """Each keyword that supports refuses, attention refuses too, and the other way round."""
+    q = np.ones((1, 2, 1, 64), np.float16)
+    values = {"page_table": np.zeros((1, 1), np.int32), "block_mask": object(), "dropout_p": 0.1, "split_size": 64,
+              "kernel_options": {"a": 1}, "score_mod": lambda s, *a: s, "mask_mod": lambda *a: True, "softcap": 1.0,
+              "causal": True, "window_size": (1, 1), "deterministic": True, "scale": 1.0}  # fmt: skip
+    with using("emulator"):
+        for name, value in values.items():
+            supported = cuflash.supports(dtype="float16", head_dim=64, **{name: value})
+            try:
+                cuflash.explain(q, q, q, **{name: value})
+            except UnsupportedError:
+                assert not supported, name
+            else:
+                assert supported, name
+
+
+def test_warmup_compiles_what_the_call_needs(rng):
+    compiled = []
+    q = rng.standard_normal((1, 3, 1, 24)).astype(np.float16)
+    before = cuflash.config.on_compile
+    with using("emulator"):
+        cuflash.warmup(dtype=np.float16, head_dim=24, causal=True)
+        cuflash.config.on_compile = compiled.append
+        try:
+            cuflash.attention(q, q, q, causal=True)
+        finally:
+            cuflash.config.on_compile = before
+    assert not compiled
+
+
+def test_warmup_without_a_gpu(monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    cuflash.warmup(dtype="bfloat16", head_dim=64, arch="sm_80")
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(UnsupportedError, match=r"CuPy.*pip install 'cuflash\[cuda"):
+        cuflash.warmup(dtype="bfloat16", head_dim=64)
