@@ -53,7 +53,10 @@ def compile_kernels(
 
 
 def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict[str, Any]:
-    """One kernel's row. `error` is None, or why it did not compile (then the measurements are None)."""
+    """One kernel's row. `sass` counts its opcodes by class, `loops` those of each innermost loop with matrix products.
+
+    `error` is None, or why it did not compile; then the measurements are None.
+    """
     row: dict[str, Any] = {
         "kernel": spec.name,
         "arch": arch.name,
@@ -64,6 +67,7 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         "warnings": [],
         "cubin": None,
         "sass": None,
+        "loops": None,
         "error": None,
     }
     try:
@@ -81,8 +85,10 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         compile_ms=round(compiled.cubin.compile_ms, 1),
         cached=compiled.cached,
         warnings=list(compiled.cubin.warnings),
-        sass=_sass(compiled),
     )
+    code = _machine_code(compiled)
+    if code is not None:
+        row.update(sass=code.counts, loops=[loop.counts for loop in code.loops])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{spec.name}.{arch.name}.{cache.key_of(compiled.text)[:10]}.cubin"
@@ -91,13 +97,12 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
     return row
 
 
-def _sass(compiled: module.Compiled) -> dict[str, int] | None:
-    """Opcode class -> count, of this kernel alone; None where it cannot be read (no nvdisasm)."""
+def _machine_code(compiled: module.Compiled) -> sass.Function | None:
+    """The kernel's instructions; None where they cannot be read (no nvdisasm)."""
     try:
-        found = sass.functions(sass.disassemble(compiled.path)).get(compiled.spec.entry)
+        return sass.functions(sass.disassemble(compiled.path)).get(compiled.spec.entry)
     except (CompileError, UnsupportedError):
         return None
-    return found.counts if found else None
 
 
 def _with_progress(

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from cuflash import arch
-from cuflash.errors import CompileError, UnsupportedError
-from cuflash.jit import layout, module, nvrtc, sass, source
+from cuflash.errors import UnsupportedError
+from cuflash.jit import layout, module, sass, source
 
 TOY = str(Path(__file__).with_name("toy.cu"))
 SM80 = arch.named("sm_80")
@@ -37,14 +37,6 @@ def toy_layout() -> layout.Layout:
     return layout.parse(source.read(Path(TOY)), "ToyParams")
 
 
-def missing_nvrtc() -> str:
-    try:
-        nvrtc.version()
-    except CompileError as error:
-        return str(error)
-    return ""
-
-
 def missing_nvdisasm() -> str:
     try:
         sass.nvdisasm()
@@ -53,7 +45,6 @@ def missing_nvdisasm() -> str:
     return ""
 
 
-needs_nvrtc = pytest.mark.skipif(bool(missing_nvrtc()), reason="NVRTC is not installed")
 needs_nvdisasm = pytest.mark.skipif(bool(missing_nvdisasm()), reason="nvdisasm is not installed")
 
 

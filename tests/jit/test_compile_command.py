@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from jit_toys import needs_nvdisasm, needs_nvrtc, toy_spec
+from jit_toys import needs_nvdisasm, toy_spec
+from needs import needs_nvrtc
 from typer.testing import CliRunner
 
 from cuflash.cli import compile as command
@@ -51,6 +52,7 @@ def test_json_lists_every_kernel_and_architecture(tmp_path: Path) -> None:
         assert Path(row["cubin"]).read_bytes()[:4] == b"\x7fELF"
     assert [row["smem_bytes"] for row in rows] == [512, 0, 512, 0]
     assert [row["sass"]["HMMA"] for row in rows] == [1, 0, 1, 0], "each row counts its own kernel alone"
+    assert [[loop["HMMA"] for loop in row["loops"]] for row in rows] == [[1], [], [1], []]
     assert rows[1]["variant"] == "Element=hw::Half kThreads=32 kFactor=7"
     assert len({row["cubin"] for row in rows}) == 4
     again = json.loads(run("--arch", "sm_80", "--json").stdout)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from jit_toys import SM80, needs_nvrtc
+from jit_toys import SM80
+from needs import needs_nvrtc
 
 from cuflash.errors import ArgumentError, CompileError
 from cuflash.jit import layout, nvrtc, source

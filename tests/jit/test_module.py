@@ -9,9 +9,11 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import sys
 import threading
 import types
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -20,7 +22,8 @@ from typing import Any
 import jit_toys
 import numpy as np
 import pytest
-from jit_toys import SM80, needs_nvdisasm, needs_nvrtc, toy_layout, toy_spec
+from jit_toys import SM80, needs_nvdisasm, toy_layout, toy_spec
+from needs import needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import ArgumentError, CompileError, UnsupportedError
@@ -118,6 +121,35 @@ def test_eight_processes_compile_each_variant_once_a_machine(fresh: Path) -> Non
     entries = [entry for result in results for entry in result]
     assert sum(not cached for _, cached in entries) == 2
     assert len({path for path, _ in entries}) == 2
+
+
+@needs_nvrtc
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_fork_while_another_thread_compiles_does_not_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = nvrtc.compile(toy_spec().text("cuda"), SM80, "toy.cu")
+    parent, compiling, release = os.getpid(), threading.Event(), threading.Event()
+
+    def slow(*_: Any) -> nvrtc.Cubin:
+        if os.getpid() == parent:
+            compiling.set()
+            release.wait(30)
+        return ready
+
+    monkeypatch.setattr(nvrtc, "compile", slow)
+    monkeypatch.setattr(config, "on_compile", "progress")
+    thread = threading.Thread(target=module.load, args=(toy_spec(), SM80, "cuda", 0))
+    thread.start()
+    assert compiling.wait(30)
+    with module._state, warnings.catch_warnings():  # another thread may be anywhere when a process forks
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(30)
+            module.load(toy_spec(factor=4), SM80, "cuda", 0)
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    release.set()
+    thread.join()
 
 
 @needs_nvrtc

@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from jit_toys import SM80, needs_nvrtc, toy_spec
+from jit_toys import SM80, toy_spec
+from needs import needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import CompileError, UnsupportedError
