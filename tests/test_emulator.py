@@ -204,8 +204,9 @@ child = multiprocessing.get_context("fork").Process(target=work)
 child.start(), child.join()
 assert child.exitcode == 0
 """
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=__file__.rsplit("/", 1)[0]
+        [sys.executable, "-c", program], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("survived") == 5, done.stderr
