@@ -7,20 +7,22 @@
 #include <hw/math.cuh>
 #include <tile/sequence.cuh>
 
-// tanh to float32's accuracy: by exponential where it does not cancel, else by its series
-// x (1 - x^2/3 + 2 x^4/15 - 17 x^6/315 + 62 x^8/2835 - 1382 x^10/155925), whose next term is below 2^-25 for |x| < 0.25.
-HW_DEVICE float tanh_accurate(float x) {
-  const float magnitude = hw::abs(x);
-  const float e = hw::exp2_approx(magnitude * (2.0f * kLog2e));
-  const float large = 1.0f - 2.0f * hw::rcp_approx(e + 1.0f);
+// cap tanh(x), to the accuracy of the element type. Not by tanh.approx: its relative error of 2^-11 is, at a score of 30,
+// more than rounding that score to float16 costs.
+// tanh x = 1 - 2 / (e^2x + 1) is right to about 2^-21 of 1. For float32 that is not enough near 0, where its series stands
+// in: x (1 - x^2/3 + 2 x^4/15 - 17 x^6/315 + 62 x^8/2835 - 1382 x^10/155925), the next term below 2^-25 for |x| < 0.25.
+template <class Element>
+HW_DEVICE float cap_score(float x, float cap) {
+  const float e = hw::exp2_approx(x * (2.0f * kLog2e));
+  const float far = hw::fma(-2.0f * cap, hw::rcp_approx(e + 1.0f), cap);
+  if constexpr (sizeof(Element) == 2) return far;
   const float x2 = x * x;
   float series = -1382.0f / 155925.0f;
   series = hw::fma(series, x2, 62.0f / 2835.0f);
   series = hw::fma(series, x2, -17.0f / 315.0f);
   series = hw::fma(series, x2, 2.0f / 15.0f);
   series = hw::fma(series, x2, -1.0f / 3.0f);
-  series = hw::fma(series * x2, x, x);
-  return magnitude < 0.25f ? series : (x < 0.0f ? -large : large);
+  return hw::abs(x) < 0.25f ? cap * hw::fma(series * x2, x, x) : far;
 }
 
 // The slope of a head, times log2 e; 0: none.
@@ -35,13 +37,7 @@ template <class Element, class Params, class S>
 HW_DEVICE void score(const Params& p, const Sequence& seq, float slope, S& s, i32 query, i32 key) {
   if (p.raw_scores) return;
   if (p.score_cap != 0.0f) {
-    s.for_each([&](float& x, i32, i32) {
-      if constexpr (sizeof(Element) == 2) {
-        x = p.score_cap * hw::tanh_approx(x * p.score_scale);
-      } else {
-        x = p.score_cap * tanh_accurate(x * p.score_scale);
-      }
-    });
+    s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
   } else {
     s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
   }

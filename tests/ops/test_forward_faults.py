@@ -1,0 +1,139 @@
+"""Planted bugs: one edit of the shipped kernel text each, and the emulator (or the numbers) must notice.
+
+Also the reverse: a barrier whose removal nothing reports would not be needed, so every one is removed in turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from backends import Emulator
+from cases import Case
+from compare import check_forward
+
+from cuflash.errors import EmulatorError
+from cuflash.jit.source import Edit
+from cuflash.ops import forward
+
+KERNEL = "forward_sm80.cu"
+# Three key tiles and two query tiles in one block (the hint is 1), head dim short of its class, a tail in q and in k.
+CASE = Case(
+    "float16", (200, 40), (150, 40), 2, 1, 56, 40, window_size=(120, 40), max_seqlen_q=1, sink="float32", seed=3
+)
+
+# name -> (edits, what the emulator's report says; None: the numbers, the guards or a report give it away)
+BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
+    "wait for K missing": (
+        (Edit(KERNEL, "first time, Q\n    hw::cp_async_wait<0>();", "first time, Q\n    hw::cp_async_wait<1>();"),),
+        "race",
+    ),
+    "wait for V missing": (
+        (Edit(KERNEL, "own copies of V\n    hw::cp_async_wait<0>();", "own copies of V\n"),),
+        "race",
+    ),
+    "barrier before S = Q K missing": (
+        (Edit(KERNEL, "nobody reads the previous V any more\n    hw::sync_threads();", "\n"),),
+        "race",
+    ),
+    "barrier before O += P V missing": (
+        (Edit(KERNEL, "nobody reads K any more\n    hw::sync_threads();", "\n"),),
+        "race",
+    ),
+    "barrier between query tiles missing": (
+        (Edit(KERNEL, "if (i < tiles - range.step) hw::sync_threads();", ""),),
+        "race",
+    ),
+    "K refilled before all have read it": (
+        (
+            Edit(KERNEL, "    // wait   V landed <- own copies of V\n", "    if (n > first_k_tile) {\n"
+                 "      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
+                 "      hw::cp_async_commit();\n    }\n"),
+            Edit(KERNEL, "any more\n    hw::sync_threads();\n    if (n > first_k_tile) {\n"
+                 "      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
+                 "      hw::cp_async_commit();\n    }\n", "any more\n    hw::sync_threads();\n"),
+        ),
+        "race",
+    ),  # fmt: skip
+    "reader's swizzle differs from the writer's": (
+        (Edit("tile/shared_tile.cuh", "flip(Tile::key(lane_row) ^", "flip(Tile::key(lane_row + 1) ^"),),
+        None,
+    ),
+    "wrong fragment row": (
+        (Edit("tile/fragment.cuh", "+ hw::lane_idx() / 4; }", "+ hw::lane_idx() % 8; }"),),
+        None,
+    ),
+    "length tail off by one": (
+        (Edit("tile/mask.cuh", "(column < end[row])", "(column <= end[row])"),),
+        None,
+    ),
+    "rows copied past the end": (
+        (Edit("tile/shared_tile.cuh", "+ step * kRowStep < rows;", "+ step * kRowStep <= rows;"),),
+        "out of bounds",
+    ),
+    "row read past its end": (
+        (Edit(KERNEL, "const i32 row_bytes = p.head_dim * Plan::kBytes;", "const i32 row_bytes = (p.head_dim + 1) * Plan::kBytes;"),),
+        "out of bounds",
+    ),
+    "row stored past the end": (
+        (Edit(KERNEL, "if (row < owned) {\n      HW_UNROLL", "if (row <= owned) {\n      HW_UNROLL"),),
+        None,
+    ),
+    "a lane leaves the others": (
+        (Edit(KERNEL, "  hw::sync_warp();\n", "  if (hw::lane_idx() != 5) hw::sync_warp();\n"),),
+        "",
+    ),
+    "a lane skips a shuffle": (
+        (Edit("tile/fragment.cuh", "  return value + hw::shfl_xor(value, 2);", "  return hw::lane_idx() == 9 ? value : value + hw::shfl_xor(value, 2);"),),
+        "",
+    ),
+    "O not rescaled to the new maximum": (
+        (Edit("tile/softmax.cuh", "{ x *= rescale[row]; }", "{ x *= 1.0f; }"),),
+        None,
+    ),
+    "sink forgotten in the sum": (
+        (Edit("tile/softmax.cuh", "rescale, hw::exp2_approx(sink - safe))", "rescale, 0.0f)"),),
+        None,
+    ),
+    "K rows gathered before they are written": (
+        (Edit(KERNEL, "    hw::cp_async_commit();\n  }\n\n  // KV loop", "  }\n\n  // KV loop"),),
+        None,
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def edited(monkeypatch):
+    """A function that makes every forward kernel that is built from now on contain some edits."""
+    original = forward.kernel_spec
+
+    def apply(edits: tuple[Edit, ...]) -> None:
+        monkeypatch.setattr(forward, "kernel_spec", lambda v: dataclasses.replace(original(v), edits=edits))
+        forward.plan.cache_clear()
+
+    yield apply
+    monkeypatch.undo()
+    forward.plan.cache_clear()
+
+
+def run() -> None:
+    inputs = CASE.inputs()
+    results = Emulator().run(inputs, max_seqlen_q=CASE.max_seqlen_q)
+    check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords)
+
+
+def test_without_a_bug_nothing_is_reported(edited):
+    edited(())
+    run()
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_caught(edited, name):
+    edits, report = BUGS[name]
+    edited(edits)
+    if report is None:
+        with pytest.raises((EmulatorError, AssertionError)):
+            run()
+    else:
+        with pytest.raises(EmulatorError, match=report):
+            run()
