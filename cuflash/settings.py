@@ -1,6 +1,7 @@
 """`cuflash.config`: every switch in one place. Each is also an environment variable, read once at import.
 
-    backend     CUFLASH_BACKEND     "auto" (device arrays: cuda; host arrays: reference), "cuda", "emulator", "reference"
+    backend     CUFLASH_BACKEND     "auto" (cuda for device arrays, reference for host arrays), "cuda", "emulator",
+                                    "reference"
     arch        CUFLASH_ARCH        architecture whose kernels the emulator runs, e.g. "sm_80"
     check       CUFLASH_CHECK       1: also check on the device what only the device knows
     cache_dir   CUFLASH_CACHE_DIR   where compiled kernels are kept
