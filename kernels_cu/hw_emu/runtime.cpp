@@ -124,9 +124,10 @@ struct CuflashEmuResult {
 
 // ---- Shared memory's shadow ----
 // A tag is (interval << 6 | warp); the interval counts block barriers. 0: never. Signed 16 bits, so that eight are
-// compared at once; when intervals run out (Block::forget) the past is folded into one.
+// compared at once; when intervals run out (forget_intervals) the past is folded into one.
+// Of the reads in an interval the first is enough: a warp runs from barrier to barrier in one go, so when one writes,
+// a read by another warp was either before all of its own, and then the first is another's, or comes after the write.
 
-constexpr int16_t kMany = 32;          // as the warp of a read tag: two warps or more have read
 constexpr int16_t kInFlight = 0x7fff;  // as a write tag: a copy was issued and is not waited for
 constexpr int16_t kFirstInterval = 2;
 constexpr int16_t kPast = 1 << 6;
@@ -137,9 +138,9 @@ using Trace = u32;
 
 struct alignas(64) Chunk {  // 16 bytes of shared memory
   int16_t write[8];
-  int16_t read[8];
+  int16_t read[8];  // the first of its interval
   Trace writer[4];  // for each 4 bytes
-  Trace reader[4];  // the first of this interval
+  Trace reader[4];
 };
 
 enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited, kParted };
@@ -255,7 +256,6 @@ struct Block {
 
   u8* memory;  // shared
   Chunk* shadow;
-  Trace* second_reader;  // for each 4 bytes: the first reader of another warp than Chunk::reader's
   u32 used;              // bytes of shared memory written so far
   i32 interval;
   int16_t interval_tag;
@@ -388,7 +388,6 @@ struct Arena {
   i32 threads = 0;
   u8* shared = nullptr;
   Chunk* shadow = nullptr;
-  Trace* second_reader = nullptr;
   u32 shared_bytes = 0;
   void* signal_stack = nullptr;
   Block block;
@@ -429,13 +428,12 @@ struct Arena {
       threads = count;
     }
     if (bytes > shared_bytes || !shared) {
-      free(shared), free(shadow), free(second_reader);
+      free(shared), free(shadow);
       shared_bytes = std::max((bytes + 1023) & ~1023u, 1024u);
       const u64 chunks = shared_bytes / 16;
       void *p = nullptr, *q = nullptr;
       if (posix_memalign(&p, 1024, shared_bytes) || posix_memalign(&q, 64, chunks * sizeof(Chunk))) return false;
       shared = static_cast<u8*>(p), shadow = static_cast<Chunk*>(q);
-      second_reader = static_cast<Trace*>(malloc(chunks * 4 * sizeof(Trace)));
       memset(static_cast<void*>(shadow), 0, chunks * sizeof(Chunk));
       memset(shared, 0xff, shared_bytes);
     }
@@ -752,12 +750,9 @@ std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at sha
     if (written >= b->interval_tag && written != mine)
       fail(b, "race: " + me + "\n  and the write of " + byte + " by " + other(writer, written) +
                   " have no block barrier between them");
-    if (write && read >= b->interval_tag && read != mine) {
-      Trace reader = chunk.reader[at % 8 / 2];
-      if ((reader & 1023) / 32 == warp) reader = b->second_reader[at / 2];
-      fail(b, "race: " + me + "\n  and the read of " + byte + " by " + who(reader & 1023) + " at " + place(b, reader) +
+    if (write && read >= b->interval_tag && read != mine)
+      fail(b, "race: " + me + "\n  and the read of " + byte + " by " + other(chunk.reader[at % 8 / 2], read) +
                   " have no block barrier between them");
-    }
     if (!write && written == 0)
       fail(b, "uninitialised: " + me + ", but nobody has written " + byte +
                   " in this block; who writes it later must be waited for at a barrier");
@@ -791,18 +786,13 @@ ALWAYS_INLINE int16_t tag_of(const Fiber* f) {
   return static_cast<int16_t>(f->block->interval_tag | static_cast<int16_t>(f->index >> 5));
 }
 
-// A read joins those of its interval.
-NEVER_INLINE void join_readers(Block* b, u32 offset, u32 bytes, int16_t tag, Trace trace) {
+// The first read of an interval is kept.
+ALWAYS_INLINE void keep_read(Block* b, u32 offset, u32 bytes, int16_t tag, Trace trace) {
   for (u32 at = offset / 2; at < (offset + bytes) / 2; at++) {
     Chunk& chunk = b->shadow[at / 8];
-    int16_t& read = chunk.read[at % 8];
-    if (read < b->interval_tag) {
-      read = tag;
-      chunk.reader[at % 8 / 2] = trace;
-    } else if (read != tag && (read & 63) != kMany) {
-      read = static_cast<int16_t>(b->interval_tag | kMany);
-      b->second_reader[at / 2] = trace;
-    }
+    if (chunk.read[at % 8] >= b->interval_tag) continue;
+    chunk.read[at % 8] = tag;
+    chunk.reader[at % 8 / 2] = trace;
   }
 }
 
@@ -813,13 +803,12 @@ ALWAYS_INLINE void shadow_read16(Fiber* f, u32 offset, Trace trace, const char* 
   const vi16x8 written = *reinterpret_cast<vi16x8*>(chunk.write), read = *reinterpret_cast<vi16x8*>(chunk.read);
   if (UNLIKELY(any_set(((written >= now) & (written != tag)) | (written == splat16(0)))))
     fail_shared(f, offset, 16, false, what, site);
-  if (any_set((read >= now) & (read != tag))) {
-    if (any_set(read != splat16(static_cast<int16_t>(b->interval_tag | kMany))))
-      join_readers(b, offset, 16, tag_of(f), trace);
-    return;
+  if (!any_set(read >= now)) {
+    *reinterpret_cast<vi16x8*>(chunk.read) = tag;
+    *reinterpret_cast<vu32x4*>(chunk.reader) = splat32(trace);
+  } else if (any_set(read < now)) {
+    keep_read(b, offset, 16, tag_of(f), trace);
   }
-  *reinterpret_cast<vi16x8*>(chunk.read) = tag;
-  *reinterpret_cast<vu32x4*>(chunk.reader) = splat32(trace);
 }
 
 ALWAYS_INLINE void check_write16(Fiber* f, u32 offset, const char* what, Site site) {
@@ -865,7 +854,7 @@ ALWAYS_INLINE void shadow_read(Fiber* f, u32 offset, u32 bytes, Trace trace, con
     const int16_t written = b->shadow[at / 8].write[at % 8];
     if (UNLIKELY((written >= now && written != tag) || written == 0)) fail_shared(f, offset, bytes, false, what, site);
   }
-  join_readers(b, offset, bytes, tag, trace);
+  keep_read(b, offset, bytes, tag, trace);
 }
 
 // ---- Access to global memory ----
@@ -1324,7 +1313,6 @@ struct Run {
       SignalStack signal_stack(arena);
       b->memory = arena->shared;
       b->shadow = arena->shadow;
-      b->second_reader = arena->second_reader;
       for (;;) {
         const u64 place = next++;
         if (place >= blocks || place > failed) break;

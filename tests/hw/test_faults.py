@@ -440,6 +440,18 @@ def test_the_other_reader_is_named(toy):
     assert ways == {True, False}  # some orders meet the write first, some a read
 
 
+def test_unwritten_memory_stays_unwritten_through_many_barriers(toy):
+    body = """
+        hw::store_shared(smem + 1020, 1u);
+        for (i32 i = 0; i < 1200; ++i) hw::sync_threads();
+        hw::store_global(out<u32>() + thread, hw::load_shared<u32>(smem + n));
+    """
+    kernel = toy(body, smem_bytes=1024)
+    assert set(kernel.run("emulator", out=np.zeros(32, np.uint32), n=1020).tolist()) == {1}
+    with pytest.raises(EmulatorError, match=r"uninitialised: .* byte 1016 "):
+        kernel.run("emulator", out=np.zeros(32, np.uint32), n=1016)
+
+
 def test_neighbouring_half_words_are_no_race(toy):
     """Two warps write and read the halves of every word."""
     body = """
