@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+import cuflash
 from cuflash import cli, config, reference
 from cuflash.cli import demo, encoder, machine
 from cuflash.packing import cu_seqlens_from
@@ -75,11 +76,12 @@ def test_the_demo_runs_the_kernel_on_the_emulator(network: encoder.Encoder) -> N
     if machine.cxx_compiler() is None:
         pytest.skip("no C++ compiler")
     config.backend = "emulator"
-    done = CliRunner().invoke(cli.app(), ["demo", "--json"])
+    with cuflash.emulator.counting() as counted:
+        done = CliRunner().invoke(cli.app(), ["demo", "--json"])
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["backend"] == "emulator" and report["kernel"] == "forward_sm80"
-    assert report["launches"] >= encoder.LAYERS
+    assert report["launches"] == counted.launches == encoder.LAYERS
     assert report["within_tolerance"] and 0 < report["max_difference"] <= report["tolerance"] < 0.01
     assert report["tokens"] + report["padding_avoided"] == report["sentences"] * report["longest"]
     assert report["notes"] == [] and report["seconds"] > report["attention_seconds"] > 0

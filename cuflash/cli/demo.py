@@ -123,17 +123,16 @@ def run(
         def on_layer() -> None:
             on_step(f"layer {next(steps, minilm.LAYERS)} on backend {backend!r}", 1)
 
-        with _launches_counted(backend, attend) as launches:
-            if network:
-                embeddings = network(packed.data, packed.cu_seqlens, attend, on_layer)
-                report.pairs = nearest_pairs(sentences, embeddings)
-            else:
-                for _ in range(minilm.LAYERS):
-                    attend(*rng.standard_normal((3, report.tokens, minilm.HEADS, minilm.HEAD_DIM), np.float32))
-                    on_layer()
-        report.launches = launches()
+        if network:
+            embeddings = network(packed.data, packed.cu_seqlens, attend, on_layer)
+            report.pairs = nearest_pairs(sentences, embeddings)
+        else:
+            for _ in range(minilm.LAYERS):
+                attend(*rng.standard_normal((3, report.tokens, minilm.HEADS, minilm.HEAD_DIM), np.float32))
+                on_layer()
 
     report.backend, report.kernel = attend.explanation.backend, attend.explanation.kernel
+    report.launches = 0 if attend.explanation.fallback else len(attend.compared)  # a call is a launch
     worst = max(attend.compared, key=lambda c: c.difference / c.tolerance)
     report.max_difference, report.tolerance = worst.difference, worst.tolerance
     report.within_tolerance = worst.difference <= worst.tolerance
@@ -258,18 +257,6 @@ def choose_backend(notes: list[str]) -> str:
         )
         return "reference"
     return "emulator"
-
-
-@contextmanager
-def _launches_counted(backend: str, attend: _ComparedAttention) -> Iterator[Callable[[], int]]:
-    """Yields a function that says how many kernels have been launched inside."""
-    if backend == "emulator":
-        from .. import emulator
-
-        with emulator.counting() as counters:
-            yield lambda: counters.launches
-    else:
-        yield lambda: len(attend.compared) if backend == "cuda" else 0
 
 
 # --- sentences --------------------------------------------------------------------------------------------------------
