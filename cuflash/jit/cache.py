@@ -109,6 +109,18 @@ _around: contextvars.ContextVar[Callable[[], contextlib.AbstractContextManager[A
 )
 
 
+def keep(kind: str, name: str, data: bytes) -> Path:
+    """Writes a file for people to read into the folder `kind`; returns its path."""
+    folder = _folder(kind)
+    try:
+        _write(folder / name, data)
+        return folder / name
+    except OSError as error:
+        _warn(folder, error)
+        _write(_temporary(kind) / name, data)
+        return _temporary(kind) / name
+
+
 def usage() -> tuple[Path, int, int]:
     """(cache folder, payloads in it, bytes of all its files)."""
     root = config.cache_dir

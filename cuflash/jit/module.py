@@ -59,6 +59,9 @@ class KernelSpec:
     def __hash__(self) -> int:
         return self._hash  # asked for at every launch, and slow to find
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hash"}  # it holds in one process only
+
     @property
     def name(self) -> str:
         """The kernel's name in reports, e.g. "forward_sm80"."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..arch import Arch
 from ..errors import CompileError, UnsupportedError
-from . import source
+from . import cache, source
 
 CONTEXT_LINES = 2  # shown around a line that an error names
 SHOWN_ERRORS = 5
@@ -225,21 +225,6 @@ def _failure(text: str, log: str, name: str, what: str) -> CompileError:
         parts.append(f"... and {len(messages) - SHOWN_ERRORS} more")
     if not messages:
         parts.append(log)
-    written = _write_failed(text, name)
-    parts.append(f"The whole text: {written}" if written else "The whole text is in the error's attribute `source`.")
+    written = cache.keep("failed", f"{Path(name).stem}.{cache.key_of(text)[:10]}.cu", text.encode())
+    parts.append(f"The whole text: {written}")
     return CompileError(f"{what} did not compile:\n" + "\n".join(parts), log=log, source=text)
-
-
-def _write_failed(text: str, name: str) -> Path | None:
-    import tempfile
-
-    from ..settings import config
-
-    try:
-        folder = config.dump or Path(tempfile.mkdtemp(prefix="cuflash-failed-"))
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{Path(name).stem}.failed.cu"
-        path.write_text(text, encoding="utf-8")
-    except OSError:
-        return None
-    return path

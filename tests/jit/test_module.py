@@ -10,6 +10,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import types
@@ -182,6 +183,10 @@ def test_an_entry_the_file_does_not_have() -> None:
 def test_a_spec_is_a_key_that_travels() -> None:
     assert toy_spec() == toy_spec() and hash(toy_spec()) == hash(toy_spec())
     assert pickle.loads(pickle.dumps(toy_spec())) == toy_spec() != toy_spec(factor=4)
+    hashed = toy_spec()
+    code = "import pickle, sys; s = pickle.load(sys.stdin.buffer); import jit_toys; assert s in {jit_toys.toy_spec()}"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONHASHSEED": str(hash(hashed) % 1000)}
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(hashed), env=env, check=True)
     assert toy_spec().name == "toy_scale"
 
 

@@ -68,13 +68,13 @@ def test_an_error_names_the_file_and_line_and_shows_them() -> None:
 
 @needs_nvrtc
 def test_an_error_in_the_variant_is_shown_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config, "dump", tmp_path)
+    monkeypatch.setattr(config, "cache_dir", tmp_path)
     text = source.flatten(toy_spec().source, "cuda", variant="struct Variant {\n  using Element = hw::Quarter;\n};\n")
     with pytest.raises(
         CompileError, match=r"variant\.cuh:2: error: (.|\n)*>    2 \|   using Element = hw::Quarter;"
     ) as e:
         nvrtc.compile(text, SM80, "toy.cu")
-    assert str(tmp_path / "toy.failed.cu") in str(e.value), "a dump folder takes the text"
+    assert [str(e.value).rpartition("The whole text: ")[2]] == [str(p) for p in (tmp_path / "failed").iterdir()]
 
 
 @needs_nvrtc
