@@ -105,7 +105,7 @@ def attention(
                 dtype=dtype,
                 scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
                 left=left,
-                right=min(right, 0) if causal else right,
+                right=0 if causal else right,
                 softcap=float(softcap),
                 slopes=None if slopes is None else slopes[b],
                 sink=None if sink is None else np.asarray(sink).astype(dtype),
