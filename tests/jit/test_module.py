@@ -28,7 +28,7 @@ from needs import needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import ArgumentError, CompileError, UnsupportedError
-from cuflash.jit import module, nvrtc, sass, source
+from cuflash.jit import hostcxx, module, nvrtc, sass, source
 from cuflash.settings import config
 
 
@@ -400,10 +400,14 @@ def test_cupys_raw_module_takes_the_text_and_the_options() -> None:
     assert (y.get() == np.arange(32) * 6).all()
 
 
-def test_the_toy_runs_on_the_emulator() -> None:
-    pytest.importorskip("cuflash.jit.hostcxx")
-    if not (os.environ.get("CXX") or any(map(shutil.which, ("g++", "clang++", "c++")))):
-        pytest.skip("no C++ compiler")
+def test_the_toy_runs_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    try:
+        hostcxx.compiler()
+    except CompileError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(config, "cache_dir", os.environ["CUFLASH_CACHE_DIR"])  # the run's: it has the runtime
+    heard: list[module.CompileEvent] = []
+    monkeypatch.setattr(config, "on_compile", heard.append)
     x = np.arange(70, dtype=np.float32)
     y = np.full(70, np.nan, dtype=np.float32)
     kernel = module.load(toy_spec(), SM80, "emulator", None)
@@ -413,4 +417,5 @@ def test_the_toy_runs_on_the_emulator() -> None:
         module.Buffer("y", y.ctypes.data, y.nbytes, writable=True),
     ]
     kernel.launch((3, 1, 1), params, buffers=buffers)
+    assert [(event.kernel, event.arch) for event in heard] == [("toy_scale", "emulator")]
     assert (y == np.arange(70) * 1.5).all()
