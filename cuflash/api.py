@@ -612,7 +612,7 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
-        why=(f"grid: {plan.why}",),
+        why=_reasons(plan),
         grid=plan.grid,
         variant=variant.describe(spec.variant),
         source=spec.text("cuda"),
@@ -620,6 +620,17 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
         shared_bytes=spec.smem_bytes,
         workspace_bytes=plan.workspace_bytes,
     )
+
+
+def _reasons(plan: Any) -> tuple[str, ...]:
+    reasons = [f"grid: {plan.why}"]
+    width = plan.problem.load_bytes
+    if width < 16:
+        reasons.append(
+            f"loads of {width} bytes: an address or stride of q, k, v or out is no multiple of 16 bytes; head dims that "
+            "are multiples of 8 (float32: 4) in contiguous arrays load faster"
+        )
+    return tuple(reasons)
 
 
 @dataclass(frozen=True)
@@ -711,7 +722,8 @@ def warmup(
 ) -> None:
     """Compile and load the kernel such calls need, so that none of them waits: the keywords of `supports`.
 
-    Shapes, lengths, head counts and numbers are no part of it. On a GPU the kernel is loaded on `device` (None: the
+    Shapes, lengths, head counts and numbers are no part of it; arrays are taken as contiguous (others may load in
+    narrower steps, by a kernel of their own). On a GPU the kernel is loaded on `device` (None: the
     current one). With `arch` the kernel is only compiled, which needs no GPU. Under `config.backend = "emulator"` the
     emulator's is compiled.
 

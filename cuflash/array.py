@@ -33,6 +33,8 @@ class TensorView:
     readonly  True where writing is not allowed
     owner     keeps the memory alive
 
+    Raises `ArgumentError` for memory not aligned to the dtype, which no kernel reads.
+
     >>> import numpy as np
     >>> view = of_numpy(np.zeros((1, 4, 8), np.float16)[:, ::2])
     >>> view.shape, view.strides, view.dtype.name, view.device
@@ -53,6 +55,8 @@ class TensorView:
     ) -> None:
         if 1 in shape or 0 in shape:
             strides = canonical_strides(shape, strides)
+        if ptr % dtype.itemsize:
+            raise ArgumentError(f"address {ptr:#x} is no multiple of the item size, {dtype.itemsize}: pass a copy")
         self.ptr = ptr
         self.shape = shape
         self.strides = strides

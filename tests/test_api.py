@@ -196,6 +196,10 @@ def test_explain_on_the_host(rng):
     assert "kHeadDim=64" in explained.variant and "struct Variant" in explained.source
     assert "#include" not in explained.source and any("c++17" in o for o in explained.options)
     assert 0 < explained.shared_bytes <= 99 * 1024 and explained.workspace_bytes == 0
+    assert not any("loads of" in reason for reason in explained.why)
+    with using("emulator"):
+        narrow = cuflash.explain(*[q[..., 1:]] * 3)
+    assert any("loads of 2 bytes" in reason for reason in narrow.why), narrow.why
     text = str(explained)
     for word in ("emulator", "forward_sm80", "1 x 4 x 2", "kHeadDim=64", "bytes"):
         assert word in text
@@ -298,3 +302,16 @@ def test_warmup_without_a_gpu(monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UnsupportedError, match=r"CuPy.*pip install 'cuflash\[cuda"):
         cuflash.warmup(dtype="bfloat16", head_dim=64)
+
+
+def test_threads_calling_at_once(rng):
+    """Eight threads, cold tables, calls of different kinds: each gets its own answer."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    inputs = [rng.standard_normal((1, 3 + i % 5, 2, 32)).astype(np.float16) for i in range(40)]
+    expected = [cuflash.attention(x, x, x, causal=True, scale=0.1 + i) for i, x in enumerate(inputs)]
+    api._prepared.clear()
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(cuflash.attention, x, x, x, causal=True, scale=0.1 + i) for i, x in enumerate(inputs)]
+        for call, want in zip(calls, expected, strict=True):
+            np.testing.assert_array_equal(call.result(), want)

@@ -97,6 +97,14 @@ WRONG = {
         dense(v=x(2, 9, 2, 16)[:, ::-1]),
         r"v\.strides=\(288, -32, 16, 1\).*must not be negative: pass np\.ascontiguousarray\(v\)",
     ),
+    "memory off the item size": (
+        dense(q=np.ndarray((2, 6, 4, 16), np.float16, np.zeros(9000, np.uint8), offset=3)),
+        r"q: address 0x\w+ is no multiple of the item size, 2: pass a copy",
+    ),
+    "cu_seqlens off the item size": (
+        packed(cu_seqlens_q=np.ndarray((3,), np.int32, np.zeros(16, np.uint8), offset=2)),
+        r"cu_seqlens_q: address 0x\w+ is no multiple of the item size, 4: pass a copy",
+    ),
     "strides off the item size": (
         dense(q=np.ndarray((2, 6, 4, 16), np.float16, np.zeros(9000, np.uint8), strides=(3001, 400, 40, 2))),
         r"q: strides of \(3001, 400, 40, 2\) bytes are not multiples of the item size",

@@ -84,6 +84,18 @@ def test_recorded_bytes_give_the_right_answer(name, rng):
     check_forward(q, k, v, out, lse, max_logit, **keywords)
 
 
+def test_lengths_known_to_the_host_choose_the_grid_as_a_hint_would():
+    q = np.zeros((700, 2, 64), np.float16)
+    even = starts(*[70] * 10)
+    with recording() as recorder:
+        array, cu = recorder.arrays[KIND](q), recorder.arrays[KIND](even)
+        for lengths, hint in ((cu, None), (cu, 70), (even, None), (even.tolist(), None), (even, 700)):
+            cuflash.attention(array, array, array, cu_seqlens_q=lengths, cu_seqlens_k=lengths, max_seqlen_q=hint)
+        unknown, hinted, known, listed, overruled = (launch.grid for launch in recorder.launches)
+    assert hinted == known == listed == (1, 2, 11)
+    assert unknown != hinted and overruled == unknown, "a hint that is given is taken, good or bad"
+
+
 def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
     """So a captured graph replays right when new lengths are written into the same arrays."""
     q = rng.standard_normal((64, 2, 64)).astype(np.float16)

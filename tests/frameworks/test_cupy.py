@@ -129,6 +129,7 @@ def test_explain_shows_what_is_launched(rng):
 
 # --- the machine --------------------------------------------------------------------------------------------------
 
+arch_of = frameworks.cupy.arch_of  # the real one, which `recording` replaces
 GOOD = Machine(capability=(9, 0), driver=(13, 0), cupy=(13, 0), nvrtc=(13, 4))
 
 
@@ -138,31 +139,52 @@ def test_a_machine_that_fits():
     assert cupy_adapter.check(newer, "12.4").name == "sm_86"
 
 
+# what is wrong -> (facts of the machine, CUDA version of PyTorch, what the message must say)
+UNFIT = {
+    "T4": ({"capability": (7, 5)}, None, r"sm_75.*compute capability 8\.0.*host arrays"),
+    "old driver": (
+        {"driver": (12, 8)},
+        None,
+        r"driver serves CUDA 12\.8, older than NVRTC's CUDA 13\.4.*cuflash\[cuda12\]",
+    ),
+    "torch and CuPy differ": (
+        {},
+        "12.6",
+        r"PyTorch is built for CUDA 12\.6 and CuPy for CUDA 13\.0.*uninstall cupy-cuda13x.*\[cuda12\]",
+    ),
+}
+
+
 @pytest.mark.parametrize(
-    "changed, cuda_version, match",
-    [
-        ({"capability": (7, 5)}, None, r"sm_75.*compute capability 8\.0.*host arrays"),  # a T4
-        ({"driver": (12, 8)}, None, r"driver serves CUDA 12\.8, older than NVRTC's CUDA 13\.4.*cuflash\[cuda12\]"),
-        ({}, "12.6", r"PyTorch is built for CUDA 12\.6 and CuPy for CUDA 13\.0.*uninstall cupy-cuda13x.*\[cuda12\]"),
-    ],
-    ids=["T4", "old driver", "torch and CuPy differ"],
+    "kind, what", [(kind, what) for what in UNFIT for kind in KINDS if kind == "torch" or UNFIT[what][1] is None]
 )
-def test_a_machine_that_does_not_fit(changed, cuda_version, match):
-    machine = Machine(**{**vars(GOOD), **changed})
-    with pytest.raises(UnsupportedError, match=match):
-        cupy_adapter.check(machine, cuda_version)
+def test_a_machine_that_does_not_fit(kind, what, rng, monkeypatch):
+    changed, cuda_version, match = UNFIT[what]
+    s = sample(rng, "float16")
+    with recording() as recorder, monkeypatch.context() as patch:
+        q, k, v = (recorder.arrays[kind](x) for x in (s.q, s.k, s.v))
+        patch.setattr(frameworks.cupy, "machine", lambda device: Machine(**{**vars(GOOD), **changed}))
+        patch.setattr(frameworks.cupy, "arch_of", arch_of)
+        if kind == "torch":
+            patch.setattr(frameworks.torch, "cuda_version", lambda: cuda_version)
+        with pytest.raises(UnsupportedError, match=match):
+            cuflash.attention(q, k, v, cu_seqlens_q=[0, 12], cu_seqlens_k=[0, 20])
+        assert not recorder.launches and not recorder.uploads
 
 
 @pytest.mark.parametrize("cuda, extra", [("12.6", "cuda12"), ("13.0", "cuda13"), (None, "cuda13")])
 def test_a_device_array_without_cupy_says_what_to_install(cuda, extra, rng, monkeypatch):
     s = sample(rng, "float16")
-    arch_of = frameworks.cupy.arch_of
+    kind = "torch" if "torch" in KINDS else "cupy stand-in"
     arch_of.cache_clear()
     with recording() as recorder, monkeypatch.context() as patch:
-        q, k, v = (recorder.arrays["cupy stand-in"](x) for x in (s.q, s.k, s.v))
+        q, k, v = (recorder.arrays[kind](x) for x in (s.q, s.k, s.v))
         patch.setattr(frameworks.cupy, "arch_of", arch_of)
         patch.setitem(sys.modules, "cupy", None)
-        patch.setitem(sys.modules, "torch", SimpleNamespace(version=SimpleNamespace(cuda=cuda)))
+        if kind == "torch":
+            patch.setattr(sys.modules["torch"].version, "cuda", cuda)
+        else:
+            patch.setitem(sys.modules, "torch", SimpleNamespace(version=SimpleNamespace(cuda=cuda)))
         with pytest.raises(UnsupportedError, match=rf"CuPy.*pip install 'cuflash\[{extra}\]'"):
             cuflash.attention(q, k, v, cu_seqlens_q=[0, 12], cu_seqlens_k=[0, 20])
         assert not recorder.launches and not recorder.uploads
