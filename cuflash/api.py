@@ -627,7 +627,7 @@ def _reasons(plan: Any) -> tuple[str, ...]:
     width = plan.problem.load_bytes
     if width < 16:
         reasons.append(
-            f"loads of {width} bytes: an address or stride of q, k, v or out is no multiple of 16 bytes; head dims that "
+            f"loads of {width} bytes: an address or stride of q, k, v or out is no multiple of 16; head dims that "
             "are multiples of 8 (float32: 4) in contiguous arrays load faster"
         )
     return tuple(reasons)
