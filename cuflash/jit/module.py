@@ -130,12 +130,12 @@ def compile(spec: KernelSpec, arch: Arch) -> Compiled:
     def make() -> tuple[bytes, dict[str, Any]]:
         with _announced(spec, arch.name):
             cubin = nvrtc.compile(text, arch, spec.source)
-        if spec.entry not in cubin.resources:
-            raise CompileError(f"{spec.source} has no kernel {spec.entry}, only {', '.join(cubin.resources) or 'none'}")
         return cubin.data, cubin.note()
 
     entry = cache.fetch("cubin", key, ".cubin", make)
     cubin = nvrtc.Cubin.from_note(entry.path.read_bytes(), entry.note)
+    if spec.entry not in cubin.resources:
+        raise CompileError(f"{spec.source} has no kernel {spec.entry}, only {', '.join(cubin.resources) or 'none'}")
     compiled = Compiled(spec, arch, entry.path, cubin, text, cached=not entry.built)
     asked = spec.smem_bytes + compiled.resources.static_smem_bytes
     if asked > arch.smem_bytes:
