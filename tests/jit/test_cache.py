@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -115,9 +116,17 @@ def test_a_damaged_entry_is_built_again(folder: Path, damage) -> None:
 
 
 def test_eight_threads_build_once() -> None:
-    make = Maker()
-    paths = []
-    threads = [threading.Thread(target=lambda: paths.append(cache.build("test", KEY, ".bin", make))) for _ in range(8)]
+    make, together, paths = Maker(), threading.Barrier(8), []
+
+    def slow() -> tuple[bytes, dict]:
+        time.sleep(0.2)
+        return make()
+
+    def work() -> None:
+        together.wait()
+        paths.append(cache.build("test", KEY, ".bin", slow))
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
     for t in threads:
         t.start()
     for t in threads:
