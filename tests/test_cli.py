@@ -18,6 +18,7 @@ from needs import needs_nvrtc
 from typer.testing import CliRunner
 
 import cuflash
+import cuflash.reference
 from cuflash import cli
 from cuflash.cli import device_check, doctor, machine
 from cuflash.cli.machine import Driver, Gpu
@@ -309,3 +310,18 @@ def test_random_inputs_are_rounded_to_bfloat16_by_their_bits(monkeypatch: pytest
     assert q.shape == (2, 8, 4, 16) and k.shape == v.shape == (2, 8, 2, 16) and q.dtype == ml_dtypes.bfloat16
     exact = np.random.default_rng(1).standard_normal(q.shape, dtype=np.float32)
     np.testing.assert_array_equal(q.view(np.uint16), exact.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_pytorchs_attentions_are_measured_beside_ours(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+    """On the CPU, where PyTorch has one of the three kernels."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device_check, "_timed", lambda call, inputs, case: [call(*x) for x in inputs] and {"ms": 1.0})
+    case = device_check.Case((16, 16), heads=4, heads_kv=4, head_dim=32, causal=True)
+    inputs = [tuple(rng.standard_normal((3, 2, 16, 4, 32), np.float32)) for _ in range(2)]
+    ours, _, _ = cuflash.reference.attention(*inputs[0], causal=True)
+    results = device_check._measure_torch(case, inputs, ours)
+    assert set(results) == {"torch flash", "torch cudnn", "torch efficient"}
+    measured = [r for r in results.values() if "error" not in r]
+    assert measured and all(r["ms"] == 1.0 and r["max_difference"] < 1e-5 for r in measured)
+    assert all(r["error"] for r in results.values() if r not in measured)

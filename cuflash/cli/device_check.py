@@ -312,7 +312,7 @@ def _random_inputs(case: Case, seed: int) -> tuple[Any, Any, Any]:
     def draw(heads: int) -> Any:
         rows = (total,) if case.packed else (batch, total // batch)
         bits = random.standard_normal((*rows, heads, case.head_dim), dtype=cupy.float32).view(cupy.uint32)
-        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(cupy.uint16).view(bfloat16.numpy)
+        return ((bits + 0x8000) >> 16).astype(cupy.uint16).view(bfloat16.numpy)
 
     return draw(case.heads), draw(case.heads_kv), draw(case.heads_kv)
 
