@@ -312,7 +312,7 @@ def test_random_inputs_are_rounded_to_bfloat16_by_their_bits(monkeypatch: pytest
     np.testing.assert_array_equal(q.view(np.uint16), exact.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
-def test_pytorchs_attentions_are_measured_beside_ours(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
+def test_the_attentions_of_pytorch_are_measured_beside_ours(monkeypatch, rng: np.random.Generator) -> None:
     """On the CPU, where PyTorch has one of the three kernels."""
     torch = pytest.importorskip("torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
