@@ -379,7 +379,7 @@ def load(spec: KernelSpec, arch: Arch, backend: str = "cuda", device: int | None
     backend  "cuda" or "emulator"
     device   the CUDA device's index; None for the emulator
     """
-    key = (spec, arch, backend, device, config.dump, source.generation())
+    key = (spec, arch.name, backend, device, config.dump, source.generation())
     kernel = _kernels.get(key)
     if kernel is not None:
         return kernel
