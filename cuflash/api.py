@@ -229,24 +229,32 @@ def _bind(
 
     host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
     plain: list[str] = []  # those given as a list, tuple or NumPy array, which may lie beside device arrays
-    for name, x in (
-        ("cu_seqlens_q", cu_seqlens_q),
-        ("cu_seqlens_k", cu_seqlens_k),
-        ("seqused_q", seqused_q),
-        ("seqused_k", seqused_k),
-    ):
-        if x is not None:
-            view = views[name] = _lengths_view(framework, x, name)
-            if view.device[0] == "cpu":
-                host_values[name] = view.as_numpy()
-            if isinstance(x, (list, tuple, np.ndarray)):
-                plain.append(name)
+    if not (cu_seqlens_q is cu_seqlens_k is seqused_q is seqused_k is None):
+        for name, x in (
+            ("cu_seqlens_q", cu_seqlens_q),
+            ("cu_seqlens_k", cu_seqlens_k),
+            ("seqused_q", seqused_q),
+            ("seqused_k", seqused_k),
+        ):
+            if x is not None:
+                view = views[name] = _lengths_view(framework, x, name)
+                if view.device[0] == "cpu":
+                    host_values[name] = view.as_numpy()
+                if isinstance(x, (list, tuple, np.ndarray)):
+                    plain.append(name)
+        if max_seqlen_q is None and "cu_seqlens_q" in host_values:
+            max_seqlen_q = _longest(host_values["cu_seqlens_q"])
 
     vq, vk, vv = views["q"], views["k"], views["v"]
-    alignment = (vq.ptr | vk.ptr | vv.ptr | (views["out"].ptr if out is not None else 0)) & 15
-    mods = {n: f for n, f in (("score_mod", score_mod), ("mask_mod", mask_mod)) if f is not None}
-    if max_seqlen_q is None and "cu_seqlens_q" in host_values:
-        max_seqlen_q = _longest(host_values["cu_seqlens_q"])
+    alignment = vq.ptr | vk.ptr | vv.ptr
+    if out is not None:
+        alignment |= views["out"].ptr
+    alignment &= 15
+    mods: dict[str, Callable[..., Any]] = {}
+    if score_mod is not None:
+        mods["score_mod"] = score_mod
+    if mask_mod is not None:
+        mods["mask_mod"] = mask_mod
     if isinstance(window_size, list):
         window_size = tuple(window_size)
     if type(aux) is not tuple:
@@ -256,9 +264,12 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, *plain, *mods,
-        *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items() if n not in "qkv"],
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux,
     )  # fmt: skip
+    if len(views) > 3:
+        key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
+    if mods:
+        key += (*mods,)
     try:
         prepared = _prepared.get(key)
     except TypeError:  # something no key can hold, such as an array for the scale: the checks will name it
@@ -294,13 +305,16 @@ def _bind(
 def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
     """Views of arrays that must all be of one framework."""
     views: dict[str, TensorView] = {}
+    known: type | None = None
     for name, x in arrays.items():
-        other = frameworks.of(x, name)
-        if other is not framework:
-            raise ArgumentError(
-                f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one framework; "
-                "convert with from_dlpack, which copies nothing"
-            )
+        if type(x) is not known:
+            other = frameworks.of(x, name)
+            if other is not framework:
+                raise ArgumentError(
+                    f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one "
+                    "framework; convert with from_dlpack, which copies nothing"
+                )
+            known = type(x)
         try:
             views[name] = framework.view(x)
         except CuflashError as error:

@@ -8,6 +8,7 @@ framework's own attributes; any other producer is read here through the DLPack p
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 from math import prod
 from typing import Any
 
@@ -153,6 +154,20 @@ def canonical_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple
     return tuple(s if n != 1 else int(i == last) for i, (n, s) in enumerate(zip(shape, strides, strict=True)))
 
 
+@lru_cache(maxsize=4096)
+def strides_in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides given in bytes, as NumPy and CuPy have them.
+
+    >>> strides_in_elements((48, 8, 2), 2)
+    (24, 4, 1)
+    """
+    if any(s % itemsize for s in strides):
+        raise ArgumentError(
+            f"strides of {strides} bytes are not multiples of the item size, {itemsize}: pass a contiguous copy"
+        )
+    return tuple(s // itemsize for s in strides)
+
+
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements.
 
@@ -175,17 +190,8 @@ def of_numpy(x: np.ndarray) -> TensorView:
     dtype = dtypes.BY_NUMPY.get(x.dtype)
     if dtype is None:
         raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(dtypes.BY_NAME)}")
-    size = dtype.itemsize
-    flags = x.flags
-    if flags.c_contiguous:
-        strides = contiguous_strides(x.shape)
-    elif any(s % size for s in x.strides):
-        raise ArgumentError(
-            f"strides of {x.strides} bytes are not multiples of the item size, {size}: copy with np.ascontiguousarray"
-        )
-    else:
-        strides = tuple(s // size for s in x.strides)
-    return TensorView(x.ctypes.data, x.shape, strides, dtype, HOST, not flags.writeable, x)
+    strides = strides_in_elements(x.strides, dtype.itemsize)
+    return TensorView(x.ctypes.data, x.shape, strides, dtype, HOST, not x.flags.writeable, x)
 
 
 _LINE = 64  # bytes of a cache line: what JAX wants to adopt memory without copying, and more than any kernel wants

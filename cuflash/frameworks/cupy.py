@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import arch as arch_table
 from ..arch import Arch
-from ..array import Device, TensorView
+from ..array import Device, TensorView, strides_in_elements
 from ..dtypes import BY_NAME, BY_NUMPY, DType
 from ..errors import ArgumentError, UnsupportedError
 
@@ -31,9 +31,8 @@ def view(x: Any) -> TensorView:
     dtype = BY_NUMPY.get(x.dtype)
     if dtype is None:
         raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
-    size = dtype.itemsize
     memory = x.data
-    strides = tuple([s // size for s in x.strides])
+    strides = strides_in_elements(x.strides, dtype.itemsize)
     return TensorView(memory.ptr, x.shape, strides, dtype, ("cuda", memory.device_id), False, x)
 
 
