@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from needs import needs_nvrtc
 from typer.testing import CliRunner
 
 import cuflash
@@ -158,7 +157,6 @@ def test_torchs_cuda_is_read_from_its_files(monkeypatch, tmp_path: Path, line: s
 # --- explain ----------------------------------------------------------------------------------------------------------
 
 
-@needs_nvrtc
 def test_explain_shows_the_kernel_and_its_text() -> None:
     arguments = "explain --dtype float16 --heads 8 --heads-kv 2 --lengths 5,17,300 --causal".split()
     told = json.loads(invoke(*arguments, "--json").stdout)
