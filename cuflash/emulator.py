@@ -18,7 +18,7 @@ A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it i
     collective      lanes wait for others that have exited
     deadlock        no thread can run on
     runaway         a block took more steps than allowed
-    fault           a wild pointer, a division by zero, or a stack overflow in the kernel
+    fault           a wild pointer, a stack overflow, or (on x86-64) an integer division by zero in the kernel
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ struct Thread {
 // would compete for the same few sets of the cache.
 constexpr u64 kStackBytes = 512 * 1024;
 constexpr u64 kColours = 64;
-constexpr u64 kColourBytes = 1088;
+constexpr u64 kColourBytes = 1216;
 
 inline __attribute__((always_inline)) Thread* this_thread() {
   const u64 here = reinterpret_cast<u64>(__builtin_frame_address(0));

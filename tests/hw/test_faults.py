@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from dataclasses import dataclass, field
 
@@ -318,7 +319,7 @@ FAULTS = {
         hw::sync_warp();  // before
         hw::store_global(out<i32>() + thread, 7 / (n + FAULT));
         """,
-        "0", "1", ("before",), ("division by zero",),
+        "0", "1", (), ("division by zero",),
     ),
     "too much on the stack": Fault(
         "fault",
@@ -330,6 +331,8 @@ FAULTS = {
         "400000", "100000", (), ("stack overflow",),
     ),
 }  # fmt: skip
+if platform.machine() not in ("x86_64", "AMD64"):
+    del FAULTS["a division by zero"]  # gives 0 there, as on a GPU it gives anything
 
 
 def run(toy, fault: Fault, text: str):
