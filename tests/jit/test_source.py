@@ -130,6 +130,10 @@ def test_a_file_edited_on_disk_is_read_again(tmp_path: Path, monkeypatch: pytest
     assert "old_text" in source.flatten(root, "cuda")
     before = source.generation()
     assert source.generation() == before
+    (tmp_path / "kernels_cu" / "a.cuh").write_text("int text_between;\n")
+    assert "text_between" in source.flatten(root, "cuda"), "a text is never older than its files"
+    source.generation()
+    before = source.generation()
     (tmp_path / "kernels_cu" / "a.cuh").write_text("int changed_text;\n")
     assert source.generation() == before + 1
     assert "changed_text" in source.flatten(root, "cuda")
