@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -94,6 +95,7 @@ def retain(views: Iterable[TensorView], device: int) -> None:
 
 
 _in_flight: deque[tuple[Any, list[TensorView]]] = deque()
+_in_flight_lock = Lock()
 
 
 def retain_until_done(views: Iterable[TensorView], device: int) -> None:
@@ -102,9 +104,10 @@ def retain_until_done(views: Iterable[TensorView], device: int) -> None:
     with cupy.cuda.Device(device):
         event = cupy.cuda.Event(disable_timing=True)
         event.record(cupy.cuda.get_current_stream())
-    _in_flight.append((event, list(views)))
-    while _in_flight and _in_flight[0][0].done:
-        _in_flight.popleft()
+    with _in_flight_lock:  # between a look at the first event and its removal, no other thread may remove it
+        _in_flight.append((event, list(views)))
+        while _in_flight and _in_flight[0][0].done:
+            _in_flight.popleft()
 
 
 def cuda_version() -> None:

@@ -24,7 +24,7 @@ def _torch() -> Any:
 @cache
 def _dtypes() -> dict[Any, DType]:
     torch = _torch()
-    return {getattr(torch, t.name.rstrip("_")): t for t in BY_NAME.values() if hasattr(torch, t.name)}
+    return {getattr(torch, t.name): t for t in BY_NAME.values() if hasattr(torch, t.name)}
 
 
 def view(x: Any) -> TensorView:
