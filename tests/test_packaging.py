@@ -119,3 +119,11 @@ def test_importing_cuflash_imports_no_framework_and_nothing_slow() -> None:
     script = "import sys, cuflash; print(*sys.modules)"
     roots = {m.split(".")[0] for m in run([sys.executable, "-c", script], cwd=ROOT).split()}
     assert not roots & {"cupy", "cupy_backends", "torch", "jax", "jaxlib", "cuda", "typer", "rich", "tokenizers"}
+
+
+def test_a_bare_checkout_runs_without_platformdirs(tmp_path: Path) -> None:
+    script = (
+        f"import os, sys; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}; os.environ.pop('CUFLASH_CACHE_DIR', None); "
+        "sys.modules['platformdirs'] = None; import cuflash; print(cuflash.config.cache_dir)"
+    )
+    assert Path(run([sys.executable, "-c", script], cwd=ROOT).strip()) == tmp_path / "cuflash"
