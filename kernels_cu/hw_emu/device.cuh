@@ -18,12 +18,12 @@ HW_DEVICE i32 lane_idx() { return emu::this_thread()->index & 31; }
 HW_DEVICE i32 warp_idx(Site site = Site::here()) {
   return static_cast<i32>(cuflash_emu_shuffle(static_cast<u32>(thread_idx()) >> 5, 0, "warp_idx", site));
 }
-HW_DEVICE i32 block_idx_x() { return emu::this_thread()->block[0]; }
-HW_DEVICE i32 block_idx_y() { return emu::this_thread()->block[1]; }
-HW_DEVICE i32 block_idx_z() { return emu::this_thread()->block[2]; }
-HW_DEVICE i32 grid_dim_x() { return emu::this_thread()->grid[0]; }
-HW_DEVICE i32 grid_dim_y() { return emu::this_thread()->grid[1]; }
-HW_DEVICE i32 grid_dim_z() { return emu::this_thread()->grid[2]; }
+HW_DEVICE i32 block_idx_x() { return emu::this_thread()->block_idx[0]; }
+HW_DEVICE i32 block_idx_y() { return emu::this_thread()->block_idx[1]; }
+HW_DEVICE i32 block_idx_z() { return emu::this_thread()->block_idx[2]; }
+HW_DEVICE i32 grid_dim_x() { return emu::this_thread()->grid_dim[0]; }
+HW_DEVICE i32 grid_dim_y() { return emu::this_thread()->grid_dim[1]; }
+HW_DEVICE i32 grid_dim_z() { return emu::this_thread()->grid_dim[2]; }
 
 HW_DEVICE void sync_threads(Site site = Site::here()) { cuflash_emu_sync_threads(site); }
 HW_DEVICE void sync_warp(Site site = Site::here()) { cuflash_emu_sync_warp(site); }

@@ -8,7 +8,8 @@ namespace emu {
 
 // A denormal becomes a zero of its sign.
 HW_DEVICE float flush_denormal(float x) {
-  return (__builtin_bit_cast(u32, x) & 0x7f800000u) == 0 ? __builtin_bit_cast(float, __builtin_bit_cast(u32, x) & 0x80000000u) : x;
+  const u32 bits = __builtin_bit_cast(u32, x);
+  return (bits & 0x7f800000u) == 0 ? __builtin_bit_cast(float, bits & 0x80000000u) : x;
 }
 
 HW_DEVICE u32 bfloat16_bits(float x) {

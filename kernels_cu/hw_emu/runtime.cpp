@@ -17,7 +17,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cinttypes>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
@@ -559,8 +558,8 @@ std::string positions(Block* b) {
 
 [[noreturn]] NEVER_INLINE void fail_runaway(Fiber* f, Site site) {
   f->site = site;
-  fail(f->block, format("runaway: the block took more than %" PRIu64 " steps; ",
-                        static_cast<uint64_t>(f->block->launch->step_limit)) +
+  fail(f->block, format("runaway: the block took more than %llu steps; ",
+                        f->block->launch->step_limit) +
                      who(f) + " is at " + place(site) + positions(f->block));
 }
 
@@ -666,7 +665,8 @@ ALWAYS_INLINE void leave(Fiber* f) {
   Warp* w = f->warp;
   f->what = what, f->site = site;
   w->state[f->lane] = kParted;
-  fail(f->block, format("divergence: lanes of warp %d meet at different instructions: lane %u is at %s (%s), lane %u at %s (%s)",
+  fail(f->block, format("divergence: lanes of warp %d meet at different instructions: lane %u is at %s (%s), "
+                        "lane %u at %s (%s)",
                         f->index / 32, w->first, w->what, place(w->site).c_str(), f->lane, what, place(site).c_str()) +
                      positions(f->block));
 }
@@ -863,7 +863,8 @@ ALWAYS_INLINE void shadow_read(Fiber* f, u32 offset, u32 bytes, Trace trace, con
   Block* b = f->block;
   const CuflashEmuLaunch& launch = *b->launch;
   f->site = site;
-  const std::string me = format("%s: %s %u bytes by ", what, write ? "write of" : "read of", bytes) + who(f) + " at " + place(site);
+  const std::string me =
+      format("%s: %s %u bytes by ", what, write ? "write of" : "read of", bytes) + who(f) + " at " + place(site);
   const CuflashEmuBuffer* nearest = nullptr;
   u64 distance = ~0ull;
   for (i32 i = 0; i < launch.buffer_count; i++) {
@@ -874,18 +875,19 @@ ALWAYS_INLINE void shadow_read(Fiber* f, u32 offset, u32 bytes, Trace trace, con
     const u64 d = address < buffer.begin ? buffer.begin - address : address >= end ? address - end : 0;
     if (d < distance) distance = d, nearest = &buffer;
   }
-  if (address < 4096) fail(b, "out of bounds: " + me + format(" through a null pointer (address %" PRIu64 ")", static_cast<uint64_t>(address)));
+  if (address < 4096)
+    fail(b, "out of bounds: " + me + format(" through a null pointer (address %llu)", address));
   if (!nearest) fail(b, "out of bounds: " + me + ": the launch names no buffer");
   const u64 end = nearest->begin + nearest->bytes;
-  const std::string name = format("%s, which has %" PRIu64 " bytes", nearest->name, static_cast<uint64_t>(nearest->bytes));
-  if (address < nearest->begin)
-    fail(b, "out of bounds: " + me + format(", %" PRIu64 " bytes before the beginning of ", static_cast<uint64_t>(distance)) + name);
-  if (address >= end)
-    fail(b, "out of bounds: " + me + format(", %" PRIu64 " bytes past the end of ", static_cast<uint64_t>(distance)) + name);
-  fail(b, "out of bounds: " + me + format(", the last %" PRIu64 " past the end of ", static_cast<uint64_t>(address + bytes - end)) + name);
+  const std::string name = format("%s, which has %llu bytes", nearest->name, nearest->bytes);
+  const std::string where = address < nearest->begin ? format("%llu bytes before the beginning of ", distance)
+                            : address >= end         ? format("%llu bytes past the end of ", distance)
+                                                     : format("the last %llu past the end of ", address + bytes - end);
+  fail(b, "out of bounds: " + me + ", " + where + name);
 }
 
-NEVER_INLINE const CuflashEmuBuffer* find_buffer(Fiber* f, u64 address, u32 bytes, bool write, const char* what, Site site) {
+NEVER_INLINE const CuflashEmuBuffer* find_buffer(Fiber* f, u64 address, u32 bytes, bool write, const char* what,
+                                                 Site site) {
   const CuflashEmuLaunch& launch = *f->block->launch;
   for (i32 i = 0; i < launch.buffer_count; i++) {
     const CuflashEmuBuffer& buffer = launch.buffers[i];
@@ -902,11 +904,13 @@ NEVER_INLINE const CuflashEmuBuffer* find_buffer(Fiber* f, u64 address, u32 byte
 }
 
 // `size` bytes at `address`, which must be a multiple of `alignment`.
-ALWAYS_INLINE void check_global(Fiber* f, u64 address, u32 size, u32 alignment, bool write, const char* what, Site site) {
+ALWAYS_INLINE void check_global(Fiber* f, u64 address, u32 size, u32 alignment, bool write, const char* what,
+                                Site site) {
   Block* b = f->block;
   if (UNLIKELY(address % alignment != 0)) fail_global_alignment(f, address, alignment, what, site);
   const CuflashEmuBuffer* buffer = b->recent_buffer;
-  if (UNLIKELY(!buffer || address < buffer->begin || address + size > buffer->begin + buffer->bytes || (write && !buffer->writable)))
+  if (UNLIKELY(!buffer || address < buffer->begin || address + size > buffer->begin + buffer->bytes ||
+               (write && !buffer->writable)))
     buffer = find_buffer(f, address, size, write, what, site);
   if (UNLIKELY(b->launch->counting)) {
     (write ? b->counters.written : b->counters.read)[static_cast<size_t>(buffer - b->launch->buffers)] += size;
@@ -941,11 +945,13 @@ ALWAYS_INLINE void land(Fiber* f, const Copy& copy) {
 
 // ---- Matrix instructions ----
 
-// The lanes' operand a as rows of words: rows[g] = a[0] of lanes 4 g .. 4 g + 3, then their a[2]; rows[g + 8] = a[1], a[3].
+// The lanes' operand a as rows of words: rows[g] = a[0] of lanes 4 g .. 4 g + 3, then their a[2]; rows[g + 8] = their
+// a[1], then their a[3].
 ALWAYS_INLINE void gather_a(const Warp* w, u32 (&rows)[16][8]) {
   for (i32 g = 0; g < 8; g++) {
-    vu32x4 r0 = *reinterpret_cast<const vu32x4*>(w->a[4 * g]), r1 = *reinterpret_cast<const vu32x4*>(w->a[4 * g + 1]);
-    vu32x4 r2 = *reinterpret_cast<const vu32x4*>(w->a[4 * g + 2]), r3 = *reinterpret_cast<const vu32x4*>(w->a[4 * g + 3]);
+    const u32* const* a = &w->a[4 * g];
+    vu32x4 r0 = *reinterpret_cast<const vu32x4*>(a[0]), r1 = *reinterpret_cast<const vu32x4*>(a[1]);
+    vu32x4 r2 = *reinterpret_cast<const vu32x4*>(a[2]), r3 = *reinterpret_cast<const vu32x4*>(a[3]);
     transpose4(r0, r1, r2, r3);
     *reinterpret_cast<vu32x4*>(&rows[g][0]) = r0;
     *reinterpret_cast<vu32x4*>(&rows[g + 8][0]) = r1;
@@ -1172,8 +1178,8 @@ void run_block(Arena* arena, u64 linear) {
     Fiber* f = arena->fiber(i);
     Warp* w = &b->warp[i / 32];
     f->index = i;
-    f->emu::Thread::block[0] = b->index[0], f->emu::Thread::block[1] = b->index[1], f->emu::Thread::block[2] = b->index[2];
-    memcpy(f->grid, launch.grid, sizeof(f->grid));
+    memcpy(f->block_idx, b->index, sizeof(f->block_idx));
+    memcpy(f->grid_dim, launch.grid, sizeof(f->grid_dim));
     f->warp = w;
     f->block = b;
     f->lane = static_cast<u32>(i % 32);
@@ -1206,8 +1212,8 @@ void run_block(Arena* arena, u64 linear) {
   } else if (b->fault_signal) {
     Fiber* f = b->fault_fiber;
     const u64 within = reinterpret_cast<u64>(b->fault_address) & (emu::kStackBytes - 1);
-    const bool overflow = f && (reinterpret_cast<u64>(f) ^ reinterpret_cast<u64>(b->fault_address)) < emu::kStackBytes &&
-                          within >= kGuardBegin && within < kGuardEnd;
+    const u64 apart = reinterpret_cast<u64>(f) ^ reinterpret_cast<u64>(b->fault_address);
+    const bool overflow = f && apart < emu::kStackBytes && within >= kGuardBegin && within < kGuardEnd;
     b->error = overflow ? "fault: stack overflow"
                : b->fault_signal == SIGFPE
                    ? "fault: integer division by zero"
@@ -1337,7 +1343,7 @@ std::string counters_text(Run& run) {
   Counters& c = run.counters;
   std::string out;
   const auto line = [&](const char* group, const std::string& name, u64 n) {
-    out += format("%s\t%s\t%" PRIu64 "\n", group, name.c_str(), static_cast<uint64_t>(n));
+    out += format("%s\t%s\t%llu\n", group, name.c_str(), n);
   };
   const auto site = [&](Trace trace) {
     return format("%s:%u", run.files.names[trace >> 24], trace >> 10 & 0x3fff);
@@ -1571,7 +1577,8 @@ void cuflash_emu_launch(const CuflashEmuLaunch* launch, CuflashEmuResult* result
   run.launch = launch;
   run.counters.read.assign(static_cast<size_t>(launch->buffer_count), 0);
   run.counters.written = run.counters.read;
-  run.blocks = static_cast<u64>(launch->grid[0]) * static_cast<u64>(launch->grid[1]) * static_cast<u64>(launch->grid[2]);
+  run.blocks = 1;
+  for (i32 blocks : launch->grid) run.blocks *= static_cast<u64>(blocks);
   // Every block once, in an order of the seed's: steps of a stride that shares no divisor with their number.
   Random random{mix(launch->seed)};
   run.start = random.next() % run.blocks;

@@ -20,14 +20,14 @@ namespace emu {
 
 // The part of a thread's record that kernels read.
 struct Thread {
-  i32 index;     // in the block
-  i32 block[3];  // the block's place in the grid
-  i32 grid[3];
+  i32 index;  // in the block
+  i32 block_idx[3];
+  i32 grid_dim[3];
 };
 
 // Each thread has a stack of kStackBytes at a multiple of kStackBytes; its record lies near the stack's low end, so the
-// stack pointer alone finds it. Records and stack tops are shifted by a colour: at equal offsets, all threads of a block
-// would compete for the same few sets of the cache.
+// stack pointer alone finds it. Records and stack tops are shifted by a colour: at equal offsets, all threads of a
+// block would compete for the same few sets of the cache.
 constexpr u64 kStackBytes = 512 * 1024;
 constexpr u64 kColours = 64;
 constexpr u64 kColourBytes = 1216;

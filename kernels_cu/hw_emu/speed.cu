@@ -80,7 +80,8 @@ HW_KERNEL(128) cuflash_emu_speed(HW_GRID_CONSTANT SpeedParams params) {
 
     // O += P V    [16, 64] a warp
     for (i32 j = 0; j < 4; ++j) {
-      const u32 p[4] = {hw::pack2<hw::Bfloat16>(s[2 * j][0], s[2 * j][1]), hw::pack2<hw::Bfloat16>(s[2 * j][2], s[2 * j][3]),
+      const u32 p[4] = {hw::pack2<hw::Bfloat16>(s[2 * j][0], s[2 * j][1]),
+                        hw::pack2<hw::Bfloat16>(s[2 * j][2], s[2 * j][3]),
                         hw::pack2<hw::Bfloat16>(s[2 * j + 1][0], s[2 * j + 1][1]),
                         hw::pack2<hw::Bfloat16>(s[2 * j + 1][2], s[2 * j + 1][3])};
       for (i32 n = 0; n < 4; ++n) {
