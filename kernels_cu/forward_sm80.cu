@@ -130,8 +130,9 @@ HW_DEVICE i64 row_offset(const Sequence& seq, i64 stride_batch, i64 begin, i64 s
   return seq.dense_idx * stride_batch + begin * stride_row;
 }
 
+// The sequence's query tile number `from_end`, counted from its end.
 template <class V>
-HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
+HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) {
   using Plan = ForwardPlan<V>;
   using Element = typename V::Element;
   using S = Fragment<Plan::kRowTiles, V::kBlockK / 8>;
@@ -150,7 +151,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
   const Sequence seq = read_sequence(p, sequence);
   const i32 head = hw::block_idx_y();
   const i32 head_kv = head / p.head_group;
-  const i32 q_first = tile * V::kBlockQ;
+  const i32 q_first = (ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ;
   const u8* q = static_cast<const u8*>(p.q) + row_offset(seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
   const u8* k = static_cast<const u8*>(p.k) + row_offset(seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
   const u8* v = static_cast<const u8*>(p.v) + row_offset(seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
@@ -163,7 +164,6 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
   const i32 first_k_tile = keys.any.begin / V::kBlockK;
   const bool sees_keys = q_first < seq.q_len && keys.any.begin < keys.any.end;
   const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
-  const float slope = read_slope(p, sequence, head);
   const LaneRows<typename Plan::QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
   const LaneRows<typename Plan::KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
 
@@ -195,7 +195,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
     multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
 
     const i32 k_first = n * V::kBlockK;
-    score<Element>(p, seq, slope, s, q_first + warp_row, k_first);
+    score<Element>(p, seq, sequence, head, s, q_first + warp_row, k_first);
     if (k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end) {
       mask_scores(p, seq, s, q_first + warp_row, k_first);
     }
@@ -246,11 +246,12 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 tile) {
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
-  const TileRange range = tiles_of_block<Variant::kBlockQ>(p);
-  const i32 tiles = ceil_div(read_sequence(p, range.sequence).q_rows, Variant::kBlockQ);
-  for (i32 i = range.first; i < tiles; i += range.step) {
-    forward_tile<Variant>(p, range.sequence, tiles - 1 - i);
-    // sync   shared memory <-> all warps: the next tile's Q may replace this one's
-    if (i < tiles - range.step) hw::sync_threads();
+  constexpr i32 kBlockQ = Variant::kBlockQ;
+  const TileRange range = tiles_of_block<kBlockQ>(p);
+  // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
+  for (i32 i = range.first; i < tiles_of_sequence<kBlockQ>(p, range.sequence); i += tile_step(p)) {
+    // sync   shared memory <-> all warps: this tile's Q may replace the one before
+    if (i > range.first) hw::sync_threads();
+    forward_tile<Variant>(p, range.sequence, i);
   }
 }

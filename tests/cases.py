@@ -23,7 +23,7 @@ from cuflash import dtypes
 
 CLASSES = (32, 64, 96, 128, 192, 256)
 # (rows, keys) of a tile, by head-dim class: what the cost of a case is reckoned by.
-TILES = {32: (128, 64), 64: (128, 64), 96: (128, 64), 128: (128, 128), 192: (128, 64), 256: (64, 32)}
+TILES = {32: (128, 64), 64: (128, 64), 96: (128, 64), 128: (128, 128), 192: (128, 64), 256: (128, 32)}
 # Lengths at which tiles, fragments and warps begin and end.
 EDGES = (0, 1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257, 300)
 MAX_LENGTH = 300

@@ -11,12 +11,23 @@
 #include <hw/device.cuh>
 #include <hw/math.cuh>
 #include <hw/warp.cuh>
+#include <tile/sequence.cuh>
 
 struct TileRange {
   i32 sequence;  // 0..batch
   i32 first;     // first tile, counted from the end of the sequence: under a causal mask the long ones go first
-  i32 step;
 };
+
+template <i32 kBlockQ, class Params>
+HW_DEVICE i32 tiles_of_sequence(const Params& p, i32 sequence) {
+  return ceil_div(read_sequence(p, sequence).q_rows, kBlockQ);
+}
+
+// From one of a block's tiles to its next. A slot is one tile.
+template <class Params>
+HW_DEVICE i32 tile_step(const Params& p) {
+  return p.packed_grid ? 1 << 30 : hw::grid_dim_x();
+}
 
 // The largest b in [0, batch] with slot_begin(b) <= slot. Every warp of the block finds it for itself, 32 probes a step.
 template <i32 kBlockQ>
@@ -40,11 +51,9 @@ HW_DEVICE TileRange tiles_of_block(const Params& p) {
   if (!p.packed_grid) {
     range.sequence = hw::block_idx_z();
     range.first = hw::block_idx_x();
-    range.step = hw::grid_dim_x();
     return range;
   }
   const i32 slot = hw::block_idx_x();
-  range.step = 1 << 30;  // a slot is one tile
   if (p.cu_seqlens_q != nullptr) {
     range.sequence = find_sequence<kBlockQ>(p.cu_seqlens_q, p.batch, slot);
     range.first = slot - (hw::load_global(p.cu_seqlens_q + range.sequence) / kBlockQ + range.sequence);

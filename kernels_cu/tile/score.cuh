@@ -25,23 +25,17 @@ HW_DEVICE float cap_score(float x, float cap) {
   return hw::abs(x) < 0.25f ? cap * hw::fma(series * x2, x, x) : far;
 }
 
-// The slope of a head, times log2 e; 0: none.
-template <class Params>
-HW_DEVICE float read_slope(const Params& p, i32 sequence, i32 head) {
-  if (p.alibi_slopes == nullptr || sequence == p.batch) return 0.0f;
-  return hw::load_global(p.alibi_slopes + sequence * p.alibi_stride_batch + head) * kLog2e;
-}
-
 // query: that of the warp's row 0; key: that of the tile's column 0.
 template <class Element, class Params, class S>
-HW_DEVICE void score(const Params& p, const Sequence& seq, float slope, S& s, i32 query, i32 key) {
+HW_DEVICE void score(const Params& p, const Sequence& seq, i32 sequence, i32 head, S& s, i32 query, i32 key) {
   if (p.raw_scores) return;
   if (p.score_cap != 0.0f) {
     s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
   } else {
     s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
   }
-  if (slope != 0.0f) {
+  if (p.alibi_slopes != nullptr) {
+    const float slope = hw::load_global(p.alibi_slopes + sequence * p.alibi_stride_batch + head) * kLog2e;
     float center[S::kRows];  // the key this row stands on, counted from this thread's column 0
     HW_UNROLL
     for (i32 i = 0; i < S::kRows; ++i) {

@@ -63,7 +63,7 @@ struct LaneRows {
 template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes>
 struct RowLoader {
   static constexpr i32 kGroup = Tile::kPeriod;  // threads that share a row
-  static constexpr i32 kRowStep = kThreads / kGroup;
+  static constexpr i32 kRowStep = min_of(kThreads / kGroup, kRows);  // where rows are few, threads are left over
   static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0, "rows divide among the threads, each keeping its key");
 
   const u8* source;  // this thread's first unit of row 0's tile
@@ -77,6 +77,7 @@ struct RowLoader {
 
   // The tile whose row 0 is row `begin`, of `rows` rows in all, row_bytes bytes each, `stride` bytes apart.
   HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
+    if (kThreads / kGroup > kRows && first_row() >= kRows) return;
     const u8* row_source = source + begin * stride;
     const auto copy_row = [&](i32 step) {
       const bool inside = begin + first_row() + step * kRowStep < rows;

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 from needs import needs_nvrtc
+from recorded import recording
 
+import cuflash
 from cuflash import arch, dtypes
-from cuflash.jit import module, sass
+from cuflash.jit import module, nvrtc, sass
 from cuflash.ops import forward
 
 ALL = ("sm_80", "sm_90a")  # every representative variant
@@ -54,3 +59,56 @@ def test_key_tile_depends_on_dtype_head_dim_and_chip_alone():
     for load_bytes in (16, 4, 2):
         variant = forward.choose_variant(dtypes.float16, 100, 80, load_bytes, target)
         assert variant.tile == forward.TILES[2, 128][0]
+
+
+def random_call(rng: np.random.Generator) -> tuple[forward.ForwardVariant, tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """A call's shapes and keywords, and the variant that DESIGN's closed list says it compiles to: dtype, head-dim
+    classes and load width. All else must not matter."""
+    dtype, d = [("float16", 64), ("bfloat16", 32), ("float16", 40), ("float16", 27)][rng.integers(4)]
+    group, heads_kv = int(rng.choice([1, 2, 8])), int(rng.integers(1, 5))
+    lengths = rng.integers(0, 2000, rng.integers(1, 9))
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    keywords: dict[str, Any] = {
+        "cu_seqlens_q": starts,
+        "cu_seqlens_k": starts,
+        "scale": float(rng.normal()),
+        "causal": bool(rng.integers(2)),
+        "window_size": (int(rng.integers(-1, 500)), int(rng.integers(-1, 500))),
+        "softcap": float(rng.choice([0.0, rng.uniform(1, 50)])),
+        "max_seqlen_q": [None, 1, int(lengths.max()) + 1][rng.integers(3)],
+        "aux": [(), ("lse",), ("lse", "max_logit")][rng.integers(3)],
+    }
+    if rng.integers(2):
+        keywords["alibi_slopes"] = rng.uniform(0, 1, group * heads_kv).astype(np.float32)
+    if rng.integers(2):
+        keywords["sink"] = rng.normal(size=group * heads_kv).astype(np.float32)
+    if rng.integers(2):
+        keywords["seqused_k"] = (lengths // 2).astype(np.int32)
+    load_bytes = {27: 2}.get(d, 16)
+    variant = forward.choose_variant(dtypes.BY_NAME[dtype], d, d, load_bytes, arch.named("sm_80"))
+    return variant, (int(starts[-1]), group * heads_kv, d), (int(starts[-1]), heads_kv, d), keywords
+
+
+@needs_nvrtc
+def test_a_thousand_calls_compile_what_was_predicted(monkeypatch, tmp_path, seed):
+    """Counted at the compiler, with an empty disk cache: lengths, batches, heads, groups, numbers, hints and outputs
+    never recompile."""
+    compiled = []
+    original = nvrtc.compile
+    monkeypatch.setattr(nvrtc, "compile", lambda *a, **k: compiled.append(a[0]) or original(*a, **k))
+    monkeypatch.setattr(cuflash.config, "cache_dir", tmp_path)
+    module.clear()
+    rng = np.random.default_rng(seed)
+    calls = [random_call(rng) for _ in range(1000)]
+    predicted = {variant for variant, *_ in calls}
+    with recording("sm_80") as recorder:
+        for variant, shape_q, shape_k, keywords in calls:
+            dtype = variant.element.numpy
+            arrays = [recorder.arrays["cupy stand-in"](np.empty(s, dtype)) for s in (shape_q, shape_k, shape_k)]
+            device = {
+                n: recorder.arrays["cupy stand-in"](x) if isinstance(x, np.ndarray) else x for n, x in keywords.items()
+            }
+            cuflash.attention(*arrays, **device)
+        launched = {launch.kernel.spec.variant for launch in recorder.launches}
+    assert launched == predicted
+    assert len(compiled) == len(predicted) == 3

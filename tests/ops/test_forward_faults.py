@@ -46,7 +46,7 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         UNORDERED,
     ),
     "barrier between query tiles missing": (
-        (Edit(KERNEL, "if (i < tiles - range.step) hw::sync_threads();", ""),),
+        (Edit(KERNEL, "if (i > range.first) hw::sync_threads();", ""),),
         UNORDERED,
     ),
     "K refilled before all have read it": (
