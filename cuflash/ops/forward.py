@@ -81,7 +81,9 @@ class Tile:
 # wider of d and d_v. block_k depends on nothing but this table, so that sums are taken in one order whatever the lengths.
 TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (2, 32): (Tile(128, 64, 4),) * 2,  # 16 KB
-    (2, 64): (Tile(128, 64, 4),) * 2,  # 32 KB: two row tiles a warp, each K and V fragment serves both
+    # 32 KB. Four warps have two row tiles each, so that a K or V fragment read serves both; on compute capability 12.0
+    # that spills, and chips of its kind have shared-memory bandwidth to spare for their matrix units.
+    (2, 64): (Tile(128, 64, 4), Tile(128, 64, 8)),
     (2, 96): (Tile(128, 64, 8),) * 2,  # 48 KB
     (2, 128): (Tile(128, 128, 8), Tile(128, 64, 8)),  # 96 KB, 64 KB
     (2, 192): (Tile(128, 64, 8),) * 2,  # 96 KB
