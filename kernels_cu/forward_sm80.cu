@@ -47,8 +47,7 @@ struct ForwardPlan {
 
   using QTile = SharedTile<V::kHeadDim * kBytes>;
   using KTile = SharedTile<V::kHeadDim * kBytes>;
-  // float32 V is read by 4-byte loads, which want another exchange than ldmatrix.
-  using VTile = SharedTile<V::kHeadDimV * kBytes, kBytes == 2 ? Swizzle::kRows8 : Swizzle::kPairs>;
+  using VTile = SharedTile<V::kHeadDimV * kBytes>;
   using OutTile = SharedTile<V::kHeadDimV * kBytes>;
 
   static constexpr i32 kQBytes = V::kBlockQ * max_of(V::kHeadDim, V::kHeadDimV) * kBytes;

@@ -56,7 +56,9 @@ class Cuda:
         arrays = {}
         for name, guard in inputs.guards.items():
             begin = guard.array.ctypes.data - guard.buffer.ctypes.data
-            memory = cupy.cuda.MemoryPointer(buffers[name].data.mem, buffers[name].data.ptr + begin - buffers[name].data.mem.ptr)
+            memory = cupy.cuda.MemoryPointer(
+                buffers[name].data.mem, buffers[name].data.ptr + begin - buffers[name].data.mem.ptr
+            )
             arrays[name] = cupy.ndarray(guard.array.shape, guard.array.dtype, memory, guard.array.strides)
         keywords = {k: cupy.asarray(v) if isinstance(v, np.ndarray) else v for k, v in inputs.keywords.items()}
         result = cuflash.attention(

@@ -55,7 +55,7 @@ HW_DEVICE void multiply_qk(S& s, const LaneRows<ATile>& a, const LaneRows<BTile>
     }
   } else {
     // NOTE: unrolled whole, ptxas keeps so many split operands in flight that every head dim spills.
-    HW_UNROLL_4
+    HW_UNROLL_2
     for (i32 step = 0; step < kHeadDim / 8; ++step) {
       u32 q_high[S::kRowTiles][4], q_low[S::kRowTiles][4];
       HW_UNROLL
@@ -124,8 +124,9 @@ HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile) {
       HW_UNROLL
       for (i32 c = 0; c < O::kColTiles; ++c) {
         const u32 at = VTile::address(tile, 8 * step + 2 * t, 2 * c + g / 4) + static_cast<u32>(4 * (g % 4));
-        // The row below shares its key: its element lies one row further.
-        const SplitTf32 b0(hw::load_shared<float>(at)), b1(hw::load_shared<float>(at + VTile::kRowBytes));
+        // The row below has the other key of the pair: its unit is the neighbour of this one.
+        const u32 below = (at ^ 16u) + static_cast<u32>(VTile::kRowBytes);
+        const SplitTf32 b0(hw::load_shared<float>(at)), b1(hw::load_shared<float>(below));
         HW_UNROLL
         for (i32 r = 0; r < P::kRowTiles; ++r) mma_3xtf32(o.x[r][c], a_high[r], a_low[r], b0, b1);
       }

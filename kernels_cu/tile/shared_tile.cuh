@@ -5,26 +5,20 @@
 #include <hw/async_copy.cuh>
 #include <hw/device.cuh>
 
-// How a unit's place depends on its row. A row of kRowBytes, a multiple of 64.
-//   kRows8   for ldmatrix: unit ^ (row % 8); where rows are an odd multiple of 64 bytes, two of them share the banks'
-//            128 bytes and unit ^ (row / 2 % 4) does
-//   kPairs   for 4-byte reads by mma lanes (tf32 V): lane (g, t) reads rows 2 t and 2 t + 1 at column g, so pairs of
-//            rows must differ in pairs of units: unit ^ (row & 6)
-enum class Swizzle { kRows8, kPairs };
-
-template <i32 kRowBytes_, Swizzle kSwizzle = Swizzle::kRows8>
+// A row has kRowBytes, a multiple of 64. Unit u of a row stands at place u ^ (row % 8); where rows are an odd multiple of
+// 64 bytes, two of them share the banks' 128 bytes and u ^ (row / 2 % 4) does. It also serves the 4-byte reads of tf32
+// operands by column: there lane (g, t) reads rows 2 t and 2 t + 1, whose keys differ in whole pairs of units.
+template <i32 kRowBytes_>
 struct SharedTile {
   static constexpr i32 kRowBytes = kRowBytes_;
   static constexpr i32 kUnits = kRowBytes / 16;
   static_assert(kRowBytes % 64 == 0, "a row is a multiple of 64 bytes");
-  static_assert(kSwizzle == Swizzle::kRows8 || kRowBytes % 128 == 0, "pairs of units need rows of 128 bytes");
 
   // Units that change places among themselves: a key is below this.
   static constexpr i32 kPeriod = kRowBytes % 128 == 0 ? 8 : 4;
 
   // The same for rows that differ by a multiple of 8.
   HW_DEVICE static u32 key(i32 row) {
-    if constexpr (kSwizzle == Swizzle::kPairs) return static_cast<u32>(row & 6);
     if constexpr (kRowBytes % 128 == 0) return static_cast<u32>(row & 7);
     return static_cast<u32>((row >> 1) & 3);
   }

@@ -141,7 +141,9 @@ def test_same_bits_alone_packed_and_dense(dtype, features, seed):
                 rows = slice(starts(0)[i], starts(0)[i + 1])
                 for a, b in ((packed.out[rows], one.out[0]), (packed.lse[:, rows], one.lse[0])):
                     assert a.tobytes() == b.tobytes(), f"sequence {i}, hint {hint}"
-        twice = cuflash.attention(*(np.stack([a, b]) for a, b in zip(sequences[0], sequences[4], strict=True)), **features)
+        twice = cuflash.attention(
+            *(np.stack([a, b]) for a, b in zip(sequences[0], sequences[4], strict=True)), **features
+        )
         assert twice[0].tobytes() == alone[0].out[0].tobytes()
         assert twice[1].tobytes() == alone[4].out[0].tobytes()
 

@@ -1,4 +1,4 @@
-"""What is compiled, and when: NVRTC for every architecture, gates on the machine code, and shapes that never recompile."""
+"""What is compiled, and when: NVRTC for every architecture, gates on machine code, shapes that never recompile."""
 
 from __future__ import annotations
 
@@ -25,9 +25,7 @@ def specs(name: str) -> list[module.KernelSpec]:
     return found[::5]
 
 
-@pytest.mark.parametrize(
-    "name, index", [(name, i) for name in ALL + SAMPLE for i in range(len(specs(name)))]
-)
+@pytest.mark.parametrize("name, index", [(name, i) for name in ALL + SAMPLE for i in range(len(specs(name)))])
 @needs_nvrtc
 def test_machine_code(name, index):
     """No spill, no stack, no local memory; the instructions the kernel is made of; shared memory within the chip."""
@@ -61,8 +59,10 @@ def test_key_tile_depends_on_dtype_head_dim_and_chip_alone():
         assert variant.tile == forward.TILES[2, 128][0]
 
 
-def random_call(rng: np.random.Generator) -> tuple[forward.ForwardVariant, tuple[int, ...], tuple[int, ...], dict[str, Any]]:
-    """A call's shapes and keywords, and the variant that DESIGN's closed list says it compiles to: dtype, head-dim
+def random_call(
+    rng: np.random.Generator,
+) -> tuple[forward.ForwardVariant, tuple[int, ...], tuple[int, ...], dict[str, Any]]:
+    """A call's shapes and keywords, and the variant that the closed list predicts for it: dtype, head-dim
     classes and load width. All else must not matter."""
     dtype, d = [("float16", 64), ("bfloat16", 32), ("float16", 40), ("float16", 27)][rng.integers(4)]
     group, heads_kv = int(rng.choice([1, 2, 8])), int(rng.integers(1, 5))
