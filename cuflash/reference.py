@@ -23,8 +23,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -82,37 +83,169 @@ def attention(
     >>> out.ravel(), max_logit.ravel()  # two queries behind three keys: they see two keys, then three
     (array([0.5, 1. ], dtype=float32), array([2., 2.], dtype=float32))
     """
-    heads_q, head_dim = q.shape[-2:]
-    dtype = np.dtype(compute_dtype or (np.float64 if q.dtype == np.float64 else np.float32))
-    batch = len(cu_seqlens_q) - 1 if cu_seqlens_q is not None else q.shape[0]
-    left, right = (math.inf if w is None or w < 0 else w for w in window_size)
-    slopes = None if alibi_slopes is None else np.broadcast_to(np.asarray(alibi_slopes, dtype), (batch, heads_q))
+    dtype = _computed_in(q, compute_dtype)
+    rules = _rules(
+        q, _batch(q, cu_seqlens_q), dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, score_mod=score_mod, mask_mod=mask_mod,
+    )  # fmt: skip
+    sinks = None if sink is None else np.asarray(sink).astype(dtype)[:, None]
 
-    rows_shape = q.shape[:-2]  # (batch, q_len) or (total_q,)
-    out = np.zeros((*rows_shape, heads_q, v.shape[-1]), q.dtype if compute_dtype is None else dtype)
-    lse = np.full((*rows_shape[:-1], heads_q, rows_shape[-1]), -np.inf, dtype)
+    *lead, rows, heads_q, _ = q.shape  # lead: (batch,), or () for packed arrays
+    out = np.zeros((*q.shape[:-1], v.shape[-1]), q.dtype if compute_dtype is None else dtype)
+    lse = np.full((*lead, heads_q, rows), -np.inf, dtype)
     max_logit = np.full_like(lse, -np.inf)
-
     rows_q = _rows_of_sequences(q, cu_seqlens_q, seqused_q)
     rows_k = _rows_of_sequences(k, cu_seqlens_k, seqused_k)
-    for b, (at_q, at_k) in enumerate(zip(rows_q, rows_k, strict=True)):
-        at_lse = (*at_q[:-1], slice(None), at_q[-1])
+    for rule, at_q, at_k in zip(rules, rows_q, rows_k, strict=True):
+        at_lse = _heads_first(at_q)
         # Infinite or NaN values that the sequence owns are its own affair: they come out, without a warning.
         with np.errstate(all="ignore"):
-            _attend(
-                q[at_q], k[at_k], v[at_k], out[at_q], lse[at_lse], max_logit[at_lse],
-                b=b,
-                dtype=dtype,
-                scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
-                left=left,
-                right=0 if causal else right,
-                softcap=float(softcap),
-                slopes=None if slopes is None else slopes[b],
-                sink=None if sink is None else np.asarray(sink).astype(dtype),
-                score_mod=score_mod,
-                mask_mod=mask_mod,
-            )  # fmt: skip
+            _attend(rule, q[at_q], k[at_k], v[at_k], sinks, out[at_q], lse[at_lse], max_logit[at_lse])
     return out, lse, max_logit
+
+
+def _attend(
+    rule: _Rule,
+    q: np.ndarray,  # [q_len, heads_q, d]
+    k: np.ndarray,  # [k_len, heads_kv, d]
+    v: np.ndarray,  # [k_len, heads_kv, d_v]
+    sinks: np.ndarray | None,  # [heads_q, 1]
+    out: np.ndarray,  # [q_len, heads_q, d_v], written
+    lse: np.ndarray,  # [heads_q, q_len], written
+    max_logit: np.ndarray,  # [heads_q, q_len], written
+) -> None:
+    """One sequence."""
+    for block in _blocks(rule, q, k, v):
+        at = block.heads, block.rows
+        # softmax: the largest score is subtracted first, so that exp() cannot overflow
+        largest = block.s.max(axis=2, initial=-np.inf)  # [heads, rows]
+        base = largest if sinks is None else np.maximum(largest, sinks[block.heads])
+        base = np.where(base == -np.inf, rule.dtype.type(0), base)  # a row of nothing: exp(-inf - 0) is 0
+        p = np.exp(block.s - base[:, :, None])
+        kept = p.sum(axis=2)
+        denominator = kept if sinks is None else kept + np.exp(sinks[block.heads] - base)
+        max_logit[at] = largest
+        lse[at] = base + np.log(denominator)
+        o = _matmul_grouped(p, block.v) / denominator[:, :, None]
+        out[at[::-1]] = np.where(largest[:, :, None] == -np.inf, rule.dtype.type(0), o).swapaxes(0, 1)
+
+
+def attention_backward(
+    dout: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    out: np.ndarray,
+    lse: np.ndarray,
+    *,
+    dlse: np.ndarray | None = None,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
+    seqused_q: Lengths | None = None,
+    seqused_k: Lengths | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: np.ndarray | None = None,
+    sink: np.ndarray | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    compute_dtype: Any = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Gradients of a loss for the inputs of `attention` -> (dq, dk, dv, dsink, dslopes).
+
+    `dout` (out's shape) and `dlse` (lse's shape; None: zeros) are the loss's gradients for the results of `attention`,
+    `out` and `lse` those results; the rest are the arguments it had. With P, the softmax's weights, made again from
+    the scores and lse:
+
+        delta[i] = dot(dout[i], out[i]) - dlse[i]
+        P[i, j]  = exp(s[i, j] - lse[i])                        0 where masked
+        dv[j]    = sum_i P[i, j] * dout[i]
+        dS[i, j] = P[i, j] * (dot(dout[i], v[j]) - delta[i])    the gradient of the final score
+        dsink    = -sum_i exp(sink - lse[i]) * delta[i]
+        dslope   = -sum_ij dS[i, j] * |i + k_len - q_len - j|
+        dS[i, j] *= 1 - tanh(scale * dot(q[i], k[j]) / softcap)^2      if softcap > 0
+        dq[i]    = scale * sum_j dS[i, j] * k[j]
+        dk[j]    = scale * sum_i dS[i, j] * q[i]
+
+    A key head's dk and dv sum over the query heads it serves. dq, dk and dv have the shapes and dtypes of q, k and v
+    (`compute_dtype` where that is given); dsink [heads_q] and dslopes (the slopes' shape) are in the dtype of the
+    computation, and None without a sink or slopes. What no sequence owns has gradient 0, and so has a row that keeps
+    no key, but that a sink receives its dlse.
+
+    >>> q = np.ones((1, 2, 1, 4), np.float32)
+    >>> k, v = np.ones((1, 3, 1, 4), np.float32), np.arange(3, dtype=np.float32).reshape(1, 3, 1, 1)
+    >>> out, lse, _ = attention(q, k, v, causal=True)
+    >>> dq, dk, dv, _, _ = attention_backward(np.ones_like(out), q, k, v, out, lse, causal=True)
+    >>> dv.ravel().round(4)  # the weights of each key: 1/2 + 1/3, 1/2 + 1/3, 1/3
+    array([0.8333, 0.8333, 0.3333], dtype=float32)
+    """
+    dtype = _computed_in(q, compute_dtype)
+    batch, heads_q = _batch(q, cu_seqlens_q), q.shape[-2]
+    rules = _rules(
+        q, batch, dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=mask_mod,
+    )  # fmt: skip
+    dq, dk, dv = (np.zeros(x.shape, x.dtype if compute_dtype is None else dtype) for x in (q, k, v))
+    dsink, dslopes = np.zeros(heads_q, dtype), np.zeros((batch, heads_q), dtype)
+    rows_q = _rows_of_sequences(q, cu_seqlens_q, seqused_q)
+    rows_k = _rows_of_sequences(k, cu_seqlens_k, seqused_k)
+    for rule, at_q, at_k in zip(rules, rows_q, rows_k, strict=True):
+        with np.errstate(all="ignore"):
+            at_lse = _heads_first(at_q)
+            d_o, lse_b = dout[at_q].astype(dtype), lse[at_lse].astype(dtype)
+            delta = (d_o * out[at_q].astype(dtype)).sum(axis=2).T  # [heads, rows]
+            if dlse is not None:
+                delta = delta - dlse[at_lse].astype(dtype)
+            lse_b = np.where(lse_b == -np.inf, dtype.type(np.inf), lse_b)  # a row of nothing: exp(-inf - inf) is 0
+            if sink is not None:
+                weights = np.exp(np.asarray(sink).astype(dtype)[:, None] - lse_b)
+                dsink -= (weights * delta).sum(axis=1)
+            dq[at_q], dk[at_k], dv[at_k], dslopes[rule.b] = _attend_backward(
+                rule, q[at_q], k[at_k], v[at_k], d_o, delta, lse_b
+            )
+    if alibi_slopes is not None and np.ndim(alibi_slopes) == 1:
+        dslopes = dslopes.sum(axis=0)
+    return dq, dk, dv, None if sink is None else dsink, None if alibi_slopes is None else dslopes
+
+
+def _attend_backward(
+    rule: _Rule,
+    q: np.ndarray,  # [q_len, heads_q, d]
+    k: np.ndarray,  # [k_len, heads_kv, d]
+    v: np.ndarray,  # [k_len, heads_kv, d_v]
+    dout: np.ndarray,  # [q_len, heads_q, d_v]
+    delta: np.ndarray,  # [heads_q, q_len]
+    lse: np.ndarray,  # [heads_q, q_len], +inf for rows that keep nothing
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One sequence -> dq, dk, dv in the shapes of q, k, v, and dslopes [heads_q]."""
+    dq, dk, dv = (np.zeros((x.shape[1], x.shape[0], x.shape[2]), rule.dtype) for x in (q, k, v))  # heads first
+    dslopes = np.zeros(q.shape[1], rule.dtype)
+    for block in _blocks(rule, q, k, v):
+        at, at_kv = (block.heads, block.rows), (block.heads_kv, block.keys)
+        d_o = np.ascontiguousarray(dout[at[::-1]].swapaxes(0, 1))  # [heads, rows, d_v]
+        p = np.exp(block.s - lse[at][:, :, None])
+        dv[at_kv] += _matmul_summed(p, d_o, len(block.v))
+        ds = p * (_matmul_grouped(d_o, block.v.swapaxes(1, 2)) - delta[at][:, :, None])
+        ds = np.where(block.s == -np.inf, rule.dtype.type(0), ds)
+        if rule.slopes is not None:
+            dslopes[block.heads] -= (ds * np.abs(block.distance).astype(rule.dtype)).sum(axis=(1, 2))
+        if block.tanh is not None:
+            ds *= 1 - block.tanh**2
+        dq[at] = rule.scale * _matmul_grouped(ds, block.k)
+        dk[at_kv] += rule.scale * _matmul_summed(ds, block.q, len(block.k))
+    return dq.swapaxes(0, 1), dk.swapaxes(0, 1), dv.swapaxes(0, 1), dslopes
+
+
+# Sequences ------------------------------------------------------------------------------------------------------------
+
+
+def _computed_in(q: np.ndarray, compute_dtype: Any) -> np.dtype:
+    return np.dtype(compute_dtype or (np.float64 if q.dtype == np.float64 else np.float32))
+
+
+def _batch(q: np.ndarray, cu_seqlens_q: Lengths | None) -> int:
+    return len(cu_seqlens_q) - 1 if cu_seqlens_q is not None else q.shape[0]
 
 
 def _rows_of_sequences(x: np.ndarray, cu_seqlens: Lengths | None, seqused: Lengths | None) -> list[tuple[Any, ...]]:
@@ -129,34 +262,88 @@ def _rows_of_sequences(x: np.ndarray, cu_seqlens: Lengths | None, seqused: Lengt
     return indices
 
 
-def _attend(
-    q: np.ndarray,  # [q_len, heads_q, d]
-    k: np.ndarray,  # [k_len, heads_kv, d]
-    v: np.ndarray,  # [k_len, heads_kv, d_v]
-    out: np.ndarray,  # [q_len, heads_q, d_v], written
-    lse: np.ndarray,  # [heads_q, q_len], written
-    max_logit: np.ndarray,  # [heads_q, q_len], written
-    *,
-    b: int,
+def _heads_first(rows: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The index of a sequence's rows in lse, from that in q."""
+    return (*rows[:-1], slice(None), rows[-1])
+
+
+# Scores ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What turns the queries and keys of sequence b into scores."""
+
+    b: int
+    dtype: np.dtype
+    scale: float
+    left: float
+    right: float
+    softcap: float
+    slopes: np.ndarray | None  # [heads_q]
+    score_mod: Callable[..., Any] | None
+    mask_mod: Callable[..., Any] | None
+
+
+def _rules(
+    q: np.ndarray,
+    batch: int,
     dtype: np.dtype,
-    scale: float,
-    left: float,
-    right: float,
+    *,
+    scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
     softcap: float,
-    slopes: np.ndarray | None,  # [heads_q]
-    sink: np.ndarray | None,  # [heads_q]
+    alibi_slopes: np.ndarray | None,
     score_mod: Callable[..., Any] | None,
     mask_mod: Callable[..., Any] | None,
-) -> None:
-    """One sequence: block by block over query rows, for as many key heads at a time as fit."""
-    (q_len, heads_q, _), (k_len, heads_kv, _) = q.shape, k.shape
+) -> list[_Rule]:
+    """One a sequence."""
+    heads_q, head_dim = q.shape[-2:]
+    left, right = (math.inf if w is None or w < 0 else w for w in window_size)
+    slopes = None if alibi_slopes is None else np.broadcast_to(np.asarray(alibi_slopes, dtype), (batch, heads_q))
+    return [
+        _Rule(
+            b,
+            dtype,
+            scale=1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+            left=left,
+            right=0 if causal else right,
+            softcap=float(softcap),
+            slopes=None if slopes is None else slopes[b],
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+        )
+        for b in range(batch)
+    ]
+
+
+class _Block(NamedTuple):
+    """A block of query rows of some heads, the keys that any of the rows may see, and the scores between them."""
+
+    heads: slice  # of the queries
+    heads_kv: slice
+    rows: slice
+    keys: slice
+    q: np.ndarray  # [heads, rows, d]
+    k: np.ndarray  # [heads_kv, keys, d]
+    v: np.ndarray  # [heads_kv, keys, d_v]
+    s: np.ndarray  # [heads, rows, keys], -inf where masked
+    tanh: np.ndarray | None  # the softcap's, s's shape
+    distance: np.ndarray  # [rows, keys], 0 on the diagonal
+    index: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # b, h, q_idx, kv_idx: int32, broadcasting to s
+
+
+def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterator[_Block]:
+    """One sequence, block by block over query rows, for as many key heads at a time as fit."""
+    (q_len, heads_q, _), (k_len, heads_kv, _), dtype = q.shape, k.shape, rule.dtype
     group = heads_q // heads_kv
     # The sizes depend on this sequence alone, so its bits do not change with what else is in the batch.
     rows = min(max(_BLOCK_SCORES // max(group * k_len, 1), 1), max(q_len, 1))
     key_heads = max(_BLOCK_SCORES // max(group * k_len * rows, 1), 1)
     lengths = {"q_len": q_len, "kv_len": k_len}
-    score_mod = score_mod and _with_lengths(score_mod, lengths)
-    mask_mod = mask_mod and _with_lengths(mask_mod, lengths)
+    score_mod = rule.score_mod and _with_lengths(rule.score_mod, lengths)
+    mask_mod = rule.mask_mod and _with_lengths(rule.mask_mod, lengths)
 
     for head_kv in range(0, heads_kv, key_heads):
         heads_k = slice(head_kv, min(head_kv + key_heads, heads_kv))
@@ -167,50 +354,47 @@ def _attend(
             block = slice(first_row, min(first_row + rows, q_len))
             position = np.arange(block.start, block.stop) + (k_len - q_len)  # where each row stands among the keys
             # The keys that causal and window leave to any row of this block.
-            first = max(0, position[0] - left)
-            last = max(first, min(k_len, position[-1] + right + 1))
+            first = max(0, position[0] - rule.left)
+            last = max(first, min(k_len, position[-1] + rule.right + 1))
             seen = slice(int(first), int(last))
-            distance = np.arange(seen.start, seen.stop) - position[:, None]  # [rows, keys], 0 on the diagonal
+            distance = np.arange(seen.start, seen.stop) - position[:, None]
 
-            queries = np.ascontiguousarray(q[block, heads].swapaxes(0, 1), dtype)  # [heads, rows, d]
-            s = scale * _matmul_grouped(queries, keys[:, seen].swapaxes(1, 2))  # [heads, rows, keys]
-            if softcap > 0:
-                s = softcap * np.tanh(s / softcap)
-            if slopes is not None:
-                s -= slopes[heads, None, None] * np.abs(distance).astype(dtype)
+            queries = np.ascontiguousarray(q[block, heads].swapaxes(0, 1), dtype)
+            s = rule.scale * _matmul_grouped(queries, keys[:, seen].swapaxes(1, 2))
+            tanh = None
+            if rule.softcap > 0:
+                tanh = np.tanh(s / rule.softcap)
+                s = rule.softcap * tanh
+            if rule.slopes is not None:
+                s -= rule.slopes[heads, None, None] * np.abs(distance).astype(dtype)
 
             index = (
-                np.full((1, 1, 1), b, np.int32),
+                np.full((1, 1, 1), rule.b, np.int32),
                 np.arange(heads.start, heads.stop, dtype=np.int32)[:, None, None],
                 np.arange(block.start, block.stop, dtype=np.int32)[:, None],
                 np.arange(seen.start, seen.stop, dtype=np.int32),
             )
             if score_mod is not None:
                 s = np.broadcast_to(np.asarray(score_mod(s, *index), dtype), s.shape)
-            keep = (distance >= -left) & (distance <= right)
+            keep = (distance >= -rule.left) & (distance <= rule.right)
             if mask_mod is not None:
                 keep = keep & np.asarray(mask_mod(*index), bool)
             if not keep.all():
                 s = np.where(keep, s, -np.inf)
-
-            # softmax: the largest score is subtracted first, so that exp() cannot overflow
-            largest = s.max(axis=2, initial=-np.inf)  # [heads, rows]
-            max_logit[heads, block] = largest
-            sinks = None if sink is None else sink[heads, None]
-            base = largest if sinks is None else np.maximum(largest, sinks)
-            base = np.where(base == -np.inf, dtype.type(0), base)  # a row of nothing: exp(-inf - 0) is 0
-            p = np.exp(s - base[:, :, None])
-            kept = p.sum(axis=2)
-            denominator = kept if sinks is None else kept + np.exp(sinks - base)
-            lse[heads, block] = base + np.log(denominator)
-            o = _matmul_grouped(p, values[:, seen]) / denominator[:, :, None]
-            out[block, heads] = np.where(largest[:, :, None] == -np.inf, dtype.type(0), o).swapaxes(0, 1)
+            yield _Block(heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, tanh, distance, index)
 
 
 def _matmul_grouped(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """x [heads_q, m, a] @ y [heads_kv, a, n] -> [heads_q, m, n]; each matrix of y serves a group of x."""
     (heads_q, m, a), (heads_kv, _, n) = x.shape, y.shape
     return (x.reshape(heads_kv, heads_q // heads_kv * m, a) @ y).reshape(heads_q, m, n)
+
+
+def _matmul_summed(x: np.ndarray, y: np.ndarray, heads_kv: int) -> np.ndarray:
+    """x.T [heads_q, a, m] @ y [heads_q, m, n], summed over each group of heads -> [heads_kv, a, n]."""
+    heads_q, m, a = x.shape
+    rows = heads_q // heads_kv * m
+    return x.reshape(heads_kv, rows, a).swapaxes(1, 2) @ y.reshape(heads_kv, rows, y.shape[2])
 
 
 def _with_lengths(mod: Callable[..., Any], lengths: dict[str, int]) -> Callable[..., Any]:
