@@ -336,7 +336,8 @@ def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
 
 def _longest(starts: np.ndarray) -> int | None:
     """The longest sequence, for a hint; `starts` are not checked yet."""
-    return max(int(np.diff(starts).max()), 0) if starts.ndim == 1 and starts.size > 1 else None
+    known = starts.dtype == np.int32 and starts.ndim == 1 and starts.size > 1
+    return max(int(np.diff(starts).max()), 0) if known else None
 
 
 def _check_lengths(views: dict[str, TensorView], values: dict[str, np.ndarray]) -> None:

@@ -290,13 +290,18 @@ def number(name: str, value: Any) -> float:
             f"{name} is a {type(value).__qualname__} and must be a Python number, for it goes to the kernel by value: "
             f"pass float({name})"
         )
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an int past every float
+        value = math.inf
     require(math.isfinite(value), f"{name}={value} must be finite")
     return value
 
 
 def window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for unlimited and causal folded in."""
+    if not isinstance(causal, (bool, np.bool_)):
+        raise ArgumentError(f"causal is a {type(causal).__qualname__} and must be True or False: pass bool(causal)")
     try:
         left, right = window_size
     except (TypeError, ValueError):
@@ -332,7 +337,10 @@ def aux_names(aux: Any) -> tuple[str, ...]:
     """The names in `aux`, checked."""
     if isinstance(aux, str):
         raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass aux=({aux!r},)")
-    names = tuple(aux)
+    try:
+        names = tuple(aux)
+    except TypeError:
+        raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass () for none") from None
     for name in names:
         require(name in AUX, f"aux names {name!r}: it must be one of {', '.join(AUX)}")
     return names
