@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels_cu"
 LAYERS = (
     ("errors", "settings", "dtypes", "arch"),
     ("array",),
-    ("reference",),
+    ("reference", "philox"),
     ("trace", "mods"),
     ("jit", "emulator"),
     ("ops",),
