@@ -8,6 +8,7 @@ For one query head and one sequence, with queries `q [q_len, d]`, keys `k [k_len
     s[i, j] = score_mod(s[i, j], b, h, i, j)                if given
     s[i, j] = -inf                                          where a mask says so
     p[i, :] = softmax(s[i, :])                              a sink adds exp(sink) to the denominator
+    p[i, j] = p[i, j] / (1 - dropout_p), or 0               where dropout keeps or drops (cuflash/philox.py)
     out[i]  = sum_j p[i, j] * v[j]
     lse[i]  = log(sum_j exp(s[i, j]) + exp(sink))           the logarithm of softmax's denominator
 
@@ -28,6 +29,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from .philox import dropout_keep
 
 # Scores held at a time: a block of query rows takes as many rows, and then as many heads, as fit. 2 MB of float32 stays
 # in a core's cache and still makes matrices large enough for BLAS to be fast.
@@ -53,6 +56,9 @@ def attention(
     sink: np.ndarray | None = None,
     score_mod: Callable[..., Any] | None = None,
     mask_mod: Callable[..., Any] | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
     compute_dtype: Any = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention of dense or packed NumPy arrays -> (out, lse, max_logit).
@@ -69,6 +75,7 @@ def attention(
     score_mod     f(score, b, h, q_idx, kv_idx) -> score, and
     mask_mod      f(b, h, q_idx, kv_idx) -> bool, on NumPy arrays that broadcast to [heads, rows, keys]: int32
                   indices, local to the sequence. Either may also name q_len and kv_len and gets them as ints.
+    dropout_p     from 0 up to 1: the share of weights to drop, chosen by seed, offset and position
 
     out has q's shape with d_v in place of d, and q's dtype. lse and max_logit, the largest score of a row before the
     sink, are [batch, heads_q, q_len] or [heads_q, total_q], in the dtype of the computation: float32, or float64 for
@@ -86,7 +93,7 @@ def attention(
     dtype = _computed_in(q, compute_dtype)
     rules = _rules(
         q, _batch(q, cu_seqlens_q), dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, score_mod=score_mod, mask_mod=mask_mod,
+        alibi_slopes=alibi_slopes, score_mod=score_mod, mask_mod=mask_mod, dropout=(dropout_p, seed, offset),
     )  # fmt: skip
     sinks = None if sink is None else np.asarray(sink).astype(dtype)[:, None]
 
@@ -126,6 +133,8 @@ def _attend(
         denominator = kept if sinks is None else kept + np.exp(sinks[block.heads] - base)
         max_logit[at] = largest
         lse[at] = base + np.log(denominator)
+        if block.dropout is not None:
+            p *= block.dropout
         o = _matmul_grouped(p, block.v) / denominator[:, :, None]
         out[at[::-1]] = np.where(largest[:, :, None] == -np.inf, rule.dtype.type(0), o).swapaxes(0, 1)
 
@@ -150,6 +159,9 @@ def attention_backward(
     alibi_slopes: np.ndarray | None = None,
     sink: np.ndarray | None = None,
     mask_mod: Callable[..., Any] | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
     compute_dtype: Any = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Gradients of a loss for the inputs of `attention` -> (dq, dk, dv, dsink, dslopes).
@@ -168,6 +180,8 @@ def attention_backward(
         dq[i]    = scale * sum_j dS[i, j] * k[j]
         dk[j]    = scale * sum_i dS[i, j] * q[i]
 
+    With dropout, P[i, j] in dv and dot(dout[i], v[j]) in dS are multiplied by what P was: 0 or 1 / (1 - dropout_p).
+
     A key head's dk and dv sum over the query heads it serves. dq, dk and dv have the shapes and dtypes of q, k and v
     (`compute_dtype` where that is given); dsink [heads_q] and dslopes (the slopes' shape) are in the dtype of the
     computation, and None without a sink or slopes. What no sequence owns has gradient 0, and so has a row that keeps
@@ -184,7 +198,7 @@ def attention_backward(
     batch, heads_q = _batch(q, cu_seqlens_q), q.shape[-2]
     rules = _rules(
         q, batch, dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=mask_mod,
+        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=mask_mod, dropout=(dropout_p, seed, offset),
     )  # fmt: skip
     dq, dk, dv = (np.zeros(x.shape, x.dtype if compute_dtype is None else dtype) for x in (q, k, v))
     dsink, dslopes = np.zeros(heads_q, dtype), np.zeros((batch, heads_q), dtype)
@@ -225,8 +239,11 @@ def _attend_backward(
         at, at_kv = (block.heads, block.rows), (block.heads_kv, block.keys)
         d_o = np.ascontiguousarray(dout[at[::-1]].swapaxes(0, 1))  # [heads, rows, d_v]
         p = np.exp(block.s - lse[at][:, :, None])
-        dv[at_kv] += _matmul_summed(p, d_o, len(block.v))
-        ds = p * (_matmul_grouped(d_o, block.v.swapaxes(1, 2)) - delta[at][:, :, None])
+        dp = _matmul_grouped(d_o, block.v.swapaxes(1, 2))
+        if block.dropout is not None:
+            dp *= block.dropout
+        dv[at_kv] += _matmul_summed(p if block.dropout is None else p * block.dropout, d_o, len(block.v))
+        ds = p * (dp - delta[at][:, :, None])
         ds = np.where(block.s == -np.inf, rule.dtype.type(0), ds)
         if rule.slopes is not None:
             dslopes[block.heads] -= (ds * np.abs(block.distance).astype(rule.dtype)).sum(axis=(1, 2))
@@ -283,6 +300,7 @@ class _Rule:
     slopes: np.ndarray | None  # [heads_q]
     score_mod: Callable[..., Any] | None
     mask_mod: Callable[..., Any] | None
+    dropout: tuple[float, int, int]  # p, seed, offset
 
 
 def _rules(
@@ -297,6 +315,7 @@ def _rules(
     alibi_slopes: np.ndarray | None,
     score_mod: Callable[..., Any] | None,
     mask_mod: Callable[..., Any] | None,
+    dropout: tuple[float, int, int],
 ) -> list[_Rule]:
     """One a sequence."""
     heads_q, head_dim = q.shape[-2:]
@@ -313,6 +332,7 @@ def _rules(
             slopes=None if slopes is None else slopes[b],
             score_mod=score_mod,
             mask_mod=mask_mod,
+            dropout=dropout,
         )
         for b in range(batch)
     ]
@@ -331,6 +351,7 @@ class _Block(NamedTuple):
     s: np.ndarray  # [heads, rows, keys], -inf where masked
     tanh: np.ndarray | None  # the softcap's, s's shape
     distance: np.ndarray  # [rows, keys], 0 on the diagonal
+    dropout: np.ndarray | None  # what weights are multiplied by, s's shape: 0 or 1 / (1 - p)
     index: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # b, h, q_idx, kv_idx: int32, broadcasting to s
 
 
@@ -381,7 +402,11 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
                 keep = keep & np.asarray(mask_mod(*index), bool)
             if not keep.all():
                 s = np.where(keep, s, -np.inf)
-            yield _Block(heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, tanh, distance, index)
+            p, seed, offset = rule.dropout
+            dropout = dropout_keep(*index, seed, offset, p, heads_q) * dtype.type(1 / (1 - p)) if p else None
+            yield _Block(
+                heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, tanh, distance, dropout, index
+            )
 
 
 def _matmul_grouped(x: np.ndarray, y: np.ndarray) -> np.ndarray:
