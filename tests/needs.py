@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
-from cuflash.errors import CompileError
-from cuflash.jit import nvrtc
+from cuflash.errors import CuflashError
+from cuflash.jit import nvrtc, sass
 
 
-def _missing_nvrtc() -> bool:
+def _refuses(question: Callable[[], Any]) -> bool:
     try:
-        nvrtc.version()
-    except CompileError:
+        question()
+    except CuflashError:
         return True
     return False
 
 
-needs_nvrtc = pytest.mark.skipif(_missing_nvrtc(), reason="NVRTC is not installed")
+needs_nvrtc = pytest.mark.skipif(_refuses(nvrtc.version), reason="NVRTC is not installed")
+needs_nvdisasm = pytest.mark.skipif(_refuses(sass.nvdisasm), reason="nvdisasm is not installed")

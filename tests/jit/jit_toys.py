@@ -6,11 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
-
 from cuflash import arch
-from cuflash.errors import UnsupportedError
-from cuflash.jit import layout, module, sass, source
+from cuflash.jit import layout, module, source
 
 TOY = str(Path(__file__).with_name("toy.cu"))
 SM80 = arch.named("sm_80")
@@ -35,17 +32,6 @@ def toy_spec(
 
 def toy_layout() -> layout.Layout:
     return layout.parse(source.read(Path(TOY)), "ToyParams")
-
-
-def missing_nvdisasm() -> str:
-    try:
-        sass.nvdisasm()
-    except UnsupportedError as error:
-        return str(error)
-    return ""
-
-
-needs_nvdisasm = pytest.mark.skipif(bool(missing_nvdisasm()), reason="nvdisasm is not installed")
 
 
 def build_in_cache(folder: str, key: str, log: str, payload: bytes = b"payload" * 1000) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import typer
-from jit_toys import needs_nvdisasm, toy_spec
-from needs import needs_nvrtc
+from jit_toys import toy_spec
+from needs import needs_nvdisasm, needs_nvrtc
 from typer.testing import CliRunner
 
 from cuflash.cli import compile as command

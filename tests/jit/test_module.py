@@ -23,8 +23,8 @@ from typing import Any
 import jit_toys
 import numpy as np
 import pytest
-from jit_toys import SM80, needs_nvdisasm, toy_layout, toy_spec
-from needs import needs_nvrtc
+from jit_toys import SM80, toy_layout, toy_spec
+from needs import needs_nvdisasm, needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import ArgumentError, CompileError, UnsupportedError

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from jit_toys import needs_nvdisasm, toy_spec
-from needs import needs_nvrtc
+from jit_toys import toy_spec
+from needs import needs_nvdisasm, needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import CompileError, UnsupportedError
