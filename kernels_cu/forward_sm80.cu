@@ -34,6 +34,7 @@
 #include <tile/sequence.cuh>
 #include <tile/shared_tile.cuh>
 #include <tile/softmax.cuh>
+#include <tile/store.cuh>
 #include <variant.cuh>
 
 template <class V>
@@ -56,77 +57,12 @@ struct ForwardPlan {
   static_assert(kQBytes + kKBytes + kVBytes <= V::kSharedBytes, "the host asks for as much shared memory as is used");
 };
 
-// O / l to global memory. Each warp gathers its own rows in shared memory, where only it had read Q, so that whole
-// 16-byte units leave; rows at or past `used` are written as zeros, rows at or past `owned` not at all.
-template <class V, class O>
-HW_DEVICE void store_out(const O& o, u32 warp_tile, u8* out, i64 stride_bytes, i32 used, i32 owned, i32 row_bytes) {
-  using Plan = ForwardPlan<V>;
-  using Tile = typename Plan::OutTile;
-  constexpr i32 kRows = 16 * O::kRowTiles;
-  HW_UNROLL
-  for (i32 r = 0; r < O::kRowTiles; ++r) {
-    HW_UNROLL
-    for (i32 half = 0; half < 2; ++half) {
-      const i32 row = O::row_of(2 * r + half);
-      HW_UNROLL
-      for (i32 c = 0; c < O::kColTiles; ++c) {
-        const float low = o.x[r][c][2 * half], high = o.x[r][c][2 * half + 1];
-        if constexpr (Plan::kBytes == 2) {
-          const u32 at = Tile::address(warp_tile, row, c) + static_cast<u32>(2 * O::first_col());
-          hw::store_shared(at, hw::pack2<typename Plan::Element>(low, high));
-        } else {
-          const u32 at = Tile::address(warp_tile, row, 2 * c + O::first_col() / 4);
-          hw::store_shared(at + static_cast<u32>(4 * (O::first_col() % 4)), low);
-          hw::store_shared(at + static_cast<u32>(4 * (O::first_col() % 4) + 4), high);
-        }
-      }
-    }
-  }
-  hw::sync_warp();
-  constexpr i32 kGroup = Tile::kUnits % 8 == 0 ? 8 : 4;
-  const i32 first_row = hw::lane_idx() / kGroup, first_unit = hw::lane_idx() % kGroup;
-  HW_UNROLL
-  for (i32 step = 0; step < kRows * kGroup / 32; ++step) {
-    const i32 row = first_row + step * (32 / kGroup);
-    if (row < owned) {
-      HW_UNROLL
-      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
-        const i32 unit = first_unit + group * kGroup;
-        const i32 left = row_bytes - unit * 16;
-        u32x4 bits = hw::load_shared<u32x4>(Tile::address(warp_tile, row, unit));
-        if (row >= used) bits = u32x4{{0, 0, 0, 0}};
-        u8* to = out + row * stride_bytes + unit * 16;
-        if (V::kLoadBytes == 16 && left >= 16) {
-          hw::store_global(reinterpret_cast<u32x4*>(to), bits);
-        } else {
-          HW_UNROLL
-          for (i32 i = 0; i < 4; ++i) {
-            if (V::kLoadBytes >= 4 && left >= 4 * i + 4) {
-              hw::store_global(reinterpret_cast<u32*>(to) + i, bits.x[i]);
-            } else {
-              if (left >= 4 * i + 2) hw::store_global(reinterpret_cast<u16*>(to) + 2 * i, static_cast<u16>(bits.x[i]));
-              if (left >= 4 * i + 4) {
-                hw::store_global(reinterpret_cast<u16*>(to) + 2 * i + 1, static_cast<u16>(bits.x[i] >> 16));
-              }
-            }
-          }
-        }
-      }
-    }
-  }
-}
-
 // The learnable sink of a head, in base 2; -inf: none.
 template <class Element>
 HW_DEVICE float read_sink(const ForwardParams& p, i32 head) {
   if (p.sink == nullptr) return -kInfinity;
   if (p.sink_is_element) return hw::to_float(hw::load_global(static_cast<const Element*>(p.sink) + head)) * kLog2e;
   return hw::load_global(static_cast<const float*>(p.sink) + head) * kLog2e;
-}
-
-// Bytes from the array's beginning to a sequence's row.
-HW_DEVICE i64 row_offset(const Sequence& seq, i64 stride_batch, i64 begin, i64 stride_row) {
-  return seq.dense_idx * stride_batch + begin * stride_row;
 }
 
 // The sequence's query tile number `from_end`, counted from its end.
@@ -159,9 +95,12 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const RowLoader<typename Plan::KTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> k_loader(k_smem, k, p.k_stride_row);
   const RowLoader<typename Plan::VTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> v_loader(v_smem, v, p.v_stride_row);
 
-  const TileKeys keys = keys_of_tile(p, seq, q_first, min_of(q_first + V::kBlockQ, seq.q_len) - 1);
+  const i32 diagonal = seq.diagonal() + q_first;  // the key that this tile's row 0 stands on
+  const i32 last_row = min_of(V::kBlockQ, seq.q_len - q_first) - 1;
+  const TileInterval keys =
+      interval_of_tile(diagonal, diagonal + last_row, p.window_left, p.window_right, seq.k_len);
   const i32 first_k_tile = keys.any.begin / V::kBlockK;
-  const bool sees_keys = q_first < seq.q_len && keys.any.begin < keys.any.end;
+  const bool sees_keys = last_row >= 0 && keys.any.begin < keys.any.end;
   const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
   const LaneRows<typename Plan::QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
   const LaneRows<typename Plan::KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
@@ -194,9 +133,9 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
 
     const i32 k_first = n * V::kBlockK;
-    score<Element>(p, seq, sequence, head, s, q_first + warp_row, k_first);
+    score<Element>(p, sequence, head, s, diagonal + warp_row - k_first);
     if (k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end) {
-      mask_scores(p, seq, s, q_first + warp_row, k_first);
+      mask_scores(s, diagonal + warp_row - k_first, p.window_left, p.window_right, seq.k_len - k_first);
     }
 
     // wait   V landed <- own copies of V
@@ -227,8 +166,8 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   u8* out = static_cast<u8*>(p.out) +
             row_offset(owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
             head * p.out_stride_head;
-  store_out<V>(o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned,
-               row_bytes_v);
+  store_rows<Element, typename Plan::OutTile, V::kLoadBytes>(
+      o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned, row_bytes_v);
   if (lane % 4 == 0) {
     const i64 line = row_offset(owner, p.lse_stride_batch, owner.q_begin + q_first + warp_row, 1) + head * p.lse_stride_head;
     HW_UNROLL
@@ -246,9 +185,9 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
   constexpr i32 kBlockQ = Variant::kBlockQ;
-  const TileRange range = tiles_of_block<kBlockQ>(p);
+  const TileRange range = tiles_of_block<kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
   // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
-  for (i32 i = range.first; i < tiles_of_sequence<kBlockQ>(p, range.sequence); i += tile_step(p)) {
+  for (i32 i = range.first; i < ceil_div(read_sequence(p, range.sequence).q_rows, kBlockQ); i += tile_step(p.packed_grid)) {
     // sync   shared memory <-> all warps: this tile's Q may replace the one before
     if (i > range.first) hw::sync_threads();
     forward_tile<Variant>(p, range.sequence, i);

@@ -1,43 +1,47 @@
-// Which keys a query sees. Causal, window and length are one interval [begin, end) of keys for each query; both ends
-// grow with the query, so a tile's first and last row bound what the tile as a whole sees.
+// Which keys a query sees, and which queries see a key. Causal, window and length are one interval for each row of a
+// tile, whichever side the rows are; both its ends grow with the row, so a tile's first and last row bound what the tile
+// as a whole has to do with.
+//
+// A query i sees the key j iff  center - left <= j <= center + right, center = i + k_len - q_len. Read the other way, the
+// key j is seen by the queries from j - (k_len - q_len) - right to j - (k_len - q_len) + left: the same with the sides
+// exchanged. Lengths stay below 2^30 and an unlimited side is 2^30 (the host sees to both), so no sum leaves an i32.
 #pragma once
 #include <base.cuh>
 #include <hw/device.cuh>
 #include <tile/sequence.cuh>
 
-struct KeyInterval {
+struct Interval {
   i32 begin, end;
 };
 
-// Lengths stay below 2^30 and an unlimited window is 2^30 (the host sees to both), so no sum leaves an i32.
-template <class Params>
-HW_DEVICE KeyInterval keys_of_query(const Params& p, const Sequence& s, i32 query) {
-  const i32 center = query + s.diagonal();
-  const i32 begin = min_of(max_of(center - p.window_left, 0), s.k_len);
-  return {begin, max_of(min_of(center + p.window_right + 1, s.k_len), begin)};
-}
-
-// What the rows [first, last] of a tile see together (`any`), and what every one of them sees (`all`).
-struct TileKeys {
-  KeyInterval any, all;
+// What the rows [first, last] of a tile have to do with together (`any`), and what each of them has (`all`).
+struct TileInterval {
+  Interval any, all;
 };
 
-template <class Params>
-HW_DEVICE TileKeys keys_of_tile(const Params& p, const Sequence& s, i32 first_query, i32 last_query) {
-  const KeyInterval first = keys_of_query(p, s, first_query), last = keys_of_query(p, s, last_query);
+// [center - left, center + right] within [0, length).
+HW_DEVICE Interval interval_of_row(i32 center, i32 left, i32 right, i32 length) {
+  const i32 begin = min_of(max_of(center - left, 0), length);
+  return {begin, max_of(min_of(center + right + 1, length), begin)};
+}
+
+// first_center, last_center: those of the tile's first and last row.
+HW_DEVICE TileInterval interval_of_tile(i32 first_center, i32 last_center, i32 left, i32 right, i32 length) {
+  const Interval first = interval_of_row(first_center, left, right, length);
+  const Interval last = interval_of_row(last_center, left, right, length);
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
-// -inf where a thread's row does not see the column. query: that of the warp's row 0; key: that of the tile's column 0.
-template <class Params, class S>
-HW_DEVICE void mask_scores(const Params& p, const Sequence& seq, S& s, i32 query, i32 key) {
-  const i32 first_key = key + S::first_col();
+// -inf where a row has nothing to do with a column. Counted from the tile's column 0: center of the warp's row 0, and
+// where the columns' side ends.
+template <class S>
+HW_DEVICE void mask_scores(S& s, i32 center, i32 left, i32 right, i32 length) {
   i32 begin[S::kRows], end[S::kRows];
   HW_UNROLL
   for (i32 i = 0; i < S::kRows; ++i) {
-    const i32 center = query + S::row_of(i) + seq.diagonal();
-    begin[i] = center - p.window_left - first_key;
-    end[i] = min_of(center + p.window_right + 1, seq.k_len) - first_key;
+    const i32 from_first = center + S::row_of(i) - S::first_col();
+    begin[i] = from_first - left;
+    end[i] = min_of(from_first + right + 1, length - S::first_col());
   }
   s.for_each([&](float& x, i32 row, i32 column) {
     const bool keep = (column >= begin[row]) & (column < end[row]);

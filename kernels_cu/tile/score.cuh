@@ -5,7 +5,6 @@
 #include <base.cuh>
 #include <hw/device.cuh>
 #include <hw/math.cuh>
-#include <tile/sequence.cuh>
 
 // cap tanh(x), to the accuracy of the element type. Not by tanh.approx: its relative error of 2^-11 is, at a score of 30,
 // more than rounding that score to float16 costs.
@@ -25,9 +24,16 @@ HW_DEVICE float cap_score(float x, float cap) {
   return hw::abs(x) < 0.25f ? cap * hw::fma(series * x2, x, x) : far;
 }
 
-// query: that of the warp's row 0; key: that of the tile's column 0.
+// The slope of a head, times log2 e. Only where there are slopes.
+template <class Params>
+HW_DEVICE float read_slope(const Params& p, i32 sequence, i32 head) {
+  return hw::load_global(p.alibi_slopes + sequence * p.alibi_stride_batch + head) * kLog2e;
+}
+
+// center: the column on the diagonal of the warp's row 0, counted from the tile's column 0; its distance is what ALiBi
+// takes. Rows may be queries or keys.
 template <class Element, class Params, class S>
-HW_DEVICE void score(const Params& p, const Sequence& seq, i32 sequence, i32 head, S& s, i32 query, i32 key) {
+HW_DEVICE void score(const Params& p, i32 sequence, i32 head, S& s, i32 center) {
   if (p.raw_scores) return;
   if (p.score_cap != 0.0f) {
     s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
@@ -35,14 +41,12 @@ HW_DEVICE void score(const Params& p, const Sequence& seq, i32 sequence, i32 hea
     s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
   }
   if (p.alibi_slopes != nullptr) {
-    const float slope = hw::load_global(p.alibi_slopes + sequence * p.alibi_stride_batch + head) * kLog2e;
-    float center[S::kRows];  // the key this row stands on, counted from this thread's column 0
+    const float slope = read_slope(p, sequence, head);
+    float from_first[S::kRows];
     HW_UNROLL
-    for (i32 i = 0; i < S::kRows; ++i) {
-      center[i] = static_cast<float>(query + S::row_of(i) + seq.diagonal() - key - S::first_col());
-    }
+    for (i32 i = 0; i < S::kRows; ++i) from_first[i] = static_cast<float>(center + S::row_of(i) - S::first_col());
     s.for_each([&](float& x, i32 row, i32 column) {
-      x = hw::fma(-slope, hw::abs(center[row] - static_cast<float>(column)), x);
+      x = hw::fma(-slope, hw::abs(from_first[row] - static_cast<float>(column)), x);
     });
   }
 }

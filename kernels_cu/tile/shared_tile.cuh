@@ -51,6 +51,25 @@ struct LaneRows {
   }
 };
 
+// 16 bytes of global memory through registers: those from `left` on are zeros and are not read.
+template <i32 kLoadBytes>
+HW_DEVICE u32x4 read_unit(const u8* from, i32 left) {
+  if (kLoadBytes == 16 && left >= 16) return hw::load_global(reinterpret_cast<const u32x4*>(from));
+  u32x4 unit;
+  HW_UNROLL
+  for (i32 i = 0; i < 4; ++i) {
+    unit.x[i] = 0;
+    if (kLoadBytes >= 4 && left >= 4 * i + 4) {
+      unit.x[i] = hw::load_global(reinterpret_cast<const u32*>(from) + i);
+    } else {
+      const u16* half = reinterpret_cast<const u16*>(from) + 2 * i;
+      if (left >= 4 * i + 2) unit.x[i] = hw::load_global(half);
+      if (left >= 4 * i + 4) unit.x[i] |= static_cast<u32>(hw::load_global(half + 1)) << 16;
+    }
+  }
+  return unit;
+}
+
 // Copies tiles of kRows rows from global memory: one thread's share of it, its place worked out once. Rows past the end
 // and bytes past a row's end become zeros and are not read. kLoadBytes is what source and stride are aligned to: 16 and 4
 // go by cp.async (the caller commits and waits), 2 through registers.
@@ -69,16 +88,17 @@ struct RowLoader {
   HW_DEVICE RowLoader(u32 tile, const u8* first, i64 stride)
       : source(first + first_row() * stride + first_unit() * 16), address(Tile::address(tile, first_row(), first_unit())) {}
 
-  // The tile whose row 0 is row `begin`, of `rows` rows in all, row_bytes bytes each, `stride` bytes apart.
-  HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
+  // The tile whose row 0 is row `begin`, of `rows` rows in all, row_bytes bytes each, `stride` bytes apart. It goes `stage`
+  // bytes behind the tile, and comes from `skip` bytes behind the first row.
+  HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride, u32 stage = 0, i64 skip = 0) const {
     if (kThreads / kGroup > kRows && first_row() >= kRows) return;
-    const u8* row_source = source + begin * stride;
+    const u8* row_source = source + skip + begin * stride;
     const auto copy_row = [&](i32 step) {
       const bool inside = begin + first_row() + step * kRowStep < rows;
       HW_UNROLL
       for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
         const i32 left = inside ? row_bytes - (first_unit() + group * kGroup) * 16 : 0;
-        const u32 to = address + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
+        const u32 to = address + stage + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
         copy_unit(to, row_source + group * kGroup * 16, left);
       }
       row_source += kRowStep * stride;
@@ -100,15 +120,7 @@ struct RowLoader {
       HW_UNROLL
       for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, max_of(0, min_of(left - 4 * i, 4)));
     } else {
-      u32x4 unit;
-      HW_UNROLL
-      for (i32 i = 0; i < 4; ++i) {
-        u32 low = 0, high = 0;
-        if (left > 4 * i) low = hw::load_global(reinterpret_cast<const u16*>(from) + 2 * i);
-        if (left > 4 * i + 2) high = hw::load_global(reinterpret_cast<const u16*>(from) + 2 * i + 1);
-        unit.x[i] = low | high << 16;
-      }
-      hw::store_shared(to, unit);
+      hw::store_shared(to, read_unit<kLoadBytes>(from, left));
     }
   }
 };

@@ -89,11 +89,11 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         None,
     ),
     "row stored past the end": (
-        (Edit(KERNEL, "if (row < owned) {\n      HW_UNROLL", "if (row <= owned) {\n      HW_UNROLL"),),
+        (Edit("tile/store.cuh", "if (row < owned) {", "if (row <= owned) {"),),
         None,
     ),
     "a lane leaves the others": (
-        (Edit(KERNEL, "  hw::sync_warp();\n", "  if (hw::lane_idx() != 5) hw::sync_warp();\n"),),
+        (Edit("tile/store.cuh", "  hw::sync_warp();\n", "  if (hw::lane_idx() != 5) hw::sync_warp();\n"),),
         "divergence|collective|deadlock",
     ),
     "a lane skips a shuffle": (

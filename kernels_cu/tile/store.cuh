@@ -1,0 +1,64 @@
+// From a warp's fragment to rows of global memory.
+#pragma once
+#include <base.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+#include <tile/shared_tile.cuh>
+
+// kLoadBytes is what `to` and the rows' distance are aligned to; `left` bytes of the unit exist.
+template <i32 kLoadBytes>
+HW_DEVICE void store_unit(u8* to, u32x4 bits, i32 left) {
+  if (kLoadBytes == 16 && left >= 16) {
+    hw::store_global(reinterpret_cast<u32x4*>(to), bits);
+    return;
+  }
+  HW_UNROLL
+  for (i32 i = 0; i < 4; ++i) {
+    if (kLoadBytes >= 4 && left >= 4 * i + 4) {
+      hw::store_global(reinterpret_cast<u32*>(to) + i, bits.x[i]);
+    } else {
+      u16* half = reinterpret_cast<u16*>(to) + 2 * i;
+      if (left >= 4 * i + 2) hw::store_global(half, static_cast<u16>(bits.x[i]));
+      if (left >= 4 * i + 4) hw::store_global(half + 1, static_cast<u16>(bits.x[i] >> 16));
+    }
+  }
+}
+
+// Rounds the fragment to Element and stores its rows. They are gathered in shared memory first, in a tile that no other
+// warp touches, so that whole 16-byte units leave. Rows at or past `used` are written as zeros, rows at or past `owned`
+// not at all.
+template <class Element, class Tile, i32 kLoadBytes, class O>
+HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 used, i32 owned, i32 row_bytes) {
+  HW_UNROLL
+  for (i32 i = 0; i < O::kRows; ++i) {
+    HW_UNROLL
+    for (i32 c = 0; c < O::kColTiles; ++c) {
+      const float low = o.x[i / 2][c][2 * (i % 2)], high = o.x[i / 2][c][2 * (i % 2) + 1];
+      if constexpr (sizeof(Element) == 2) {
+        const u32 at = Tile::address(warp_tile, O::row_of(i), c) + static_cast<u32>(2 * O::first_col());
+        hw::store_shared(at, hw::pack2<Element>(low, high));
+      } else {
+        const u32 unit = Tile::address(warp_tile, O::row_of(i), 2 * c + O::first_col() / 4);
+        const u32 at = unit + static_cast<u32>(4 * (O::first_col() % 4));
+        hw::store_shared(at, low);
+        hw::store_shared(at + 4, high);
+      }
+    }
+  }
+  hw::sync_warp();
+  constexpr i32 kGroup = Tile::kPeriod;  // lanes that share a row
+  const i32 first_row = hw::lane_idx() / kGroup, first_unit = hw::lane_idx() % kGroup;
+  HW_UNROLL
+  for (i32 step = 0; step < 16 * O::kRowTiles * kGroup / 32; ++step) {
+    const i32 row = first_row + step * (32 / kGroup);
+    if (row < owned) {
+      HW_UNROLL
+      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
+        const i32 unit = first_unit + group * kGroup;
+        u32x4 bits = hw::load_shared<u32x4>(Tile::address(warp_tile, row, unit));
+        if (row >= used) bits = u32x4{{0, 0, 0, 0}};
+        store_unit<kLoadBytes>(out + row * stride + unit * 16, bits, row_bytes - unit * 16);
+      }
+    }
+  }
+}
