@@ -17,7 +17,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import errors
-from .api import AttentionOutput, Explanation, Support, attention, explain, supports, warmup
+from .api import (
+    AttentionGrads,
+    AttentionOutput,
+    Explanation,
+    Support,
+    attention,
+    attention_backward,
+    explain,
+    supports,
+    warmup,
+)
 from .flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -35,11 +45,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionGrads",
     "AttentionOutput",
     "Explanation",
     "Support",
     "__version__",
     "attention",
+    "attention_backward",
     "config",
     "emulator",
     "errors",

@@ -1,4 +1,4 @@
-"""`attention` and the questions one may ask about it: `explain`, `supports`, `warmup`.
+"""`attention`, `attention_backward`, and the questions one may ask: `explain`, `supports`, `warmup`.
 
 A call goes through three steps. *Bind* views the arrays and asks for a `_Prepared` by the call's metadata: shapes,
 strides, dtypes, devices, numbers. Only where that metadata is new is it *checked* (`cuflash/validate.py`) and planned;
@@ -118,7 +118,118 @@ def attention(
     ).run()  # fmt: skip
 
 
+class AttentionGrads(NamedTuple):
+    """What `attention_backward` returns: gradients in the shapes and dtypes of what they are for.
+
+    dq, dk, dv  of q, k and v
+    dsink       of the sink; None without one
+    dcaptured   with `captured_grads`, those of the arrays that scores are made with: (dslopes,) where `alibi_slopes`
+                is given; else ()
+    """
+
+    dq: Array
+    dk: Array
+    dv: Array
+    dsink: Array = None
+    dcaptured: tuple[Array, ...] = ()
+
+
+def attention_backward(
+    dout: Array,
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    lse: Array,
+    *,
+    cu_seqlens_q: IndexArray | None = None,
+    cu_seqlens_k: IndexArray | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: IndexArray | None = None,
+    seqused_k: IndexArray | None = None,
+    page_table: IndexArray | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Array | None = None,
+    sink: Array | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_mask: Any = None,
+    dropout_p: float = 0.0,
+    seed: Any = None,
+    offset: Any = 0,
+    deterministic: bool = False,
+    split_size: int | None = None,
+    kernel_options: dict[str, Any] | None = None,
+    dlse: Array | None = None,
+    captured_grads: bool = False,
+    dq: Array | None = None,
+    dk: Array | None = None,
+    dv: Array | None = None,
+) -> AttentionGrads:
+    """The gradients of a loss for the inputs of `attention`, from its gradient for the result: what autograd calls.
+
+    dout           out's shape and dtype: the loss's gradient for out
+    q, k, v        as `attention` got them, and so are the keywords
+    out, lse       what `attention` returned with `aux=("lse",)`; lse float32 [batch, heads_q, q_len] or
+                   [heads_q, total_q]
+    dlse           lse's shape, float32: the loss's gradient for lse, where it uses that too
+    deterministic  the same gradients to the last bit every time
+    captured_grads also the gradient of alibi_slopes, in `dcaptured`
+    dq, dk, dv     where to write these gradients, strided as they may be: with slices of one array, packed
+                   projections get a packed gradient
+
+    The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
+    sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
+
+    Runs for host arrays, on the NumPy reference; elsewhere, and with `score_mod`, it raises `UnsupportedError`, as
+    `attention` does for what it does not serve. Wrong arguments raise `ArgumentError`; a refused call has written
+    nothing.
+
+    >>> import numpy as np
+    >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 4, 64)).astype(np.float32)
+    >>> out, lse, *_ = attention(q, k, v, causal=True, aux=("lse",))
+    >>> grads = attention_backward(np.ones_like(out), q, k, v, out, lse, causal=True)
+    >>> grads.dq.shape, grads.dk.shape, grads.dv.shape
+    ((1, 9, 4, 64), (1, 9, 4, 64), (1, 9, 4, 64))
+    >>> bool(np.allclose(grads.dv.sum(axis=1), 9))  # each of 9 rows hands out weights that sum to 1
+    True
+    """
+    given = {"dout": dout, "out": out, "lse": lse}
+    for name, x in given.items():
+        if x is None:
+            raise ArgumentError(f"{name} is None: {_NEEDED[name]}")
+    if dlse is not None:
+        given["dlse"] = dlse
+    targets = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
+    return _bind(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
+        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, split_size,
+        kernel_options, None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
+    ).gradients()  # fmt: skip
+
+
+_NEEDED = {
+    "dout": "pass the gradient of the loss for out, in its shape; np.zeros_like(out) if it uses lse alone",
+    "out": "pass what attention returned",
+    "lse": 'gradients need it: take it from attention(..., aux=("lse",)), which returns (out, lse, ...)',
+}
+
+
 # Bind -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Backward:
+    """What a call to `attention_backward` has beside the arguments of `attention`."""
+
+    given: dict[str, Array]  # dout, out, lse, dlse
+    targets: dict[str, Array]  # of dq, dk and dv those that the caller has memory for
+    deterministic: bool
+    captured_grads: bool
 
 
 @dataclass(slots=True)
@@ -129,10 +240,32 @@ class _Call:
     views: dict[str, TensorView]
     uploads: dict[str, np.ndarray]  # host values a device kernel needs
     prepared: _Prepared
-    out: Array | None
+    targets: dict[str, Array]  # arrays of the caller's that results are written to, by name
     mods: dict[str, Callable[..., Any]]
 
     def run(self) -> Any:
+        """attention"""
+        self._execute()
+        out, aux = self._result("out"), self.prepared.aux
+        if not aux:
+            return out
+        return AttentionOutput(out, **{name: self._result(name) for name in aux})
+
+    def gradients(self) -> AttentionGrads:
+        """attention_backward"""
+        self._execute()
+        found = {name: self._result(name) for name, _, _ in self.prepared.results}
+        dslopes = found.pop("dslopes", None)
+        return AttentionGrads(**found, dcaptured=() if dslopes is None else (dslopes,))
+
+    def _result(self, name: str) -> Array:
+        x = self.targets.get(name)
+        if x is None:
+            return self.framework.wrap(self.views[name])
+        self.framework.written(x)
+        return x
+
+    def _execute(self) -> None:
         prepared, framework, views = self.prepared, self.framework, self.views
         device = prepared.device
         for name, values in self.uploads.items():
@@ -148,14 +281,6 @@ class _Call:
             index = device[1]
             prepared.plan.launch(views, backend="cuda", device=index, stream=framework.stream(index))
             framework.retain(views.values(), index)
-        out = self.out
-        if out is None:
-            out = framework.wrap(views["out"])
-        else:
-            framework.written(out)
-        if not prepared.aux:
-            return out
-        return AttentionOutput(out, **{name: framework.wrap(views[name]) for name in prepared.aux})
 
     def _run_reference(self) -> None:
         from . import reference
@@ -164,10 +289,17 @@ class _Call:
         targets = {name: arrays.pop(name) for name, _, _ in self.prepared.results}
         prepared = self.prepared
         arrays |= {"scale": prepared.scale, "window_size": prepared.window, "softcap": prepared.softcap, **self.mods}
-        out, lse, max_logit = reference.attention(**arrays)
-        for name, values in (("out", out), ("lse", lse), ("max_logit", max_logit)):
-            if name in targets:
-                targets[name][...] = values
+        if "dout" in arrays:
+            results = zip(_GRADIENTS, reference.attention_backward(**arrays), strict=True)
+        else:
+            results = zip(("out", "lse", "max_logit"), reference.attention(**arrays), strict=True)
+        with np.errstate(all="ignore"):  # what overflows in a 16-bit result is infinite there
+            for name, values in results:
+                if name in targets:
+                    targets[name][...] = values
+
+
+_GRADIENTS = ("dq", "dk", "dv", "dsink", "dslopes")  # as reference.attention_backward returns them
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +309,7 @@ class _Prepared:
     backend: str  # "cuda", "emulator" or "reference"
     device: Device
     plan: Any  # ops.forward.ForwardPlan; None on the reference
-    results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype): out first
+    results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype)
     aux: tuple[str, ...]
     scale: float
     window: tuple[int, int]  # causal folded in
@@ -213,6 +345,7 @@ def _bind(
     kernel_options: Any,
     out: Any,
     aux: Any,
+    backward: _Backward | None = None,
 ) -> _Call:
     if page_table is not None or block_mask is not None or dropout_p or split_size is not None or kernel_options:
         _refuse_keywords(page_table, block_mask, dropout_p, split_size, kernel_options)
@@ -222,8 +355,13 @@ def _bind(
         floats["alibi_slopes"] = alibi_slopes
     if sink is not None:
         floats["sink"] = sink
-    if out is not None:
-        floats["out"] = out
+    targets: dict[str, Array] = {}
+    if backward is not None:
+        targets = backward.targets
+        floats |= backward.given
+    elif out is not None:
+        targets["out"] = out
+    floats |= targets
     views = _views(framework, floats)
     framework.refuse_transformed(floats)
 
@@ -247,8 +385,10 @@ def _bind(
 
     vq, vk, vv = views["q"], views["k"], views["v"]
     alignment = vq.ptr | vk.ptr | vv.ptr
-    if out is not None:
-        alignment |= views["out"].ptr
+    for name in targets:
+        alignment |= views[name].ptr
+    if backward is not None:
+        alignment |= views["dout"].ptr | views["out"].ptr
     alignment &= 15
     mods: dict[str, Callable[..., Any]] = {}
     if score_mod is not None:
@@ -270,6 +410,8 @@ def _bind(
         key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
     if mods:
         key += (*mods,)
+    if backward is not None:
+        key += (backward.deterministic, backward.captured_grads)
     try:
         prepared = _prepared.get(key)
     except TypeError:  # something no key can hold, such as an array for the scale: the checks will name it
@@ -277,14 +419,14 @@ def _bind(
     if prepared is None:
         prepared = _prepare(
             framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
-            max_seqlen_k, aux, mods,
+            max_seqlen_k, aux, mods, (*targets,), backward,
         )  # fmt: skip
         if key is not None:
             if len(_prepared) >= _PREPARED_LIMIT:
                 _prepared.clear()
             _prepared[key] = prepared
-    elif out is not None:
-        validate.no_overlap(views)
+    elif targets:
+        validate.no_overlap(views, targets)
 
     uploads: dict[str, np.ndarray] = {}
     on_device = prepared.device[0] == "cuda"
@@ -299,7 +441,7 @@ def _bind(
                     f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
                     f"values: copy to the device before the capture and pass that array"
                 )
-    return _Call(framework, views, uploads, prepared, out, mods)
+    return _Call(framework, views, uploads, prepared, targets, mods)
 
 
 def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
@@ -398,8 +540,12 @@ _UNSUPPORTED = {
         "host (NumPy) arrays with config.backend='auto', which run on the reference"
     ),
     "dropout_mask": 'no kernel drops weights, so there is no mask: leave "dropout_mask" out of aux',
-    "backward": "no kernel computes gradients: train with torch.nn.functional.scaled_dot_product_attention or "
-    "jax.nn.dot_product_attention",
+    "backward": "no kernel computes gradients: pass host (NumPy) arrays with config.backend='auto', which run on the "
+    "reference, or train with torch.nn.functional.scaled_dot_product_attention or jax.nn.dot_product_attention",
+    "score_mod_backward": (
+        "the derivative of a Python function is not known: pass softcap= or alibi_slopes= where they say it, or leave "
+        "it to a framework that differentiates, as torch.nn.attention.flex_attention"
+    ),
 }
 
 
@@ -419,6 +565,8 @@ def _prepare(
     max_seqlen_k: Any,
     aux: tuple[str, ...],
     mods: dict[str, Any],
+    targets: Sequence[str],
+    backward: _Backward | None,
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
@@ -450,9 +598,20 @@ def _prepare(
 
     out_shape = (*q.shape[:-1], head_dim_v)
     lse_shape = (heads_q, q_rows) if packed else (batch, heads_q, q_rows)
-    if "out" in views:
-        validate.output(views, out_shape, framework)
-    results = (("out", out_shape, q.dtype), *((name, lse_shape, dtypes.float32) for name in dict.fromkeys(aux)))
+    if backward is None:
+        results = [("out", out_shape, q.dtype), *((name, lse_shape, dtypes.float32) for name in dict.fromkeys(aux))]
+    else:
+        validate.gradients(views, out_shape, lse_shape, framework)
+        results = [("dq", q.shape, q.dtype), ("dk", k.shape, q.dtype), ("dv", v.shape, q.dtype)]
+        if "sink" in views:
+            results.append(("dsink", (heads_q,), views["sink"].dtype))
+        if backward.captured_grads and "alibi_slopes" in views:
+            results.append(("dslopes", views["alibi_slopes"].shape, dtypes.float32))
+        if "score_mod" in mods:
+            raise UnsupportedError(f"score_mod: {_UNSUPPORTED['score_mod_backward']}")
+        if backend != "reference":
+            raise UnsupportedError(f"attention_backward with the {backend} backend: {_UNSUPPORTED['backward']}")
+    validate.outputs(views, {name: shape for name, shape, _ in results if name in targets}, framework)
 
     plan = None
     if backend != "reference":
@@ -489,7 +648,7 @@ def _prepare(
             max_logit="max_logit" in aux,
         )
         plan = _forward().plan(problem, arch)
-    return _Prepared(backend, q.device, plan, results, aux, scale, (left, right), softcap)
+    return _Prepared(backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap)
 
 
 def _backend(device: Device, framework: Framework) -> str:
@@ -673,7 +832,7 @@ _SERVED = (
 
 
 # Every feature `supports` knows, served or not.
-FEATURES = (*_SERVED, *(name for name in _UNSUPPORTED if name != "backward"))
+FEATURES = (*_SERVED, *(name for name in _UNSUPPORTED if "backward" not in name))
 
 
 def supports(

@@ -14,7 +14,8 @@ For one query head and one sequence, with queries `q [q_len, d]`, keys `k [k_len
 
 Queries and keys are aligned at their ends: query i sits at key position `i + k_len - q_len`, so that the last query
 sees the last key. Causal keeps the keys up to that position, a window (left, right) those at most `left` before and
-`right` after it. Query head h reads key head `h // (heads_q // heads_kv)`.
+`right` after it. Query head h reads key head `h // (heads_q // heads_kv)`. The equations of the gradients stand in
+`attention_backward`.
 
 Query rows are taken a block at a time, each against all the keys it may see, so memory grows with the length and not
 with its square. Only rows that a sequence owns are ever read: what lies behind a sequence's end may be NaN.

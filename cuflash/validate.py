@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,12 +145,13 @@ def _swap_hint(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> st
 
 
 def strides(views: Views, framework: Framework) -> None:
-    """Unit step within a row of q, k, v and out; no backward steps."""
-    for name in ("q", "k", "v", "out"):
+    """Unit step within a row of q, k, v, and of out and their gradients; no backward steps."""
+    for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
         view = views.get(name)
         if view is None:
             continue
-        remedy = f"pass {framework.advise('contiguous', name)}" if name != "out" else "allocate it contiguous"
+        written = name in ("dq", "dk", "dv") or (name == "out" and "dout" not in views)
+        remedy = "allocate it contiguous" if written else f"pass {framework.advise('contiguous', name)}"
         require(
             view.strides[-1] == 1,
             f"{name}.strides={view.strides} (in elements) must end in 1: the elements of a row lie side by side; "
@@ -159,35 +160,63 @@ def strides(views: Views, framework: Framework) -> None:
         require(min(view.strides) >= 0, f"{name}.strides={view.strides} (in elements) must not be negative: {remedy}")
 
 
-def output(views: Views, shape: tuple[int, ...], framework: Framework) -> None:
-    """`out=` is writable memory of the right shape and dtype that no input shares."""
-    out, q = views["out"], views["q"]
-    require(out.shape == shape, f"out.shape={out.shape} must be {shape}: q's, with v's head dim")
-    require(
-        out.dtype is q.dtype,
-        f"out.dtype={out.dtype} must equal q.dtype={q.dtype}: pass an out of that dtype, or leave it out and cast",
-    )
-    require(
-        not out.readonly,
-        f"out is read-only ({framework.NAME} arrays are immutable): leave out= away and take the result"
-        if framework.NAME == "JAX"
-        else "out is read-only: pass a writable array",
-    )
-    require(
-        all(s != 0 for n, s in zip(out.shape, out.strides, strict=True) if n > 1) or 0 in out.shape,
-        f"out.strides={out.strides}: an expanded array (stride 0) has several results in one place; pass one with "
-        "memory for each",
-    )
-    no_overlap(views)
-
-
-def no_overlap(views: Views) -> None:
-    """`out=` shares memory with no input."""
-    out = views["out"]
-    for name, view in views.items():
+def outputs(views: Views, shapes: dict[str, tuple[int, ...]], framework: Framework) -> None:
+    """Arrays to write to, `shapes` by name, are writable memory of the right shape and dtype that nothing shares."""
+    dtype = views["q"].dtype
+    for name, shape in shapes.items():
+        view = views[name]
+        owner = "q's, with v's head dim" if name == "out" else f"that of {name[1:]}, whose gradient it is"
+        require(view.shape == shape, f"{name}.shape={view.shape} must be {shape}: {owner}")
         require(
-            name == "out" or not out.overlaps(view),
-            f"out shares memory with {name}, which is still read while out is written: pass other memory",
+            view.dtype is dtype,
+            f"{name}.dtype={view.dtype} must equal q.dtype={dtype}: pass an array of that dtype, or leave {name} out "
+            "and cast the result",
+        )
+        require(
+            not view.readonly,
+            f"{name} is read-only ({framework.NAME} arrays are immutable): leave {name}= away and take the result"
+            if framework.NAME == "JAX"
+            else f"{name} is read-only: pass a writable array",
+        )
+        require(
+            all(s != 0 for n, s in zip(view.shape, view.strides, strict=True) if n > 1) or 0 in view.shape,
+            f"{name}.strides={view.strides}: an expanded array (stride 0) has several results in one place; pass one "
+            "with memory for each",
+        )
+    no_overlap(views, shapes)
+
+
+def no_overlap(views: Views, written: Iterable[str]) -> None:
+    """Arrays to write to share no memory, neither with an input nor with each other."""
+    for target in written:
+        for name, view in views.items():
+            require(
+                name == target or not views[target].overlaps(view),
+                f"{target} shares memory with {name}, which is still read while {target} is written: pass other memory",
+            )
+
+
+def gradients(views: Views, out_shape: tuple[int, ...], lse_shape: tuple[int, ...], framework: Framework) -> None:
+    """What `attention_backward` gets beside the arguments of `attention`: out, lse and the gradients for them."""
+    dtype = views["q"].dtype
+    for name, shape, expected, whose in (
+        ("out", out_shape, dtype, "the result of attention with these q, k, v"),
+        ("dout", out_shape, dtype, "out's, for which it is the gradient"),
+        ("lse", lse_shape, dtypes.float32, 'what attention(..., aux=("lse",)) returned, natural logarithms'),
+        ("dlse", lse_shape, dtypes.float32, "lse's, for which it is the gradient"),
+    ):
+        view = views.get(name)
+        if view is None:
+            continue
+        require(view.shape == shape, f"{name}.shape={view.shape} must be {shape}: {whose}")
+        require(
+            view.dtype is expected,
+            f"{name}.dtype={view.dtype} must be {expected}: {whose}; pass {framework.advise(expected.name, name)}",
+        )
+        require(
+            shape is out_shape or view.is_contiguous,
+            f"{name}.strides={view.strides} (in elements) must be a contiguous array's: pass "
+            f"{framework.advise('contiguous', name)}",
         )
 
 

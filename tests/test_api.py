@@ -49,6 +49,16 @@ def test_signature_is_the_contract():
     assert defaults == {name: given.get(name) for name in defaults}
 
 
+def test_backward_takes_the_arguments_of_the_forward():
+    forward = list(inspect.signature(cuflash.attention).parameters.values())
+    parameters = inspect.signature(cuflash.attention_backward).parameters
+    arrays, keywords = "dout q k v out lse", [p for p in forward if p.name not in ("q", "k", "v", "out", "aux")]
+    assert " ".join(p.name for p in parameters.values() if p.kind is not p.KEYWORD_ONLY) == arrays
+    assert [parameters[p.name] for p in keywords] == keywords, "names, kinds, defaults and types"
+    assert list(parameters)[6 + len(keywords) :] == ["dlse", "captured_grads", "dq", "dk", "dv"]
+    assert cuflash.AttentionGrads._fields == ("dq", "dk", "dv", "dsink", "dcaptured")
+
+
 def test_result_depends_on_aux_alone(rng):
     q = rng.standard_normal((1, 4, 2, 32)).astype(np.float16)
     assert isinstance(cuflash.attention(q, q, q), np.ndarray)
