@@ -71,6 +71,25 @@ def dropout_keep(b: Any, h: Any, q_idx: Any, kv_idx: Any, seed: int, offset: int
     return kept[at_head, at_row, at_key, byte]
 
 
+def dropout_mask(
+    shape: tuple[int, int, int, int],
+    lengths_q: Sequence[int],
+    lengths_k: Sequence[int],
+    seed: int,
+    offset: int,
+    p: float,
+) -> np.ndarray:
+    """`dropout_keep` of whole sequences -> bool [batch, heads_q, rows, keys], False past their lengths [batch]."""
+    mask = np.zeros(shape, bool)
+    heads = np.arange(shape[1])[:, None, None]
+    for b, (rows, keys) in enumerate(zip(lengths_q, lengths_k, strict=True)):
+        at = mask[b, :, :rows, :keys]
+        at[...] = dropout_keep(
+            b, heads, np.arange(at.shape[1])[:, None], np.arange(at.shape[2]), seed, offset, p, shape[1]
+        )
+    return mask
+
+
 def _distinct(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values, and for each element which of them it is."""
     values, at = np.unique(index, return_inverse=True)

@@ -2,6 +2,7 @@
 //
 //   S = scale Q K^T    [kBlockQ, kBlockK]    never leaves registers
 //   m, l, O            online softmax in base 2 (tile/softmax.cuh)
+//   P = dropout(P)     after the sum, where V::kDropout (tile/dropout.cuh)
 //   out = O / l        lse = ln(l) + m
 //
 //   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh. A block computes whole query tiles of one
@@ -26,6 +27,7 @@
 #include <hw/device.cuh>
 #include <hw/math.cuh>
 #include <params/forward.cuh>
+#include <tile/dropout.cuh>
 #include <tile/fragment.cuh>
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
@@ -149,6 +151,11 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
     // P = exp(S - m); O += P V
     softmax.update(s, o);
+    if constexpr (V::kDropout) {
+      // After the sum, so that lse is of all weights. NOTE: read anew each time: kept, seed and offset cost registers here.
+      visit_dropout(read_dropout(p, sequence, head, hw::grid_dim_y()), s, q_first + warp_row, k_first,
+                    [](float& x, bool kept) { x = kept ? x : 0.0f; });
+    }
     multiply_pv<Element, O, S, typename Plan::VTile>(o, s, v_smem);
   }
 
@@ -156,7 +163,10 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const float sink = read_sink<Element>(p, head);
   typename OnlineSoftmax<S::kRows>::Row finished[S::kRows];
   HW_UNROLL
-  for (i32 i = 0; i < S::kRows; ++i) finished[i] = softmax.finish(i, sink);
+  for (i32 i = 0; i < S::kRows; ++i) {
+    finished[i] = softmax.finish(i, sink);
+    if constexpr (V::kDropout) finished[i].out_scale *= p.keep_scale;
+  }
   o.for_each([&](float& x, i32 row, i32) { x *= finished[row].out_scale; });
 
   // Store. What it needs is read anew: kept through the loop it would cost registers there.

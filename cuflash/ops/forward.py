@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .. import dtypes
+from .. import dtypes, philox
 from ..arch import Arch
 from ..array import TensorView
 from ..dtypes import DType
@@ -39,6 +39,8 @@ class ForwardProblem:
     window           (left, right) keys visible on either side of the diagonal, -1: all; causal is right <= 0
     alibi            None, "head" (slopes [heads_q]) or "batch" ([batch, heads_q]), contiguous
     sink             None, "float32" or "element" (the dtype of q), contiguous
+    dropout_p        share of the weights to drop; its seed and offset are given at the launch
+    seed             dtype of an array of one element that holds the seed; None: a number
     """
 
     dtype: DType
@@ -65,6 +67,8 @@ class ForwardProblem:
     sink: str | None = None
     lse: bool = True
     max_logit: bool = False
+    dropout_p: float = 0.0
+    seed: DType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,10 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (4, 192): both(Tile(64, 16, 4)),  # 72 KB; 64 x 32 takes twice as long to compile
     (4, 256): both(Tile(64, 16, 4)),  # 96 KB
 }
+# The same where dropout is on and these would spill.
+DROPOUT_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (2, 192): both(Tile(128, 32, 8)),  # 72 KB; 128 x 64 spills on compute capability 10.0
+}
 SMALL_SMEM = 163 * 1024
 
 
@@ -111,6 +119,7 @@ class ForwardVariant:
     head_dim_v: int
     tile: Tile
     load_bytes: int
+    dropout: bool = False
 
     @property
     def smem_bytes(self) -> int:
@@ -128,6 +137,7 @@ class ForwardVariant:
             "kThreads": 32 * self.tile.warps,
             "kLoadBytes": self.load_bytes,
             "kSharedBytes": self.smem_bytes,
+            "kDropout": self.dropout,
         }
 
 
@@ -143,12 +153,16 @@ def head_dim_class(d: int) -> int:
     raise UnsupportedError(f"head_dim={d} must be at most {HEAD_DIM_CLASSES[-1]}: split the heads, or use host arrays")
 
 
-def choose_variant(dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, arch: Arch) -> ForwardVariant:
-    """The variant for a dtype, head dims and alignment. Nothing else enters: not lengths, batch, heads or numbers."""
+def choose_variant(
+    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, arch: Arch, *, dropout: bool = False
+) -> ForwardVariant:
+    """The variant for a dtype, head dims, alignment, and dropout or none. Nothing else enters: not lengths, batch,
+    heads or numbers, the rate of dropout among them."""
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
-    large, small = TILES[dtype.itemsize, max(d, d_v)]
+    row = dtype.itemsize, max(d, d_v)
+    large, small = DROPOUT_TILES.get(row, TILES[row]) if dropout else TILES[row]
     tile = large if arch.smem_bytes >= SMALL_SMEM else small
-    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)))
+    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout)
 
 
 @functools.cache
@@ -191,9 +205,9 @@ def choose_grid(problem: ForwardProblem, block_q: int) -> tuple[tuple[int, int, 
 # Pointers of ForwardParams and the name of the array each is taken from.
 POINTERS = (
     "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
-    "sink",
+    "sink", "seed", "offset",
 )  # fmt: skip
-_WRITTEN = ("out", "lse", "max_logit")
+_WRITTEN = ("out", "lse", "max_logit", "mask")
 
 
 class ForwardPlan:
@@ -202,32 +216,50 @@ class ForwardPlan:
     def __init__(self, problem: ForwardProblem, arch: Arch) -> None:
         self.problem = problem
         self.arch = arch
-        self.variant = choose_variant(problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch)
+        self.variant = choose_variant(
+            problem.dtype,
+            problem.head_dim,
+            problem.head_dim_v,
+            problem.load_bytes,
+            arch,
+            dropout=problem.dropout_p > 0,
+        )
         self.spec = kernel_spec(self.variant)
         self.grid, self.why = choose_grid(problem, self.variant.tile.block_q)
         self.workspace_bytes = 0
         values = _values(problem, packed_grid=self.grid[2] == 1 and "(slot, head)" in self.why)
         self._values = tuple(values.values())
-        self._pack = layout.load("ForwardParams").packer(*POINTERS, *values)
+        self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", *values)
         self._kernels: dict[tuple[str, int | None], module.Kernel] = {}
 
-    def params(self, pointers: Sequence[int]) -> bytes:
-        """The launch struct, pointers in the order of POINTERS (0: null)."""
-        return self._pack(*pointers, *self._values)
+    def params(self, pointers: Sequence[int], seed: int = 0, offset: int = 0) -> bytes:
+        """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
+        return self._pack(*pointers, seed % 2**64, offset % 2**32, *self._values)
 
     def kernel(self, backend: str, device: int | None) -> module.Kernel:
         """The compiled kernel, compiling it if this machine never did."""
         return module.load(self.spec, self.arch, backend, device)
 
     def launch(
-        self, arrays: Mapping[str, TensorView], *, backend: str, device: int | None = None, stream: int | None = None
+        self,
+        arrays: Mapping[str, TensorView],
+        *,
+        backend: str,
+        device: int | None = None,
+        stream: int | None = None,
+        seed: int = 0,
+        offset: int = 0,
     ) -> None:
-        """Computes out (and lse, max_logit where they are in `arrays`) in place."""
+        """Computes out (and lse, max_logit where they are in `arrays`) in place.
+
+        seed, offset: dropout's, where they are not in `arrays` as one integer each.
+        """
         if self.grid[0] == 0:
             return
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = buffers_of(arrays) if backend == "emulator" else ()
-        self.kernel(backend, device).launch(self.grid, self.params(pointers), stream=stream, buffers=buffers)
+        params = self.params(pointers, seed, offset)
+        self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
 
 
 def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
@@ -265,6 +297,20 @@ def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
         "score_cap": p.softcap * LOG2_E,
         "softmax_scale": scale_log2 if raw else 1.0,
         "raw_scores": int(raw),
+        **dropout_values(p.dropout_p, p.seed),
+    }
+
+
+# Of the integer a seed's pointer leads to, by dtype: what a kernel calls seed_format.
+SEED_FORMATS = {dtypes.uint32: 0, dtypes.int32: 1, dtypes.int64: 2, dtypes.uint64: 2}
+
+
+def dropout_values(p: float, seed: DType | None) -> dict[str, Any]:
+    """The fields of a params struct that describe dropout, but for seed and offset (kernels_cu/tile/dropout.cuh)."""
+    return {
+        "keep_scale": 1 / (1 - p),
+        "keep_threshold": philox.keep_threshold(p),
+        "seed_format": 0 if seed is None else SEED_FORMATS[seed],
     }
 
 
@@ -287,9 +333,11 @@ def run(
     arch: Arch,
     device: int | None = None,
     stream: int | None = None,
+    seed: int = 0,
+    offset: int = 0,
 ) -> None:
     """Computes out, lse and max_logit (those in `arrays`) in place. backend: "cuda" or "emulator"."""
-    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream)
+    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream, seed=seed, offset=offset)
 
 
 def buffers_of(arrays: Mapping[str, TensorView]) -> list[module.Buffer]:
@@ -305,11 +353,16 @@ def buffers_of(arrays: Mapping[str, TensorView]) -> list[module.Buffer]:
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:
-    """Variants that between them compile every line of every tile: each dtype and class, each load width, d != d_v."""
+    """Variants that between them compile every line of every tile: each dtype and class with dropout and without, each
+    load width, d != d_v."""
     variants = [
         choose_variant(dtype, d, d, 16, arch)
         for dtype in (dtypes.bfloat16, dtypes.float16, dtypes.float32)
         for d in HEAD_DIM_CLASSES
+    ]
+    variants += [
+        choose_variant(dtypes.float32 if i % 3 == 2 else dtypes.bfloat16, d, d, 16, arch, dropout=True)
+        for i, d in enumerate(HEAD_DIM_CLASSES)
     ]
     variants += [
         choose_variant(dtype, d, d_v, load_bytes, arch)

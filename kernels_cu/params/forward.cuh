@@ -17,6 +17,8 @@ struct ForwardParams {
   const i32* seqused_k;       // [batch]; null: all of each sequence
   const float* alibi_slopes;  // [heads_q] or [batch, heads_q]; null: none
   const void* sink;           // [heads_q] float32 or the element type; null: none
+  const u32* seed;            // dropout's, one integer as seed_format says; null: seed_value
+  const u32* offset;          // dropout's, one integer whose low word counts; null: offset_value
 
   i64 q_stride_batch;
   i64 q_stride_row;
@@ -49,4 +51,11 @@ struct ForwardParams {
   float score_cap;      // softcap * log2(e); 0: none
   float softmax_scale;  // > 0, multiplies scores inside exp2: scale * log2(e) where scores stay raw, else 1
   i32 raw_scores;       // 1: no softcap, no ALiBi, scale > 0: q.k goes to the softmax untouched
+
+  // Dropout (tile/dropout.cuh); read where Variant::kDropout is set.
+  float keep_scale;    // 1 / (1 - p)
+  u32 keep_threshold;  // a weight is kept iff its byte is below this: round(256 (1 - p))
+  u32 offset_value;
+  i32 seed_format;  // of the integer at seed: 0 u32, 1 i32, 2 of 64 bits
+  u64 seed_value;
 };
