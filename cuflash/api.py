@@ -111,6 +111,30 @@ def attention(
     >>> bool(np.allclose(result.out[2], x[2]))  # the first token of the second sequence sees itself alone
     True
     """
+    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out)
+    if operation is not None:
+        if page_table is not None or block_mask is not None or dropout_p or split_size is not None or kernel_options:
+            _refuse_keywords(page_table, block_mask, dropout_p, split_size, kernel_options)
+        for name, given in (("out", out), ("score_mod", score_mod), ("mask_mod", mask_mod)):
+            if given is not None:
+                raise UnsupportedError(f"{name}: {_UNSUPPORTED_OPERATION[name]}")
+        names = validate.aux_names(aux)
+        if "dropout_mask" in names:
+            raise UnsupportedError(_UNSUPPORTED["dropout_mask"])
+        results = operation(
+            q, k, v,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=validate.hint("max_seqlen_q", max_seqlen_q),
+            max_seqlen_k=validate.hint("max_seqlen_k", max_seqlen_k),
+            seqused_q=seqused_q, seqused_k=seqused_k,
+            scale=None if scale is None else validate.number("scale", scale),
+            window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
+            alibi_slopes=alibi_slopes, sink=sink, deterministic=bool(deterministic), aux=names,
+        )  # fmt: skip
+        if not names:
+            return results[0]
+        given = dict(zip(("lse", "max_logit"), results[1:], strict=True))
+        return AttentionOutput(results[0], **{name: given[name] for name in names})
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, split_size,
@@ -212,11 +236,23 @@ def attention_backward(
     ).gradients()  # fmt: skip
 
 
+frameworks.calls["attention_backward"] = attention_backward
+
+
 _NEEDED = {
     "dout": "pass the gradient of the loss for out, in its shape; np.zeros_like(out) if it uses lse alone",
     "out": "pass what attention returned",
     "lse": 'gradients need it: take it from attention(..., aux=("lse",)), which returns (out, lse, ...)',
 }
+
+
+def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
+    """`attention` below a framework's operation: on arrays the framework has finished with."""
+    unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
+    return _bind(q, k, v, causal=False, dropout_p=0.0, aux=aux, **unused, **keywords).run()
+
+
+frameworks.calls["attention"] = _attention_below
 
 
 # Bind -------------------------------------------------------------------------------------------------------------
@@ -363,7 +399,8 @@ def _bind(
         targets["out"] = out
     floats |= targets
     views = _views(framework, floats)
-    framework.refuse_transformed(floats)
+    if backward is not None:
+        framework.refuse_transformed(floats)
 
     host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
     plain: list[str] = []  # those given as a list, tuple or NumPy array, which may lie beside device arrays
@@ -545,6 +582,23 @@ _UNSUPPORTED = {
     "score_mod_backward": (
         "the derivative of a Python function is not known: pass softcap= or alibi_slopes= where they say it, or leave "
         "it to a framework that differentiates, as torch.nn.attention.flex_attention"
+    ),
+}
+
+
+# What no operation of a framework does: where a call is differentiated, traced or vectorised.
+_UNSUPPORTED_OPERATION = {
+    "out": (
+        "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
+        "outside of them, in PyTorch under torch.no_grad()"
+    ),
+    "score_mod": (
+        "no gradient of a Python function is known, and no compiler follows one: pass softcap= or alibi_slopes= where "
+        "they say it, or call without gradients, in PyTorch under torch.no_grad()"
+    ),
+    "mask_mod": (
+        "no operation of a framework carries a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens "
+        "where they say it, or call without gradients, in PyTorch under torch.no_grad()"
     ),
 }
 

@@ -323,7 +323,7 @@ def number(name: str, value: Any) -> float:
         value = float(value)
     except OverflowError:  # an int past every float
         value = math.inf
-    require(math.isfinite(value), f"{name}={value} must be finite")
+    require(-math.inf < value < math.inf, f"{name}={value} must be finite")  # compilers follow comparisons
     return value
 
 

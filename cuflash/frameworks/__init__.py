@@ -6,7 +6,7 @@ which one that is shows in the array's type.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -16,6 +16,10 @@ from ..array import Device, TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError
 from . import cupy, dlpack, jax, numpy, torch
+
+# "attention" and "attention_backward" of one call, below whatever the framework does with it: `api` fills this in, and
+# the operations of `Framework.operation`, which stand below it, end here.
+calls: dict[str, Callable[..., Any]] = {}
 
 
 class Framework(Protocol):
@@ -27,8 +31,17 @@ class Framework(Protocol):
         """Borrow an array. Raises `ArgumentError` where its memory cannot be read in place."""
         ...
 
+    def operation(self, *arrays: Any) -> Callable[..., Any] | None:
+        """The framework's own attention, where it has to see the call as one operation of its own: to differentiate,
+        vectorise, trace or compile it. None, and the call goes straight to its kernel, where nobody looks on.
+
+        Some of the arrays may be None. The operation takes the arguments of `attention` and gives
+        (out, lse, max_logit), of which what `aux` does not name may be anything.
+        """
+        ...
+
     def refuse_transformed(self, arrays: dict[str, Any]) -> None:
-        """Raise `UnsupportedError` if one of the named arrays wants a gradient or is being traced."""
+        """Raise `UnsupportedError` if one of the named arrays wants a gradient, in a call that gives none."""
         ...
 
     def empty(self, shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
@@ -79,7 +92,9 @@ def of(array: Any, name: str = "q") -> Framework:
     >>> of(np.zeros(3)).NAME
     'NumPy'
     """
-    return _of_type(type(array)) or _refuse(array, name)
+    cls = type(array)
+    # The usual types without a cache: torch.compile would look into one, and warn.
+    return _BY_ROOT.get(cls.__module__.partition(".")[0]) or _of_type(cls) or _refuse(array, name)
 
 
 @lru_cache(maxsize=256)

@@ -37,6 +37,10 @@ def view(x: Any) -> TensorView:
     return TensorView(memory.ptr, x.shape, strides, dtype, ("cuda", memory.device_id), False, x)
 
 
+def operation(*arrays: Any) -> None:
+    """CuPy watches nothing."""
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """CuPy arrays are never traced."""
 

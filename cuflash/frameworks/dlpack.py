@@ -28,6 +28,10 @@ def view(x: Any) -> TensorView:
         raise ArgumentError(f"a {type(x).__qualname__} would not export its memory: {error}") from error
 
 
+def operation(*arrays: Any) -> None:
+    """The protocol knows arrays, not calls."""
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """The protocol has no notion of a gradient."""
 

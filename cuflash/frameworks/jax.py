@@ -49,6 +49,10 @@ def view(x: Any) -> TensorView:
     return borrowed
 
 
+def operation(*arrays: Any) -> None:
+    """`view` refuses what JAX traces."""
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """`view` refuses every tracer, and no other JAX array has a gradient."""
 

@@ -22,6 +22,10 @@ def view(x: Any) -> TensorView:
     return of_numpy(x)
 
 
+def operation(*arrays: Any) -> None:
+    """NumPy watches nothing."""
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """NumPy arrays are never traced."""
 

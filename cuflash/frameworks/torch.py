@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any
 
@@ -42,8 +42,8 @@ def view(x: Any) -> TensorView:
         raise UnsupportedError(f"a tensor on device {kind!r} cannot be read: move it to 'cuda' or 'cpu'")
     if torch._C._functorch.is_functorch_wrapped_tensor(x):
         raise UnsupportedError(
-            "torch.func transforms (grad, vmap, jvp) cannot see through this call: call it outside of them, or use "
-            "torch.nn.functional.scaled_dot_product_attention inside"
+            "torch.func transforms (grad, vmap, jvp) cannot see through this call: call it outside of them; attention "
+            "itself may be called inside"
         )
     if x.layout is not torch.strided or x.is_neg():
         raise ArgumentError("a sparse or lazily negated tensor has no plain memory: pass to_dense() or resolve_neg()")
@@ -53,22 +53,46 @@ def view(x: Any) -> TensorView:
     return TensorView(ptr, tuple(x.shape), x.stride(), dtype, device, False, x)
 
 
+def operation(q: Any, *others: Any) -> Callable[..., Any] | None:
+    torch = _torch()
+    if torch.compiler.is_compiling() or _watched(torch, q, others):
+        from . import torch_autograd
+
+        return torch_autograd.attention
+    return None
+
+
+def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for x in (q, *others):
+            if getattr(x, "requires_grad", False):
+                return True
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        or torch._C._len_torch_dispatch_stack() > 0  # fake tensors, tracing, selective checkpoints
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._get_tracing_state() is not None  # torch.jit.trace
+        or type(q).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
+    )
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     torch = _torch()
     if torch.is_grad_enabled():
         for name, x in arrays.items():
             if x.requires_grad:
                 raise UnsupportedError(
-                    f"{name}.requires_grad is True and gradients are on, but this call returns none: call it under "
-                    f"torch.no_grad() or pass {name}.detach(); to train, use "
-                    "torch.nn.functional.scaled_dot_product_attention"
+                    f"{name}.requires_grad is True and gradients are on, but the results of attention_backward have "
+                    f"none: call it under torch.no_grad() or pass {name}.detach(); to train, call attention and leave "
+                    "the rest to autograd"
                 )
     if torch.autograd.forward_ad._current_level >= 0:
         for name, x in arrays.items():
             if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
                 raise UnsupportedError(
-                    f"{name} is a dual tensor of forward-mode differentiation, which this call does not follow: pass "
-                    f"{name}.detach(), or use torch.nn.functional.scaled_dot_product_attention"
+                    f"{name} is a dual tensor of forward-mode differentiation, which attention_backward does not "
+                    f"follow: pass {name}.detach()"
                 )
 
 
@@ -95,6 +119,14 @@ def stream(device: int) -> int:
 def capturing(device: int) -> bool:
     torch = _torch()
     return torch.cuda.is_current_stream_capturing()
+
+
+def draw_seed(device: Device) -> tuple[Any, Any]:
+    """Drawn on the device, without a wait: what manual_seed, checkpointing and graph replay do to its generator holds."""
+    torch = _torch()
+    where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
+    drawn = torch.empty(2, dtype=torch.int64, device=where).random_()
+    return drawn[:1], drawn[1:]
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:

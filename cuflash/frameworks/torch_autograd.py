@@ -1,0 +1,322 @@
+"""Attention as operations PyTorch knows: for autograd, torch.compile, torch.export, torch.func, autocast, checkpoints.
+
+Two operators, `cuflash::attention` and `cuflash::attention_backward`, are what compilers and dispatch modes see:
+opaque, with a shape rule each, and kernels that hand the tensors to `api`. Two `autograd.Function`s around them know
+how to differentiate and how to vectorise (`vmap`). `attention` casts what autocast casts, and picks the way in.
+Everything in here works on tensors alone, reads no value and waits for nothing.
+
+Importing this module imports PyTorch; only `torch.py` does so, once a tensor asks for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import ArgumentError, UnsupportedError
+from . import calls
+from .torch import _torch
+
+torch: Any = _torch()
+
+# The operators' arguments: tensors first, then numbers, both in this order wherever they travel as a tuple.
+_TENSORS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "sink")
+_NUMBERS = ("max_seqlen_q", "max_seqlen_k", "scale", "left", "right", "softcap", "deterministic")
+_SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
+    "Tensor? alibi_slopes, Tensor? sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? scale, SymInt left, "
+    "SymInt right, float softcap, bool deterministic"
+)
+_SLOPES, _SINK = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink")
+
+
+def attention(
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    seqused_q: Any,
+    seqused_k: Any,
+    scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    alibi_slopes: Any,
+    sink: Any,
+    deterministic: bool,
+    aux: tuple[str, ...],
+) -> tuple[Any, Any, Any]:
+    """`cuflash.attention` of tensors -> (out, lse, max_logit); gradients flow through out and lse."""
+    for name, x in (("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise ArgumentError(
+                f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
+                "convert with torch.from_dlpack, which copies nothing"
+            )
+    kind = q.device.type
+    if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+        low = torch.get_autocast_dtype(kind)
+        q, k, v = (x.to(low) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v))
+        if sink is not None and sink.dtype not in (torch.float32, low):
+            sink = sink.to(torch.float32)
+    arguments = (
+        q, k, v,
+        _lengths("cu_seqlens_q", cu_seqlens_q, q), _lengths("cu_seqlens_k", cu_seqlens_k, q),
+        _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
+        alibi_slopes, sink, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
+        deterministic or torch.are_deterministic_algorithms_enabled(), "max_logit" in aux,
+    )  # fmt: skip
+    if torch.compiler.is_compiling() or _needs_function(q, k, v, alibi_slopes, sink):
+        return _Attention.apply(*arguments)
+    return torch.ops.cuflash.attention.default(*arguments)
+
+
+def _needs_function(*tensors: Any) -> bool:
+    """Whether somebody differentiates or vectorises."""
+    given = [x for x in tensors if x is not None]
+    if torch.autograd.forward_ad._current_level >= 0:
+        for x in given:
+            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+                _refuse_forward_mode()
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(t.key() == torch._C._functorch.TransformType.Jvp for t in transforms):
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+            _refuse_forward_mode()
+    return bool(transforms) or (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+
+
+def _refuse_forward_mode() -> NoReturn:
+    raise UnsupportedError(
+        "attention has no forward-mode derivative (torch.func.jvp, jacfwd, forward_ad): use torch.func.vjp, jacrev or "
+        "torch.autograd.grad, pass x.detach(), or use torch.nn.functional.scaled_dot_product_attention with "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    )
+
+
+def _lengths(name: str, x: Any, q: Any) -> Any:
+    """cu_seqlens or seqused as a tensor: those of the caller, or host values, which stay on the host until launch."""
+    if x is None or isinstance(x, torch.Tensor):
+        if x is not None and x.device != q.device:
+            raise ArgumentError(
+                f"{name} is on {x.device} and q on {q.device}: all arrays must be on one device; move {name} there, or "
+                "pass a list, which is checked and copied"
+            )
+        return x
+    if isinstance(x, (list, tuple)):
+        return torch.tensor(x, dtype=torch.int32)
+    if isinstance(x, np.ndarray):
+        return torch.as_tensor(x)
+    raise ArgumentError(f"{name} is a {type(x).__qualname__}: pass an int32 tensor, a list or a NumPy array")
+
+
+# The operators --------------------------------------------------------------------------------------------------------
+
+
+def _keywords(arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """The keywords of `attention` from the operators' arguments after q, k and v."""
+    named: dict[str, Any] = dict(zip((*_TENSORS[3:], *_NUMBERS), arguments, strict=True))
+    for name in _TENSORS[3:7]:
+        x = named[name]
+        if x is not None and x.device.type == "cpu":
+            named[name] = x.numpy()  # host values may stand beside device arrays in this form
+    named["window_size"] = named.pop("left"), named.pop("right")
+    return named
+
+
+def _attention_kernel(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    *arguments, max_logit = rest
+    keywords = _keywords(tuple(arguments))
+    del keywords["deterministic"]  # the forward always is
+    with torch.no_grad():
+        result = calls["attention"](q, k, v, aux=("lse", "max_logit") if max_logit else ("lse",), **keywords)
+    return result.out, result.lse, result.max_logit if max_logit else _nothing(q)
+
+
+def _attention_shapes(q: Any, k: Any, v: Any, cu_seqlens_q: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    rows = q.shape[:-2]
+    lse = q.new_empty((*rows[:-1], q.shape[-2], rows[-1]), dtype=torch.float32)
+    return out, lse, torch.empty_like(lse) if rest[-1] else _nothing(q)
+
+
+def _backward_kernel(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    *arguments, slopes = rest
+    # Gradients come as autograd left them, often expanded; whoever called attention has no hand in that.
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    dlse = None if dlse is None else dlse.contiguous()
+    with torch.no_grad():
+        grads = calls["attention_backward"](
+            dout, q, k, v, out, lse, dlse=dlse, captured_grads=slopes, **_keywords(tuple(arguments))
+        )
+    dsink = _nothing(q) if grads.dsink is None else grads.dsink
+    return grads.dq, grads.dk, grads.dv, dsink, grads.dcaptured[0] if slopes else _nothing(q)
+
+
+def _backward_shapes(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
+) -> tuple[Any, Any, Any, Any, Any]:
+    slopes, sink = rest[_SLOPES - 3], rest[_SINK - 3]
+    grads = (x.new_empty(x.shape) for x in (q, k, v))
+    dsink = _nothing(q) if sink is None else sink.new_empty(sink.shape)
+    return *grads, dsink, slopes.new_empty(slopes.shape) if rest[-1] else _nothing(q)
+
+
+def _nothing(like: Any) -> Any:
+    """What stands for a result nobody asked for: an operator's results are always tensors."""
+    return like.new_empty((0,), dtype=torch.float32)
+
+
+_library = torch.library.Library("cuflash", "DEF")  # lives as long as the operators do
+_TAGS = (torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag)
+for _name, _signature, _kernel, _shapes in (
+    (
+        "attention",
+        f"({_SCHEMA}, bool max_logit) -> (Tensor out, Tensor lse, Tensor max_logit)",
+        _attention_kernel,
+        _attention_shapes,
+    ),
+    (
+        "attention_backward",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, bool slopes) -> "
+        "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dslopes)",
+        _backward_kernel,
+        _backward_shapes,
+    ),
+):
+    _library.define(_name + _signature, tags=_TAGS)
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _kernel, _key)
+    torch.library.register_fake(f"cuflash::{_name}", _shapes, lib=_library)
+
+
+# Derivatives ----------------------------------------------------------------------------------------------------------
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.cuflash.attention.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        out, lse, max_logit = output
+        ctx.mark_non_differentiable(max_logit)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)])
+        ctx.numbers = inputs[len(_TENSORS) : -1]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad
+        if dout is None and dlse is None:
+            return (None,) * len(needed)
+        out, lse, *tensors = ctx.saved_tensors
+        if dout is None:
+            dout = torch.zeros_like(out)
+        # torch.compile neither follows a function within a function nor differentiates twice.
+        compiling = torch.compiler.is_compiling()
+        backward = torch.ops.cuflash.attention_backward.default if compiling else _Backward.apply
+        dq, dk, dv, dsink, dslopes = backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needed[_SLOPES])
+        grads = [dq, dk, dv, *[None] * (len(needed) - 3)]
+        grads[_SINK], grads[_SLOPES] = dsink, dslopes
+        return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
+        if tensors[3] is not None or in_dims[_SINK] is not None:
+            return _one_by_one(_Attention.apply, info.batch_size, in_dims, arguments)
+        n, batch = info.batch_size, _batch_size(arguments[0], in_dims[0])
+        folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
+        results = _Attention.apply(*folded, *numbers)
+        return _unfold_all(n, batch, results)
+
+
+class _Backward(torch.autograd.Function):
+    """The backward as a function of its own: it vectorises, and says what a second derivative asks for."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return torch.ops.cuflash.attention_backward.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Nothing is kept: there is no derivative."""
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> NoReturn:
+        raise UnsupportedError(
+            "attention has a first derivative only, and this asks for a second (create_graph=True, torch.func.hessian, "
+            "a gradient penalty): use torch.nn.functional.scaled_dot_product_attention with "
+            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+        )
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        end = 4 + len(_TENSORS)
+        results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
+        if tensors[3] is not None or tensors[_SINK] is not None:  # dsink is a sum over the batch
+            return _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
+        n, batch = info.batch_size, _batch_size(arguments[4], in_dims[4])
+        slopes = tensors[_SLOPES]
+        rank = None if slopes is None else slopes.ndim - (in_dims[4 + _SLOPES] is not None)
+        folded = [_fold(n, x, dim) for x, dim in zip(results, in_dims[:4], strict=True)]
+        folded += _fold_all(n, batch, in_dims[4:end], tensors, own_slopes=True)
+        grads, dims = _unfold_all(n, batch, _Backward.apply(*folded, *numbers))
+        if rank == 1 and dims[-1] is not None:
+            grads = (*grads[:-1], grads[-1].sum(1))
+        return grads, dims
+
+
+# Vectorising: a batch of calls is one call with a larger batch --------------------------------------------------------
+
+
+def _batch_size(q: Any, dim: int | None) -> int:
+    return q.shape[0] if dim is None or dim > 0 else q.shape[1]
+
+
+def _fold(n: int, x: Any, dim: int | None) -> Any:
+    """[..., n, ...] or one for all n -> [n * batch, ...]"""
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.flatten(0, 1)
+
+
+def _fold_all(n: int, batch: int, in_dims: Any, tensors: Any, own_slopes: bool = False) -> list[Any]:
+    """The tensors of n dense calls as those of one. Slopes [heads] stay unless each call has (`own_slopes`) its own."""
+    folded = []
+    for name, x, dim in zip(_TENSORS, tensors, in_dims, strict=True):
+        if name == "alibi_slopes" and x is not None and x.ndim - (dim is not None) == 1:
+            if dim is not None or own_slopes:
+                x = x.unsqueeze(0).expand(n, -1) if dim is None else x.movedim(dim, 0)
+                x = x.unsqueeze(1).expand(n, batch, x.shape[-1]).flatten(0, 1)
+        elif name != "sink":
+            x = _fold(n, x, dim)
+        folded.append(x)
+    return folded
+
+
+def _unfold_all(n: int, batch: int, results: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[int | None, ...]]:
+    """[n * batch, ...] -> [n, batch, ...], but for results nobody asked for."""
+    dims = tuple(0 if x.ndim > 1 else None for x in results)
+    return tuple(x if d is None else x.unflatten(0, (n, batch)) for x, d in zip(results, dims, strict=True)), dims
+
+
+def _one_by_one(
+    function: Callable[..., Any], n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """Packed calls have rows of their own, and sums over a batch are one a call: these run after one another."""
+    every = [
+        function(*[x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)])
+        for i in range(n)
+    ]
+    results = tuple(torch.stack(parts) for parts in zip(*every, strict=True))
+    return results, (0,) * len(results)
