@@ -178,28 +178,28 @@ def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
     )
 
 
-def choose_grid(problem: ForwardProblem, block_q: int) -> tuple[tuple[int, int, int], str]:
-    """The grid and the reason for it; (0, 0, 0) where there is nothing to write.
+def choose_grid(problem: ForwardProblem, block_q: int) -> tuple[tuple[int, int, int], bool, str]:
+    """The grid, whether its blocks are (slot, head), and the reason; (0, 0, 0) where there is nothing to write.
 
     (query block, head, sequence) when the longest sequence wastes few blocks on the others, else (slot, head): see
     kernels_cu/tile/schedule.cuh. Only numbers the host has anyway decide.
     """
     p = problem
     if p.q_rows == 0 or p.heads_q == 0 or (p.batch == 0 and not p.packed):
-        return (0, 0, 0), "nothing to compute"
+        return (0, 0, 0), False, "nothing to compute"
     if not p.packed:
         blocks = math.ceil(p.q_rows / block_q)
         if p.batch <= MAX_HEADS:
-            return (blocks, p.heads_q, p.batch), "dense: (query block, head, sequence)"
-        return (blocks * p.batch, p.heads_q, 1), f"batch={p.batch} exceeds the grid's {MAX_HEADS}: (slot, head)"
+            return (blocks, p.heads_q, p.batch), False, "dense: (query block, head, sequence)"
+        return (blocks * p.batch, p.heads_q, 1), True, f"batch={p.batch} exceeds the grid's {MAX_HEADS}: (slot, head)"
     longest = min(p.max_seqlen_q or p.q_rows, p.q_rows)
     blocks = math.ceil(longest / block_q)
     slots = p.q_rows // block_q + p.batch + 1
     if p.batch < MAX_HEADS and p.batch * blocks <= 1.25 * (p.q_rows / block_q + p.batch):
         # One slice more than sequences: the rows behind the last one are written as zeros.
-        return (blocks, p.heads_q, p.batch + 1), "packed, similar lengths: (query block, head, sequence)"
+        return (blocks, p.heads_q, p.batch + 1), False, "packed, similar lengths: (query block, head, sequence)"
     why = "longest length unknown" if p.max_seqlen_q is None else "lengths differ"
-    return (slots, p.heads_q, 1), f"packed, {why}: (slot, head), each block finds its sequence in cu_seqlens_q"
+    return (slots, p.heads_q, 1), True, f"packed, {why}: (slot, head), each block finds its sequence in cu_seqlens_q"
 
 
 # Pointers of ForwardParams and the name of the array each is taken from.
@@ -225,12 +225,11 @@ class ForwardPlan:
             dropout=problem.dropout_p > 0,
         )
         self.spec = kernel_spec(self.variant)
-        self.grid, self.why = choose_grid(problem, self.variant.tile.block_q)
+        self.grid, packed_grid, self.why = choose_grid(problem, self.variant.tile.block_q)
         self.workspace_bytes = 0
-        values = _values(problem, packed_grid=self.grid[2] == 1 and "(slot, head)" in self.why)
+        values = _values(problem, packed_grid=packed_grid)
         self._values = tuple(values.values())
         self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", *values)
-        self._kernels: dict[tuple[str, int | None], module.Kernel] = {}
 
     def params(self, pointers: Sequence[int], seed: int = 0, offset: int = 0) -> bytes:
         """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
@@ -325,31 +324,9 @@ def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
     return ForwardPlan(problem, arch)
 
 
-def run(
-    problem: ForwardProblem,
-    arrays: Mapping[str, TensorView],
-    *,
-    backend: str,
-    arch: Arch,
-    device: int | None = None,
-    stream: int | None = None,
-    seed: int = 0,
-    offset: int = 0,
-) -> None:
-    """Computes out, lse and max_logit (those in `arrays`) in place. backend: "cuda" or "emulator"."""
-    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream, seed=seed, offset=offset)
-
-
 def buffers_of(arrays: Mapping[str, TensorView]) -> list[module.Buffer]:
     """The memory each array spans, for the emulator's bounds checks."""
-    found = []
-    for name, view in arrays.items():
-        if all(view.shape):
-            extent = 1 + sum((n - 1) * abs(s) for n, s in zip(view.shape, view.strides, strict=True))
-        else:
-            extent = 0
-        found.append(module.Buffer(name, view.ptr, extent * view.dtype.itemsize, name in _WRITTEN))
-    return found
+    return [module.Buffer(name, view.ptr, view.nbytes, name in _WRITTEN) for name, view in arrays.items()]
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:
