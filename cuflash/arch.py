@@ -63,13 +63,16 @@ def named(name: str) -> Arch:
 def of_capability(major: int, minor: int) -> Arch:
     """The target for a device of compute capability `major.minor`.
 
-    A chip newer than this table runs the newest known target of its own major version, if any.
+    A chip that is not in the table gets a plain target of its own, with the least shared memory any of them has.
+    Raises `UnsupportedError` below 8.0.
+
+    >>> of_capability(8, 8)
+    Arch(name='sm_88', capability=(8, 8), smem_bytes=101376)
     """
     exact = _BY_CAPABILITY.get((major, minor))
     if exact is not None:
         return exact
     if major < 8:
         return named(f"sm_{major}{minor}")  # raises, naming the rule
-    # An "a" target runs on its own chip alone, so an unknown chip gets a plain one: same sm_80-class
-    # kernels, the smallest shared memory any chip of 8.0 and later has.
+    # Plain: an "a" target opens instructions that no kernel for an unknown chip uses.
     return Arch(f"sm_{major}{minor}", (major, minor), 99 * _KB)

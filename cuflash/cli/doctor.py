@@ -236,6 +236,8 @@ def _print(lines: list[Line]) -> None:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
+    for overflow in ("ellipsis", "ellipsis", "fold"):  # a path is of use only whole
+        table.add_column(overflow=overflow)
     for line in lines:
         table.add_row(line.name, MARKS[line.state], escape(line.found))
     console = Console()
