@@ -125,6 +125,12 @@ def test_doctor_reports_a_cache_that_cannot_be_written(pretend, monkeypatch, tmp
     assert line.state == "missing" and "CUFLASH_CACHE_DIR" in line.remedy
 
 
+def test_doctor_shows_a_long_path_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    path = "/" + "x" * 300
+    doctor._print([doctor.Line("nvdisasm", "ok", path)])
+    assert path in "".join(capsys.readouterr().out.split())
+
+
 def test_doctor_exits_1_if_something_needs_mending(monkeypatch: pytest.MonkeyPatch) -> None:
     for state, status in (("ok", 0), ("unused", 0), ("missing", 1), ("mismatch", 1)):
         lines = [doctor.Line("thing", state, "found [so]", "mend it")]
