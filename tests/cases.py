@@ -172,6 +172,60 @@ class Case:
             keywords["sink"] = sink.astype(np.float32 if self.sink == "float32" else np_dtype)
         return Inputs(arrays, keywords, {name: arrays[name].digest() for name in ("q", "k", "v")})
 
+    def gradients(self) -> Gradients:
+        """What a backward pass of this case gets beside `inputs()`: every number that no sequence owns NaN.
+
+        dlse is there in half of the cases; dq, dk, dv wait full of NaN, laid out like q, k and v.
+        """
+        rng = np.random.default_rng([self.seed, 1])
+        np_dtype = dtypes.BY_NAME[self.dtype].numpy
+        rows_q, rows_k = ((sum(n) + 3,) if self.packed else (self.batch, max(n, default=0)) for n in (
+            self.lengths_q, self.lengths_k
+        ))  # fmt: skip
+        guards = {
+            name: poisoned((*rows, heads, dim), np_dtype, layout=self.layout, offset=self.offset)
+            for name, rows, heads, dim in (
+                ("dout", rows_q, self.heads_q, self.head_dim_v),
+                ("dq", rows_q, self.heads_q, self.head_dim),
+                ("dk", rows_k, self.heads_kv, self.head_dim),
+                ("dv", rows_k, self.heads_kv, self.head_dim_v),
+            )
+        }
+        dlse = np.full((*rows_q[:-1], self.heads_q, rows_q[-1]), np.nan, np.float32)
+        begin = 0
+        for b, length in enumerate(self.lengths_q):
+            count = length if self.seqused_q is None else self.seqused_q[b]
+            rows = slice(begin, begin + count) if self.packed else slice(0, count)
+            at = (rows,) if self.packed else (b, rows)
+            guards["dout"].array[at] = rng.standard_normal((count, self.heads_q, self.head_dim_v)).astype(np_dtype)
+            dlse[(*at[:-1], slice(None), rows)] = rng.standard_normal((self.heads_q, count))
+            begin += length
+        return Gradients(guards, dlse if self.seed % 2 else None, guards["dout"].digest())
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The arrays of a case's backward pass."""
+
+    guards: dict[str, Poisoned]
+    dlse: np.ndarray | None
+    digest: int
+
+    @property
+    def dout(self) -> np.ndarray:
+        return self.guards["dout"].array
+
+    @property
+    def targets(self) -> dict[str, np.ndarray]:
+        """dq, dk and dv, to be written to."""
+        return {name: self.guards[name].array for name in ("dq", "dk", "dv")}
+
+    def check_guards(self) -> None:
+        """Assert that nothing was written but the elements of dq, dk and dv."""
+        assert self.guards["dout"].digest() == self.digest, "dout was written to: inputs are read only"
+        for name in self.targets:
+            self.guards[name].check(name)
+
 
 @dataclass(frozen=True)
 class Inputs:
