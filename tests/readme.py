@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from cuflash.dtypes import ALL
 from cuflash.settings import config
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-_HEAD_DIMS = (1, 32, 64, 80, 96, 128, 160, 192, 256, 512)
+_HEAD_DIMS = range(1, 513)
 _USUAL: dict[str, Any] = {"dtype": "bfloat16", "head_dim": 128}
 
 
@@ -25,7 +26,7 @@ def supports_table() -> str:
     dtypes = [t.name for t in ALL if t.is_float]
     asked: dict[str, dict[str, dict[str, Any]]] = {
         "dtypes": {name: _USUAL | {"dtype": name} for name in dtypes},
-        "head dims": {str(d): _USUAL | {"head_dim": d} for d in _HEAD_DIMS},
+        "head dims": _ranges({d: _USUAL | {"head_dim": d} for d in _HEAD_DIMS}),
         "value head dim unlike that of q and k": {"64 beside 128": _USUAL | {"head_dim_v": 64}},
         "GPUs": {name: _USUAL | {"arch": name} for name in ARCHES},
         "arguments and outputs": {name: _USUAL | {name: True} for name in FEATURES},
@@ -38,6 +39,12 @@ def supports_table() -> str:
             works.append(f"| {what} | {', '.join(good)} |")
         not_yet += [f"| `{name}` | {_cell(answer.reason)} |" for name, answer in answers.items() if not answer]
     return "\n".join([*works, "", *not_yet])
+
+
+def _ranges(calls: dict[int, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Neighbours with one answer as one entry, "1 to 256", standing for the last of them."""
+    runs = [list(run) for _, run in itertools.groupby(calls, key=lambda d: bool(supports(**calls[d])))]
+    return {f"{run[0]} to {run[-1]}": calls[run[-1]] for run in runs}
 
 
 def _cell(text: str) -> str:
