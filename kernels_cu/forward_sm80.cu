@@ -59,14 +59,6 @@ struct ForwardPlan {
   static_assert(kQBytes + kKBytes + kVBytes <= V::kSharedBytes, "the host asks for as much shared memory as is used");
 };
 
-// The learnable sink of a head, in base 2; -inf: none.
-template <class Element>
-HW_DEVICE float read_sink(const ForwardParams& p, i32 head) {
-  if (p.sink == nullptr) return -kInfinity;
-  if (p.sink_is_element) return hw::to_float(hw::load_global(static_cast<const Element*>(p.sink) + head)) * kLog2e;
-  return hw::load_global(static_cast<const float*>(p.sink) + head) * kLog2e;
-}
-
 // The sequence's query tile number `from_end`, counted from its end.
 template <class V>
 HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) {

@@ -178,28 +178,37 @@ def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
     )
 
 
-def choose_grid(problem: ForwardProblem, block_q: int) -> tuple[tuple[int, int, int], bool, str]:
-    """The grid, whether its blocks are (slot, head), and the reason; (0, 0, 0) where there is nothing to write.
+def choose_grid(
+    *, packed: bool, batch: int, rows: int, longest: int | None, heads: int, block: int
+) -> tuple[tuple[int, int, int], bool, str]:
+    """The grid over tiles of `block` rows, whether its blocks are (slot, head), and the reason; (0, 0, 0) where there is
+    nothing to write.
 
-    (query block, head, sequence) when the longest sequence wastes few blocks on the others, else (slot, head): see
+    rows      dense: of every sequence; packed: in all
+    longest   packed: the longest sequence, if known
+
+    (tile, head, sequence) when the longest sequence wastes few blocks on the others, else (slot, head): see
     kernels_cu/tile/schedule.cuh. Only numbers the host has anyway decide.
     """
-    p = problem
-    if p.q_rows == 0 or p.heads_q == 0 or (p.batch == 0 and not p.packed):
+    if rows == 0 or heads == 0 or (batch == 0 and not packed):
         return (0, 0, 0), False, "nothing to compute"
-    if not p.packed:
-        blocks = math.ceil(p.q_rows / block_q)
-        if p.batch <= MAX_HEADS:
-            return (blocks, p.heads_q, p.batch), False, "dense: (query block, head, sequence)"
-        return (blocks * p.batch, p.heads_q, 1), True, f"batch={p.batch} exceeds the grid's {MAX_HEADS}: (slot, head)"
-    longest = min(p.max_seqlen_q or p.q_rows, p.q_rows)
-    blocks = math.ceil(longest / block_q)
-    slots = p.q_rows // block_q + p.batch + 1
-    if p.batch < MAX_HEADS and p.batch * blocks <= 1.25 * (p.q_rows / block_q + p.batch):
+    if not packed:
+        blocks = math.ceil(rows / block)
+        if batch <= MAX_HEADS:
+            return (blocks, heads, batch), False, "dense: (query block, head, sequence)"
+        return (blocks * batch, heads, 1), True, f"batch={batch} exceeds the grid's {MAX_HEADS}: (slot, head)"
+    blocks = math.ceil(min(longest or rows, rows) / block)
+    if batch < MAX_HEADS and batch * blocks <= 1.25 * (rows / block + batch):
         # One slice more than sequences: the rows behind the last one are written as zeros.
-        return (blocks, p.heads_q, p.batch + 1), False, "packed, similar lengths: (query block, head, sequence)"
-    why = "longest length unknown" if p.max_seqlen_q is None else "lengths differ"
-    return (slots, p.heads_q, 1), True, f"packed, {why}: (slot, head), each block finds its sequence in cu_seqlens_q"
+        return (blocks, heads, batch + 1), False, "packed, similar lengths: (query block, head, sequence)"
+    why = "longest length unknown" if longest is None else "lengths differ"
+    slots = slots_of(packed=True, batch=batch, rows=rows, block=block)
+    return (slots, heads, 1), True, f"packed, {why}: (slot, head), each block finds its sequence in cu_seqlens"
+
+
+def slots_of(*, packed: bool, batch: int, rows: int, block: int) -> int:
+    """How many slots hold every tile of every sequence, and of the rows behind the last."""
+    return rows // block + batch + 1 if packed else batch * math.ceil(rows / block)
 
 
 # Pointers of ForwardParams and the name of the array each is taken from.
@@ -225,9 +234,17 @@ class ForwardPlan:
             dropout=problem.dropout_p > 0,
         )
         self.spec = kernel_spec(self.variant)
-        self.grid, packed_grid, self.why = choose_grid(problem, self.variant.tile.block_q)
+        self.grid, slots, self.why = choose_grid(
+            packed=problem.packed,
+            batch=problem.batch,
+            rows=problem.q_rows,
+            longest=problem.max_seqlen_q,
+            heads=problem.heads_q,
+            block=self.variant.tile.block_q,
+        )
         self.workspace_bytes = 0
-        values = _values(problem, packed_grid=packed_grid)
+        values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
+        values["packed_grid"] = int(slots)
         self._values = tuple(values.values())
         self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", *values)
 
@@ -261,14 +278,17 @@ class ForwardPlan:
         self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
 
 
-def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
-    """The fields of ForwardParams that are no pointers."""
-    size = p.dtype.itemsize
-    strides = {
-        f"{name}_stride_{axis}": stride * size
-        for name, of in (("q", p.q_strides), ("k", p.k_strides), ("v", p.v_strides), ("out", p.out_strides))
-        for axis, stride in zip(("batch", "row", "head"), of, strict=True)
+def strides_of(problem: Any, *names: str) -> dict[str, int]:
+    """The stride fields of a params struct, in bytes, from `<name>_strides` of a problem."""
+    return {
+        f"{name}_stride_{axis}": stride * problem.dtype.itemsize
+        for name in names
+        for axis, stride in zip(("batch", "row", "head"), getattr(problem, f"{name}_strides"), strict=True)
     }
+
+
+def score_values(p: Any) -> dict[str, Any]:
+    """The fields that ForwardParams and BackwardParams share and that are neither pointers nor strides of q, k, v."""
     scale_log2 = p.scale * LOG2_E
     # A scale too small to be a normal float, zero or negative cannot stand inside the exponential: there -inf, a masked
     # score, must stay -inf.
@@ -278,7 +298,7 @@ def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
         raise ArgumentError(
             f"scale={p.scale} with softcap={p.softcap} leaves float32: scale, and scale / softcap, must be below 2e38"
         )
-    return strides | {
+    return {
         "lse_stride_batch": 0 if p.packed else p.heads_q * p.q_rows,
         "lse_stride_head": p.q_rows,
         "alibi_stride_batch": p.heads_q if p.alibi == "batch" else 0,
@@ -290,7 +310,6 @@ def _values(p: ForwardProblem, *, packed_grid: bool) -> dict[str, Any]:
         "head_dim_v": p.head_dim_v,
         "window_left": UNLIMITED if p.window[0] < 0 else min(p.window[0], UNLIMITED),
         "window_right": UNLIMITED if p.window[1] < 0 else min(p.window[1], UNLIMITED),
-        "packed_grid": int(packed_grid),
         "sink_is_element": int(p.sink == "element"),
         "score_scale": score_scale,
         "score_cap": p.softcap * LOG2_E,
@@ -313,20 +332,47 @@ def dropout_values(p: float, seed: DType | None) -> dict[str, Any]:
     }
 
 
-@functools.lru_cache(maxsize=4096)
-def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
-    """The plan of a problem. Compiles nothing: the first launch, or `ForwardPlan.kernel`, does."""
+def require_counts(problem: Any) -> None:
+    """Rows and heads are as many as a kernel can count."""
     for name, rows in (("q", problem.q_rows), ("k", problem.k_rows)):
         if rows > MAX_ROWS:
             raise UnsupportedError(f"{name} has {rows} rows, a kernel counts to {MAX_ROWS}: split the batch")
     if problem.heads_q > MAX_HEADS:
         raise UnsupportedError(f"heads_q={problem.heads_q} must be at most {MAX_HEADS}: split the heads")
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
+    """The plan of a problem. Compiles nothing: the first launch, or `ForwardPlan.kernel`, does."""
+    require_counts(problem)
     return ForwardPlan(problem, arch)
 
 
-def buffers_of(arrays: Mapping[str, TensorView]) -> list[module.Buffer]:
+def run(
+    problem: ForwardProblem,
+    arrays: Mapping[str, TensorView],
+    *,
+    backend: str,
+    arch: Arch,
+    device: int | None = None,
+    stream: int | None = None,
+    seed: int = 0,
+    offset: int = 0,
+) -> None:
+    """Computes out, lse and max_logit (those in `arrays`) in place. backend: "cuda" or "emulator"."""
+    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream, seed=seed, offset=offset)
+
+
+def buffers_of(arrays: Mapping[str, TensorView], written: Sequence[str] = _WRITTEN) -> list[module.Buffer]:
     """The memory each array spans, for the emulator's bounds checks."""
-    return [module.Buffer(name, view.ptr, view.nbytes, name in _WRITTEN) for name, view in arrays.items()]
+    found = []
+    for name, view in arrays.items():
+        if all(view.shape):
+            extent = 1 + sum((n - 1) * abs(s) for n, s in zip(view.shape, view.strides, strict=True))
+        else:
+            extent = 0
+        found.append(module.Buffer(name, view.ptr, extent * view.dtype.itemsize, name in written))
+    return found
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:

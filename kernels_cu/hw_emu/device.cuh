@@ -14,10 +14,7 @@ namespace hw {
 
 HW_DEVICE i32 thread_idx() { return emu::this_thread()->index; }
 HW_DEVICE i32 lane_idx() { return emu::this_thread()->index & 31; }
-// All lanes must take part, as in the shuffle of the original.
-HW_DEVICE i32 warp_idx(Site site = Site::here()) {
-  return static_cast<i32>(cuflash_emu_shuffle(static_cast<u32>(thread_idx()) >> 5, 0, "warp_idx", site));
-}
+HW_DEVICE i32 warp_idx() { return emu::this_thread()->index >> 5; }
 HW_DEVICE i32 block_idx_x() { return emu::this_thread()->block_idx[0]; }
 HW_DEVICE i32 block_idx_y() { return emu::this_thread()->block_idx[1]; }
 HW_DEVICE i32 block_idx_z() { return emu::this_thread()->block_idx[2]; }

@@ -79,13 +79,13 @@ HW_DEVICE void multiply_qk(S& s, const LaneRows<ATile>& a, const LaneRows<BTile>
   }
 }
 
-// O += P V     P [16 kRowTiles, 8 P::kColTiles] in registers, V [8 P::kColTiles, ..] at `tile`, from its 16-byte unit
-// `first_unit` (even) on.
+// O += P V     P [16 kRowTiles, 8 P::kColTiles] in registers, V [8 P::kColTiles, ..] at `tile`: as many of its columns as O
+// has. (`tile` may be moved by a multiple of 128 bytes, to take later columns.)
 // The accumulators of P are already laid out as an A operand: for 16-bit elements two column tiles make one (PTX ISA
 // fragments c0..c3 and a0..a3); for tf32 one column tile does if the depth index runs over keys 0 2 4 6 1 3 5 7, and V's
 // rows are read in that order.
 template <class Element, class O, class P, class VTile>
-HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile, i32 first_unit = 0) {
+HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile) {
   const i32 lane = hw::lane_idx();
   if constexpr (sizeof(Element) == 2) {
     const LaneRows<VTile> v_rows(tile, lane % 16, lane / 16);
@@ -103,7 +103,7 @@ HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile, i32 first_unit = 0) {
       HW_UNROLL
       for (i32 c = 0; c < O::kColTiles; c += 2) {
         u32 v[4];
-        hw::ldmatrix_x4_trans(v, v_rows.at(16 * step, first_unit + c));
+        hw::ldmatrix_x4_trans(v, v_rows.at(16 * step, c));
         HW_UNROLL
         for (i32 r = 0; r < P::kRowTiles; ++r) {
           hw::mma_m16n8k16(Element{}, o.x[r][c], a[r], v[0], v[1]);
@@ -124,7 +124,7 @@ HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile, i32 first_unit = 0) {
       }
       HW_UNROLL
       for (i32 c = 0; c < O::kColTiles; ++c) {
-        const u32 at = VTile::address(tile, 8 * step + 2 * t, first_unit + 2 * c + g / 4) + static_cast<u32>(4 * (g % 4));
+        const u32 at = VTile::address(tile, 8 * step + 2 * t, 2 * c + g / 4) + static_cast<u32>(4 * (g % 4));
         // The row below has the other key of the pair: its unit is the neighbour of this one.
         const u32 below = (at ^ 16u) + static_cast<u32>(VTile::kRowBytes);
         const SplitTf32 b0(hw::load_shared<float>(at)), b1(hw::load_shared<float>(below));

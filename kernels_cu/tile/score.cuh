@@ -50,3 +50,11 @@ HW_DEVICE void score(const Params& p, i32 sequence, i32 head, S& s, i32 center) 
     });
   }
 }
+
+// The learnable sink of a head, in base 2; -inf: none.
+template <class Element, class Params>
+HW_DEVICE float read_sink(const Params& p, i32 head) {
+  if (p.sink == nullptr) return -kInfinity;
+  if (p.sink_is_element) return hw::to_float(hw::load_global(static_cast<const Element*>(p.sink) + head)) * kLog2e;
+  return hw::load_global(static_cast<const float*>(p.sink) + head) * kLog2e;
+}

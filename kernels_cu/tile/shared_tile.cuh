@@ -77,7 +77,7 @@ template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes>
 struct RowLoader {
   static constexpr i32 kGroup = Tile::kPeriod;  // threads that share a row
   static constexpr i32 kRowStep = min_of(kThreads / kGroup, kRows);  // where rows are few, threads are left over
-  static_assert(kRows % kRowStep == 0 && kRowStep % 8 == 0, "rows divide among the threads, each keeping its key");
+  static_assert(kRows % kRowStep == 0, "rows divide among the threads");
 
   const u8* source;  // this thread's first unit of row 0's tile
   u32 address;       // where it goes
@@ -98,7 +98,8 @@ struct RowLoader {
       HW_UNROLL
       for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
         const i32 left = inside ? row_bytes - (first_unit() + group * kGroup) * 16 : 0;
-        const u32 to = address + stage + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
+        u32 to = address + stage + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
+        if constexpr (kRowStep % 8 != 0) to = key_of_step(step, to);
         copy_unit(to, row_source + group * kGroup * 16, left);
       }
       row_source += kRowStep * stride;
@@ -111,6 +112,11 @@ struct RowLoader {
       HW_NO_UNROLL
       for (i32 step = 0; step < kRows / kRowStep; ++step) copy_row(step);
     }
+  }
+
+  // The address with the key of the step's row; where steps are multiples of 8 rows every step has the first row's.
+  HW_DEVICE static u32 key_of_step(i32 step, u32 to) {
+    return to ^ (Tile::key(first_row()) ^ Tile::key(first_row() + step * kRowStep)) << 4;
   }
 
   HW_DEVICE static void copy_unit(u32 to, const u8* from, i32 left) {

@@ -26,9 +26,11 @@ HW_DEVICE void store_unit(u8* to, u32x4 bits, i32 left) {
 
 // Rounds the fragment to Element and stores its rows. They are gathered in shared memory first, in a tile that no other
 // warp touches, so that whole 16-byte units leave. Rows at or past `used` are written as zeros, rows at or past `owned`
-// not at all.
+// not at all. The fragment has as many columns as it has: `out` and row_bytes are where its first one goes and how many
+// bytes are left of a row from there.
 template <class Element, class Tile, i32 kLoadBytes, class O>
 HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 used, i32 owned, i32 row_bytes) {
+  constexpr i32 kUnits = 8 * O::kColTiles * static_cast<i32>(sizeof(Element)) / 16;
   HW_UNROLL
   for (i32 i = 0; i < O::kRows; ++i) {
     HW_UNROLL
@@ -53,7 +55,7 @@ HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 us
     const i32 row = first_row + step * (32 / kGroup);
     if (row < owned) {
       HW_UNROLL
-      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
+      for (i32 group = 0; group < kUnits / kGroup; ++group) {
         const i32 unit = first_unit + group * kGroup;
         u32x4 bits = hw::load_shared<u32x4>(Tile::address(warp_tile, row, unit));
         if (row >= used) bits = u32x4{{0, 0, 0, 0}};

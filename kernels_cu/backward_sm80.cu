@@ -1,0 +1,368 @@
+// Attention backward for compute capability 8.0 and later, by recomputation: P is made again from q, k and lse.
+//
+//   P  = 2^(score(q k^T) - lse)    dP = dout v^T    dS = P (dP - delta)
+//   dq = scale dS k                dk = scale dS^T q                dv = P^T dout
+//
+// With dropout Z (0, or 1 / (1 - p) where kept): dv = (Z P)^T dout, dS = P (Z dP - delta).
+//
+// One text, two kernels. A block holds the tiles of one side and moves over the other side's:
+//   kKeysHeld      holds k and v, moves over q and dout     S^T, dP^T: rows are keys      gives dk and dv
+//   else           holds q and dout, moves over k and v     S, dP: rows are queries       gives dq
+// Each gradient is summed in registers by the one block that owns its rows, in an order that depends on nothing else: no
+// atomics, the same bits every time. Scores are computed in both kernels; nothing of their size leaves registers.
+//
+//   grid    (tile, head, sequence) or (slot, head) of the held side: tile/schedule.cuh. Keys: one key head, whose query
+//           heads follow each other in the loop; wide heads have kSlices blocks a tile, each for a part of the columns of
+//           dk and dv
+//   roles   every warp holds 16 kRowTiles rows; all warps copy
+//
+//   shared  name         rows     row          bytes for d = 128, 16 bits, 128 held and 32 moved
+//           held         kHeld    kHeadDim     32 KB    k or q; the gradient is gathered here at the end
+//           held_v       kHeld    kHeadDimV    32 KB    v or dout; likewise
+//           moved[2]     kMoved   kHeadDim     8 KB each: q or k
+//           moved_v      kMoved   kHeadDimV    8 KB     dout or v
+//           rows[2]      kMoved   2 floats     lse_base2 and delta of the moved queries
+//
+//   barrier, per moved tile   what it separates
+//   moved landed              every thread's copies of this tile | the reads of S
+//                             the reads of the previous tile     | the copies of moved_v and of the next tile
+//   moved_v landed            every thread's copies of moved_v   | the reads of dP
+#include <base.cuh>
+#include <hw/async_copy.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+#include <params/backward.cuh>
+#include <tile/dropout.cuh>
+#include <tile/fragment.cuh>
+#include <tile/mask.cuh>
+#include <tile/matmul.cuh>
+#include <tile/schedule.cuh>
+#include <tile/score.cuh>
+#include <tile/sequence.cuh>
+#include <tile/shared_tile.cuh>
+#include <tile/store.cuh>
+#include <variant.cuh>
+
+template <class V>
+struct BackwardPlan {
+  using Element = typename V::Element;
+  static constexpr i32 kBytes = static_cast<i32>(sizeof(Element));
+  static constexpr i32 kThreads = V::kThreads;
+  static constexpr i32 kRowTiles = V::kHeld / (kThreads / 2);
+  static_assert(kRowTiles * (kThreads / 2) == V::kHeld, "every warp has whole row tiles");
+
+  using Tile = SharedTile<V::kHeadDim * kBytes>;    // rows of q and k
+  using TileV = SharedTile<V::kHeadDimV * kBytes>;  // rows of v and dout
+
+  // Bytes of a gradient's row that one block computes. Where columns are too few to share, the first slice has them all.
+  static constexpr i32 slice_bytes(i32 whole) { return whole >= 192 * kBytes && whole / V::kSlices % 128 == 0 ? whole / V::kSlices : whole; }
+  static constexpr i32 kSliceBytes = slice_bytes(Tile::kRowBytes);
+  static constexpr i32 kSliceVBytes = slice_bytes(TileV::kRowBytes);
+
+  static constexpr i32 kHeldBytes = V::kHeld * Tile::kRowBytes;
+  static constexpr i32 kHeldVBytes = V::kHeld * TileV::kRowBytes;
+  static constexpr i32 kMovedBytes = V::kMoved * Tile::kRowBytes;
+  static constexpr i32 kMovedVBytes = V::kMoved * TileV::kRowBytes;
+  static constexpr i32 kRowsBytes = V::kKeysHeld ? V::kMoved * 8 : 0;
+  static_assert(kHeldBytes + kHeldVBytes + 2 * kMovedBytes + kMovedVBytes + 2 * kRowsBytes <= V::kSharedBytes,
+                "the host asks for as much shared memory as is used");
+};
+
+// d(score) / d(q.k), less the scale, where scores are capped: 1 - tanh^2. The capped score is had from P again, whose
+// logarithm it is; where P is 0 so is the gradient.
+HW_DEVICE float cap_derivative(float weight, float lse_base2, float bias, float cap) {
+  const float t = (hw::log2_approx(weight) + lse_base2 - bias) * hw::rcp_approx(cap);
+  return weight == 0.0f ? 0.0f : hw::fma(-t, t, 1.0f);
+}
+
+template <class V>
+HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
+  using Plan = BackwardPlan<V>;
+  using Element = typename V::Element;
+  using S = Fragment<Plan::kRowTiles, V::kMoved / 8>;
+  using Gradient = Fragment<Plan::kRowTiles, Plan::kSliceBytes / Plan::kBytes / 8>;    // of k or q
+  using GradientV = Fragment<Plan::kRowTiles, Plan::kSliceVBytes / Plan::kBytes / 8>;  // of v
+  constexpr bool kKeysHeld = V::kKeysHeld;
+
+  // Roles
+  const i32 lane = hw::lane_idx();
+  const i32 warp_row = hw::warp_idx() * 16 * Plan::kRowTiles;
+  const i32 slice = hw::block_idx_y() % V::kSlices;
+  const bool has_gradient = slice == 0 || Plan::kSliceBytes < Plan::Tile::kRowBytes;
+  const bool has_gradient_v = slice == 0 || Plan::kSliceVBytes < Plan::TileV::kRowBytes;
+  const u32 slice_k = static_cast<u32>(has_gradient ? slice * Plan::kSliceBytes : 0);
+  const u32 slice_v = static_cast<u32>(has_gradient_v ? slice * Plan::kSliceVBytes : 0);
+
+  // Shared memory
+  const u32 held_smem = hw::smem_base();
+  const u32 held_v_smem = held_smem + Plan::kHeldBytes;
+  const u32 moved_smem = held_v_smem + Plan::kHeldVBytes;
+  const u32 moved_v_smem = moved_smem + 2 * Plan::kMovedBytes;
+  const u32 rows_smem = moved_v_smem + Plan::kMovedVBytes;
+
+  // This tile
+  const Sequence seq = read_sequence(p, sequence);
+  const i32 grid_head = hw::block_idx_y() / V::kSlices;
+  const i32 head_kv = kKeysHeld ? grid_head : grid_head / p.head_group;
+  const i32 first_head = kKeysHeld ? grid_head * p.head_group : grid_head;  // the first query head
+  const u8* q = static_cast<const u8*>(p.q) + row_offset(seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + first_head * p.q_stride_head;
+  const u8* k = static_cast<const u8*>(p.k) + row_offset(seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
+  const u8* v = static_cast<const u8*>(p.v) + row_offset(seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
+  const u8* dout = static_cast<const u8*>(p.dout) + row_offset(seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + first_head * p.dout_stride_head;
+  const i64 stat_line = row_offset(seq, p.lse_stride_batch, seq.q_begin, 1) + first_head * p.lse_stride_head;
+  const i32 row_bytes = p.head_dim * Plan::kBytes;
+  const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
+  const i32 held_len = kKeysHeld ? seq.k_len : seq.q_len;
+  const i32 moved_len = kKeysHeld ? seq.q_len : seq.k_len;
+  const i32 held_first = (ceil_div(kKeysHeld ? seq.k_rows : seq.q_rows, V::kHeld) - 1 - from_end) * V::kHeld;
+
+  // The moved side's interval: tile/mask.cuh has why the sides of the window change with the side that is held.
+  const i32 left = kKeysHeld ? p.window_right : p.window_left;
+  const i32 right = kKeysHeld ? p.window_left : p.window_right;
+  const i32 diagonal = held_first + (kKeysHeld ? -seq.diagonal() : seq.diagonal());
+  const i32 last_row = min_of(V::kHeld, held_len - held_first) - 1;
+  const TileInterval moved = interval_of_tile(diagonal, diagonal + last_row, left, right, moved_len);
+  const i32 first_tile = moved.any.begin / V::kMoved;
+  const bool meets_any = last_row >= 0 && moved.any.begin < moved.any.end;
+  const i32 tiles = meets_any ? ceil_div(moved.any.end, V::kMoved) - first_tile : 0;
+  const i32 steps = kKeysHeld ? tiles * p.head_group : tiles;
+
+  const i64 moved_stride = kKeysHeld ? p.q_stride_row : p.k_stride_row;
+  const i64 moved_v_stride = kKeysHeld ? p.dout_stride_row : p.v_stride_row;
+  const RowLoader<typename Plan::Tile, V::kMoved, Plan::kThreads, V::kLoadBytes> moved_loader(
+      moved_smem, kKeysHeld ? q : k, moved_stride);
+  const RowLoader<typename Plan::TileV, V::kMoved, Plan::kThreads, V::kLoadBytes> moved_v_loader(
+      moved_v_smem, kKeysHeld ? dout : v, moved_v_stride);
+  // Tile n of the moved side, of the query head first_head + group.
+  const auto load_moved = [&](i32 n, i32 group, i32 stage) {
+    moved_loader.load(n * V::kMoved, moved_len, row_bytes, moved_stride, static_cast<u32>(stage * Plan::kMovedBytes),
+                      kKeysHeld ? group * p.q_stride_head : 0);
+    if constexpr (kKeysHeld) {
+      for (i32 i = hw::thread_idx(); i < V::kMoved; i += Plan::kThreads) {
+        const i32 query = n * V::kMoved + i;
+        const i64 at = stat_line + group * p.lse_stride_head + query;
+        const u32 to = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes + 4 * i);
+        const i32 bytes = query < moved_len ? 4 : 0;
+        hw::cp_async_4(to, p.lse_base2 + at, bytes);
+        hw::cp_async_4(to + 4 * V::kMoved, p.delta + at, bytes);
+      }
+    }
+  };
+
+  const LaneRows<typename Plan::Tile> held_rows(held_smem, warp_row + lane % 16, lane / 16);
+  const LaneRows<typename Plan::TileV> held_v_rows(held_v_smem, warp_row + lane % 16, lane / 16);
+  const LaneRows<typename Plan::TileV> moved_v_rows(moved_v_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
+
+  // What the held queries need of themselves.
+  float lse_base2[S::kRows], delta[S::kRows];
+  if constexpr (!kKeysHeld) {
+    HW_UNROLL
+    for (i32 i = 0; i < S::kRows; ++i) {
+      const i32 query = held_first + warp_row + S::row_of(i);
+      lse_base2[i] = query < seq.q_len ? hw::load_global(p.lse_base2 + stat_line + query) : kInfinity;
+      delta[i] = query < seq.q_len ? hw::load_global(p.delta + stat_line + query) : 0.0f;
+    }
+  }
+
+  Gradient gradient;
+  GradientV gradient_v;
+  gradient.fill(0.0f);
+  gradient_v.fill(0.0f);
+  float slope_sum = 0.0f;  // of this thread: dS times the distance that ALiBi's slope is multiplied by
+
+  // Held
+  if (steps > 0) {
+    const i64 held_stride = kKeysHeld ? p.k_stride_row : p.q_stride_row;
+    const i64 held_v_stride = kKeysHeld ? p.v_stride_row : p.dout_stride_row;
+    const RowLoader<typename Plan::Tile, V::kHeld, Plan::kThreads, V::kLoadBytes> held_loader(
+        held_smem, kKeysHeld ? k : q, held_stride);
+    const RowLoader<typename Plan::TileV, V::kHeld, Plan::kThreads, V::kLoadBytes> held_v_loader(
+        held_v_smem, kKeysHeld ? v : dout, held_v_stride);
+    held_loader.load(held_first, held_len, row_bytes, held_stride);
+    held_v_loader.load(held_first, held_len, row_bytes_v, held_v_stride);
+    load_moved(first_tile, 0, 0);
+    hw::cp_async_commit();
+  }
+
+  // Loop over the moved side
+  i32 n = first_tile, group = 0;
+  HW_NO_UNROLL
+  for (i32 step = 0; step < steps; ++step) {
+    const i32 stage = step % 2;
+    const i32 next_n = n + 1 < first_tile + tiles ? n + 1 : first_tile;
+    const i32 next_group = next_n == first_tile ? group + 1 : group;
+    // wait   moved landed <- own copies of this tile and, the first time, of the held ones
+    hw::cp_async_wait<0>();
+    // sync   moved landed <-> all warps: the tile is whole; nobody reads the previous one any more
+    hw::sync_threads();
+    moved_v_loader.load(n * V::kMoved, moved_len, row_bytes_v, moved_v_stride, 0,
+                        kKeysHeld ? group * p.dout_stride_head : 0);
+    hw::cp_async_commit();
+    if (step + 1 < steps) load_moved(next_n, next_group, 1 - stage);
+    hw::cp_async_commit();
+
+    // S = held moved^T
+    const u32 moved_stage = moved_smem + static_cast<u32>(stage * Plan::kMovedBytes);
+    const LaneRows<typename Plan::Tile> moved_rows(moved_stage, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
+    S s;
+    s.fill(0.0f);
+    multiply_qk<Element, V::kHeadDim>(s, held_rows, moved_rows);
+    const i32 moved_first = n * V::kMoved;
+    const i32 center = diagonal + warp_row - moved_first;  // the moved column on the diagonal of this warp's row 0
+    const i32 head = first_head + group;
+    score<Element>(p, sequence, head, s, center);
+    if (moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end) {
+      mask_scores(s, center, left, right, moved_len - moved_first);
+    }
+
+    // P = 2^(S - lse)
+    const u32 rows_stage = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes + 4 * S::first_col());
+    s.for_each([&](float& x, i32 row, i32 column) {
+      float reference;
+      if constexpr (kKeysHeld) {
+        reference = hw::load_shared<float>(rows_stage + static_cast<u32>(4 * column));
+      } else {
+        reference = lse_base2[row];
+      }
+      x = hw::exp2_approx(hw::fma(x, p.softmax_scale, -reference));
+    });
+
+    if constexpr (V::kDropout) {
+      // A dropped weight is remembered by its sign.
+      const Dropout dropout = read_dropout(p, sequence, head, p.heads_q);
+      const auto mark = [](float& x, bool kept) { x = kept ? x : -x; };
+      if constexpr (kKeysHeld) {
+        visit_dropout_transposed(dropout, s, moved_first, held_first + warp_row, mark);
+      } else {
+        visit_dropout(dropout, s, held_first + warp_row, moved_first, mark);
+      }
+    }
+
+    // wait   moved_v landed <- own copies of it; those of the next tile may still be on their way
+    hw::cp_async_wait<1>();
+    // sync   moved_v landed <-> all warps: it is whole
+    hw::sync_threads();
+
+    // dP = held_v moved_v^T; dS = P (dP - delta)
+    S ds;
+    ds.fill(0.0f);
+    multiply_qk<Element, V::kHeadDimV>(ds, held_v_rows, moved_v_rows);
+    HW_UNROLL
+    for (i32 r = 0; r < S::kRowTiles; ++r) {
+      HW_UNROLL
+      for (i32 c = 0; c < S::kColTiles; ++c) {
+        HW_UNROLL
+        for (i32 i = 0; i < 4; ++i) {
+          float own;
+          if constexpr (kKeysHeld) {
+            own = hw::load_shared<float>(rows_stage + static_cast<u32>(4 * (V::kMoved + 8 * c + i % 2)));
+          } else {
+            own = delta[2 * r + i / 2];
+          }
+          float& weight = s.x[r][c][i];
+          if constexpr (V::kDropout) {
+            const float kept = weight > 0.0f ? weight * p.keep_scale : 0.0f;
+            ds.x[r][c][i] = hw::fma(kept, ds.x[r][c][i], -hw::abs(weight) * own);
+            weight = kept;
+          } else {
+            ds.x[r][c][i] = weight * (ds.x[r][c][i] - own);
+          }
+        }
+      }
+    }
+    if (!p.raw_scores) {
+      const float slope = p.alibi_slopes != nullptr ? read_slope(p, sequence, head) : 0.0f;
+      HW_UNROLL
+      for (i32 r = 0; r < S::kRowTiles; ++r) {
+        HW_UNROLL
+        for (i32 c = 0; c < S::kColTiles; ++c) {
+          HW_UNROLL
+          for (i32 i = 0; i < 4; ++i) {
+            const i32 row = 2 * r + i / 2, column = 8 * c + i % 2;
+            const float distance = hw::abs(static_cast<float>(center + S::row_of(row) - S::first_col() - column));
+            if (p.slope_partials != nullptr) slope_sum = hw::fma(-distance, ds.x[r][c][i], slope_sum);
+            if (p.score_cap != 0.0f) {
+              float reference;
+              if constexpr (kKeysHeld) {
+                reference = hw::load_shared<float>(rows_stage + static_cast<u32>(4 * column));
+              } else {
+                reference = lse_base2[row];
+              }
+              ds.x[r][c][i] *= cap_derivative(s.x[r][c][i], reference, -slope * distance, p.score_cap);
+            }
+          }
+        }
+      }
+    }
+
+    // Gradients
+    if constexpr (kKeysHeld) {
+      if (has_gradient_v) multiply_pv<Element, GradientV, S, typename Plan::TileV>(gradient_v, s, moved_v_smem + slice_v);
+    }
+    if (has_gradient) multiply_pv<Element, Gradient, S, typename Plan::Tile>(gradient, ds, moved_stage + slice_k);
+    n = next_n;
+    group = next_group;
+  }
+
+  // Finish
+  gradient.for_each([&](float& x, i32, i32) { x *= p.scale; });
+
+  // Store. What it needs is read anew: kept through the loop it would cost registers there.
+  const Sequence owner = read_sequence(p, sequence);
+  const i32 warp_first = held_first + warp_row;
+  const i32 used = (kKeysHeld ? owner.k_len : owner.q_len) - warp_first;
+  const i32 owned = (kKeysHeld ? owner.k_rows : owner.q_rows) - warp_first;
+  const u32 warp_tile = held_smem + static_cast<u32>(warp_row * Plan::Tile::kRowBytes);
+  if constexpr (kKeysHeld) {
+    if (has_gradient) {
+      u8* dk = static_cast<u8*>(p.dk) + row_offset(owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
+               head_kv * p.dk_stride_head + slice_k;
+      store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dk, p.dk_stride_row, used, owned,
+                                                              row_bytes - static_cast<i32>(slice_k));
+    }
+    if (has_gradient_v) {
+      const u32 warp_tile_v = held_v_smem + static_cast<u32>(warp_row * Plan::TileV::kRowBytes);
+      u8* dv = static_cast<u8*>(p.dv) + row_offset(owner, p.dv_stride_batch, owner.k_begin + warp_first, p.dv_stride_row) +
+               head_kv * p.dv_stride_head + slice_v;
+      store_rows<Element, typename Plan::TileV, V::kLoadBytes>(gradient_v, warp_tile_v, dv, p.dv_stride_row, used, owned,
+                                                               row_bytes_v - static_cast<i32>(slice_v));
+    }
+  } else {
+    u8* dq = static_cast<u8*>(p.dq) + row_offset(owner, p.dq_stride_batch, owner.q_begin + warp_first, p.dq_stride_row) + first_head * p.dq_stride_head;
+    store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dq, p.dq_stride_row, used, owned, row_bytes);
+
+    // One partial sum a warp: backward_sum.cu adds them up.
+    float sink_sum = 0.0f;
+    if (p.sink_partials != nullptr && lane % 4 == 0) {
+      const float sink = read_sink<Element>(p, first_head);
+      HW_UNROLL
+      for (i32 i = 0; i < S::kRows; ++i) sink_sum = hw::fma(-hw::exp2_approx(sink - lse_base2[i]), delta[i], sink_sum);
+    }
+    HW_UNROLL
+    for (i32 mask = 1; mask < 32; mask *= 2) {
+      slope_sum += hw::shfl_xor(slope_sum, mask);
+      sink_sum += hw::shfl_xor(sink_sum, mask);
+    }
+    if (lane == 0) {
+      const i64 slot = slot_begin<V::kHeld>(p.cu_seqlens_q, p.q_len, sequence) + held_first / V::kHeld;
+      const i64 at = first_head * p.partials + slot * (V::kThreads / 32) + hw::warp_idx();
+      if (p.sink_partials != nullptr) hw::store_global(p.sink_partials + at, sink_sum);
+      if (p.slope_partials != nullptr) hw::store_global(p.slope_partials + at, slope_sum);
+    }
+  }
+}
+
+HW_KERNEL(Variant::kThreads) cuflash_backward_sm80(HW_GRID_CONSTANT BackwardParams p) {
+  using V = Variant;
+  const i32* cu_seqlens = V::kKeysHeld ? p.cu_seqlens_k : p.cu_seqlens_q;
+  const TileRange range = tiles_of_block<V::kHeld>(cu_seqlens, V::kKeysHeld ? p.k_len : p.q_len, p.batch, p.packed_grid);
+  const auto tiles = [&] {
+    const Sequence seq = read_sequence(p, range.sequence);
+    return ceil_div(V::kKeysHeld ? seq.k_rows : seq.q_rows, V::kHeld);
+  };
+  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
+    // sync   shared memory <-> all warps: this tile may replace the one before
+    if (i > range.first) hw::sync_threads();
+    backward_tile<V>(p, range.sequence, i);
+  }
+}
