@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,9 +36,15 @@ def toy_layout() -> layout.Layout:
     return layout.parse(source.read(Path(TOY)), "ToyParams")
 
 
+def fork() -> int:
+    """`os.fork`, without what Python and JAX warn of: other threads, which are the point of the tests that fork."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return os.fork()
+
+
 def build_in_cache(folder: str, key: str, log: str, payload: bytes = b"payload" * 1000) -> str:
     """Builds one entry slowly, noting every build as a line in `log`: for a process of its own."""
-    import os
     import time
 
     from cuflash.jit import cache
@@ -66,8 +74,6 @@ def compile_toys(folder: str, factors: list[int]) -> list[tuple[str, bool]]:
 
 def die_while_building(folder: str, key: str) -> None:
     """Ends this process, without a clean-up of any kind, while it holds a lock and a half-written file."""
-    import os
-
     from cuflash.jit import cache
     from cuflash.settings import config
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -156,9 +155,7 @@ def test_a_fork_while_another_thread_builds_does_not_hang() -> None:
     thread = threading.Thread(target=cache.build, args=("test", KEY, ".bin", slow))
     thread.start()
     building.wait(10)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python warns of threads and fork: the point of this test
-        pid = os.fork()
+    pid = fork()
     if pid == 0:
         other = cache.build("test", cache.key_of("child"), ".bin", lambda: b"child")
         os._exit(0 if other.read_bytes() == b"child" else 1)

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import jit_toys
 import numpy as np
 import pytest
-from jit_toys import SM80, toy_layout, toy_spec
+from jit_toys import SM80, fork, toy_layout, toy_spec
 from needs import needs_nvdisasm, needs_nvrtc
 
 from cuflash import arch
@@ -141,9 +140,8 @@ def test_a_fork_while_another_thread_compiles_does_not_hang(monkeypatch: pytest.
     thread = threading.Thread(target=module.load, args=(toy_spec(), SM80, "cuda", 0))
     thread.start()
     assert compiling.wait(30)
-    with module._state, warnings.catch_warnings():  # another thread may be anywhere when a process forks
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
+    with module._state:  # another thread may be anywhere when a process forks
+        pid = fork()
         if pid == 0:
             signal.alarm(30)
             module.load(toy_spec(factor=4), SM80, "cuda", 0)
