@@ -155,7 +155,7 @@ def test_a_fork_while_another_thread_builds_does_not_hang() -> None:
     thread = threading.Thread(target=cache.build, args=("test", KEY, ".bin", slow))
     thread.start()
     building.wait(10)
-    pid = fork()
+    pid = jit_toys.fork()
     if pid == 0:
         other = cache.build("test", cache.key_of("child"), ".bin", lambda: b"child")
         os._exit(0 if other.read_bytes() == b"child" else 1)
