@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import arch as arch_table
-from . import dtypes, frameworks, validate
+from . import dtypes, frameworks, philox, validate
 from .arch import Arch
 from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
@@ -34,6 +34,8 @@ class AttentionOutput(NamedTuple):
     out        as without aux
     lse        float32 [batch, heads_q, q_len] or [heads_q, total_q]: natural logarithm of the softmax denominator
     max_logit  float32, lse's shape: the row's largest score before the sink
+    dropout_mask  bool [batch, heads_q, q_len, k_len], or [batch, heads_q, max_seqlen_q, max_seqlen_k] of packed
+                  arrays: whether dropout keeps a weight; False for rows and keys that a sequence lacks
     """
 
     out: Array
@@ -91,14 +93,18 @@ def attention(
     alibi_slopes   float32 [heads_q] or [batch, heads_q]: adds -slope * |i + k_len - q_len - j|
     sink           [heads_q]: a score without a value, in the softmax's denominator alone
     score_mod, mask_mod   f(score, b, h, q_idx, kv_idx) and f(b, h, q_idx, kv_idx), on the NumPy reference
+    dropout_p      from 0 up to 1: the share of softmax weights to drop, in steps of 1/256; those kept are multiplied by
+                   1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
+    seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
+                   in PyTorch seed=None draws both from the device's default generator
     deterministic  the forward is bitwise reproducible either way
     out            where to write the result
-    aux            any of "lse", "max_logit": return an `AttentionOutput` that holds them
+    aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `page_table`, `block_mask`, `dropout_p`, `split_size` and `kernel_options` raise `UnsupportedError`, as do
-    mods beside device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused
-    call has launched and written nothing.
+    sink). `page_table`, `block_mask`, `split_size` and `kernel_options` raise `UnsupportedError`, as do mods beside
+    device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
+    launched and written nothing.
 
     Two sequences, of 2 and 3 tokens, in one packed batch:
 
@@ -113,14 +119,16 @@ def attention(
     """
     operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out)
     if operation is not None:
-        if page_table is not None or block_mask is not None or dropout_p or split_size is not None or kernel_options:
-            _refuse_keywords(page_table, block_mask, dropout_p, split_size, kernel_options)
+        if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
+            _refuse_keywords(page_table, block_mask, split_size, kernel_options)
+        if validate.dropout_p(dropout_p):
+            raise UnsupportedError(f"dropout_p={dropout_p}: {_UNSUPPORTED_OPERATION['dropout_p']}")
         for name, given in (("out", out), ("score_mod", score_mod), ("mask_mod", mask_mod)):
             if given is not None:
                 raise UnsupportedError(f"{name}: {_UNSUPPORTED_OPERATION[name]}")
         names = validate.aux_names(aux)
         if "dropout_mask" in names:
-            raise UnsupportedError(_UNSUPPORTED["dropout_mask"])
+            raise UnsupportedError(_UNSUPPORTED_OPERATION["dropout_p"])
         results = operation(
             q, k, v,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
@@ -137,8 +145,8 @@ def attention(
         return AttentionOutput(results[0], **{name: given[name] for name in names})
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
-        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, split_size,
-        kernel_options, out, aux,
+        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
+        split_size, kernel_options, out, aux,
     ).run()  # fmt: skip
 
 
@@ -231,8 +239,8 @@ def attention_backward(
     targets = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
-        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, split_size,
-        kernel_options, None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
+        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
+        split_size, kernel_options, None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
     ).gradients()  # fmt: skip
 
 
@@ -249,7 +257,7 @@ _NEEDED = {
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
     unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
-    return _bind(q, k, v, causal=False, dropout_p=0.0, aux=aux, **unused, **keywords).run()
+    return _bind(q, k, v, causal=False, dropout_p=0.0, seed=None, offset=0, aux=aux, **unused, **keywords).run()
 
 
 frameworks.calls["attention"] = _attention_below
@@ -278,6 +286,7 @@ class _Call:
     prepared: _Prepared
     targets: dict[str, Array]  # arrays of the caller's that results are written to, by name
     mods: dict[str, Callable[..., Any]]
+    random: dict[str, int]  # seed and offset of dropout, where `views` has no arrays for them
 
     def run(self) -> Any:
         """attention"""
@@ -309,14 +318,21 @@ class _Call:
         for name, shape, dtype in prepared.results:
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
-        if prepared.plan is None:
+        plan = prepared.plan
+        if plan is None:
             self._run_reference()
-        elif device[0] == "cpu":
-            prepared.plan.launch(views, backend="emulator")
-        else:
-            index = device[1]
-            prepared.plan.launch(views, backend="cuda", device=index, stream=framework.stream(index))
-            framework.retain(views.values(), index)
+            return
+        on_device = device[0] == "cuda"
+        where: dict[str, Any] = {"backend": "emulator"}
+        if on_device:
+            where = {"backend": "cuda", "device": device[1], "stream": framework.stream(device[1])}
+        plan.launch(views, **where, **self.random)
+        if "dropout_mask" in prepared.aux:
+            from .ops import dropout_mask
+
+            dropout_mask.run(plan.problem, views, arch=plan.arch, **where, **self.random)
+        if on_device:
+            framework.retain(views.values(), device[1])
 
     def _run_reference(self) -> None:
         from . import reference
@@ -325,6 +341,11 @@ class _Call:
         targets = {name: arrays.pop(name) for name, _, _ in self.prepared.results}
         prepared = self.prepared
         arrays |= {"scale": prepared.scale, "window_size": prepared.window, "softcap": prepared.softcap, **self.mods}
+        arrays |= {"dropout_p": prepared.dropout_p, **self.random}
+        arrays |= {name: int(arrays[name].item()) for name in ("seed", "offset") if name in self.views}
+        mask = targets.pop("dropout_mask", None)
+        if mask is not None:
+            reference.dropout_mask(mask, **arrays)
         if "dout" in arrays:
             results = zip(_GRADIENTS, reference.attention_backward(**arrays), strict=True)
         else:
@@ -350,6 +371,7 @@ class _Prepared:
     scale: float
     window: tuple[int, int]  # causal folded in
     softcap: float
+    dropout_p: float
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
@@ -377,14 +399,16 @@ def _bind(
     mask_mod: Any,
     block_mask: Any,
     dropout_p: Any,
+    seed: Any,
+    offset: Any,
     split_size: Any,
     kernel_options: Any,
     out: Any,
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    if page_table is not None or block_mask is not None or dropout_p or split_size is not None or kernel_options:
-        _refuse_keywords(page_table, block_mask, dropout_p, split_size, kernel_options)
+    if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
+        _refuse_keywords(page_table, block_mask, split_size, kernel_options)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:
@@ -420,6 +444,20 @@ def _bind(
         if max_seqlen_q is None and "cu_seqlens_q" in host_values:
             max_seqlen_q = _longest(host_values["cu_seqlens_q"])
 
+    random: dict[str, int] = {}
+    if dropout_p:
+        dropout_p = validate.dropout_p(dropout_p)
+        if seed is None:
+            if backward is not None:
+                raise ArgumentError("seed is None: pass the seed and offset that attention had, or was given")
+            seed, offset = framework.draw_seed(views["q"].device)
+        for name, x in (("seed", seed), ("offset", offset)):
+            value = _random_number(name, x, framework)
+            if value is None:
+                views |= _views(framework, {name: x})
+            else:
+                random[name] = value
+
     vq, vk, vv = views["q"], views["k"], views["v"]
     alignment = vq.ptr | vk.ptr | vv.ptr
     for name in targets:
@@ -436,12 +474,14 @@ def _bind(
         window_size = tuple(window_size)
     if type(aux) is not tuple:
         aux = validate.aux_names(aux)
+    if "dropout_mask" in aux and max_seqlen_k is None and "cu_seqlens_k" in host_values:
+        max_seqlen_k = _longest(host_values["cu_seqlens_k"])
     key = (
         framework.NAME, config.version, alignment,
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p,
     )  # fmt: skip
     if len(views) > 3:
         key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
@@ -456,7 +496,7 @@ def _bind(
     if prepared is None:
         prepared = _prepare(
             framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
-            max_seqlen_k, aux, mods, (*targets,), backward,
+            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward,
         )  # fmt: skip
         if key is not None:
             if len(_prepared) >= _PREPARED_LIMIT:
@@ -478,7 +518,7 @@ def _bind(
                     f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
                     f"values: copy to the device before the capture and pass that array"
                 )
-    return _Call(framework, views, uploads, prepared, targets, mods)
+    return _Call(framework, views, uploads, prepared, targets, mods, random)
 
 
 def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
@@ -513,6 +553,17 @@ def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
     return _views(framework, {name: x})[name]
 
 
+def _random_number(name: str, x: Any, framework: Framework) -> int | None:
+    """The value of a seed or offset that the host knows, None for an array of the framework's."""
+    if isinstance(x, np.ndarray) and x.size == 1 and x.dtype.kind in "iu" and frameworks.of(x) is not framework:
+        x = x.item()
+    if isinstance(x, (int, np.integer)):
+        return int(x)
+    if x is None or isinstance(x, (float, list, tuple, str)):
+        raise ArgumentError(f"{name}={x!r} must be an int, or an integer array of one element: pass int({name})")
+    return None
+
+
 def _longest(starts: np.ndarray) -> int | None:
     """The longest sequence, for a hint; `starts` are not checked yet."""
     known = starts.dtype == np.int32 and starts.ndim == 1 and starts.size > 1
@@ -541,15 +592,11 @@ def _read_back(framework: Framework, views: dict[str, TensorView], device: Devic
     return {n: cupy.download(views[n], stream) for n in names if views[n].device[0] == "cuda"}
 
 
-def _refuse_keywords(page_table: Any, block_mask: Any, dropout_p: Any, split_size: Any, kernel_options: Any) -> None:
+def _refuse_keywords(page_table: Any, block_mask: Any, split_size: Any, kernel_options: Any) -> None:
     if page_table is not None:
         raise UnsupportedError(_UNSUPPORTED["page_table"])
     if block_mask is not None:
         raise UnsupportedError(_UNSUPPORTED["block_mask"])
-    if dropout_p:
-        p = validate.number("dropout_p", dropout_p)
-        require(0 <= p < 1, f"dropout_p={p} must be from 0 up to, not including, 1")
-        raise UnsupportedError(f"dropout_p={p}: {_UNSUPPORTED['dropout_p']}")
     if split_size is not None:
         raise UnsupportedError(f"split_size={split_size!r}: {_UNSUPPORTED['split_size']}")
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
@@ -565,7 +612,6 @@ _UNSUPPORTED = {
         "no kernel reads a block mask: say the pattern with causal=, window_size=, seqused_k= or cu_seqlens, or pass "
         "mask_mod with host arrays"
     ),
-    "dropout_p": "no kernel drops weights: pass dropout_p=0.0, as for evaluation",
     "split_size": "no kernel splits the keys of a row: leave it None",
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
     "score_mod": (
@@ -576,7 +622,6 @@ _UNSUPPORTED = {
         "no kernel calls a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens where they say it, or "
         "host (NumPy) arrays with config.backend='auto', which run on the reference"
     ),
-    "dropout_mask": 'no kernel drops weights, so there is no mask: leave "dropout_mask" out of aux',
     "backward": "no kernel computes gradients: pass host (NumPy) arrays with config.backend='auto', which run on the "
     "reference, or train with torch.nn.functional.scaled_dot_product_attention or jax.nn.dot_product_attention",
     "score_mod_backward": (
@@ -588,6 +633,7 @@ _UNSUPPORTED = {
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
+    "dropout_p": "no gradient of dropped weights is known: pass dropout_p=0.0, or call without gradients",
     "out": (
         "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
         "outside of them, in PyTorch under torch.no_grad()"
@@ -619,6 +665,7 @@ def _prepare(
     max_seqlen_k: Any,
     aux: tuple[str, ...],
     mods: dict[str, Any],
+    dropout_p: float,
     targets: Sequence[str],
     backward: _Backward | None,
 ) -> _Prepared:
@@ -632,6 +679,7 @@ def _prepare(
     validate.strides(views, framework)
     batch = validate.index_arrays(views, packed, framework)
     validate.head_arrays(views, batch, framework)
+    validate.random_numbers(views, framework)
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     heads_q, heads_kv, q_rows, k_rows = q.shape[-2], k.shape[-2], q.shape[-3], k.shape[-3]
@@ -640,10 +688,9 @@ def _prepare(
     require(softcap >= 0, f"softcap={softcap} must be positive, or 0 for none")
     left, right = validate.window(window_size, causal)
     max_seqlen_q = validate.hint("max_seqlen_q", max_seqlen_q)
-    validate.hint("max_seqlen_k", max_seqlen_k)
+    max_seqlen_k = validate.hint("max_seqlen_k", max_seqlen_k)
+    dropout_p = validate.dropout_p(dropout_p)
     aux = validate.aux_names(aux)
-    if "dropout_mask" in aux:
-        raise UnsupportedError(_UNSUPPORTED["dropout_mask"])
     for name in mods:
         if not callable(mods[name]):
             raise ArgumentError(f"{name}={mods[name]!r} must be a function")
@@ -653,7 +700,16 @@ def _prepare(
     out_shape = (*q.shape[:-1], head_dim_v)
     lse_shape = (heads_q, q_rows) if packed else (batch, heads_q, q_rows)
     if backward is None:
-        results = [("out", out_shape, q.dtype), *((name, lse_shape, dtypes.float32) for name in dict.fromkeys(aux))]
+        results = [("out", out_shape, q.dtype)]
+        results += [(name, lse_shape, dtypes.float32) for name in ("lse", "max_logit") if name in aux]
+        if "dropout_mask" in aux:
+            rows, keys = (max_seqlen_q, max_seqlen_k) if packed else (q_rows, k_rows)
+            if rows is None or keys is None:
+                raise ArgumentError(
+                    "dropout_mask of packed arrays is [batch, heads_q, max_seqlen_q, max_seqlen_k], and "
+                    f"max_seqlen_q={rows}, max_seqlen_k={keys}: pass both as ints"
+                )
+            results.append(("dropout_mask", (batch, heads_q, rows, keys), dtypes.bool_))
     else:
         validate.gradients(views, out_shape, lse_shape, framework)
         results = [("dq", q.shape, q.dtype), ("dk", k.shape, q.dtype), ("dv", v.shape, q.dtype)]
@@ -700,9 +756,11 @@ def _prepare(
             sink=None if sink is None else ("float32" if sink.dtype is dtypes.float32 else "element"),
             lse="lse" in aux,
             max_logit="max_logit" in aux,
+            dropout_p=dropout_p,
+            seed=views["seed"].dtype if "seed" in views else None,
         )
         plan = _forward().plan(problem, arch)
-    return _Prepared(backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap)
+    return _Prepared(backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p)
 
 
 def _backend(device: Device, framework: Framework) -> str:
@@ -824,7 +882,9 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
     """
     bound = inspect.signature(attention).bind(q, k, v, **keywords)
     bound.apply_defaults()
-    named = {name: value for name, value in bound.arguments.items() if name not in ("seed", "offset", "deterministic")}
+    named = {name: value for name, value in bound.arguments.items() if name != "deterministic"}
+    if named["seed"] is None and frameworks.of(q) is frameworks.torch:
+        named["seed"] = 0  # any will do: a draw would move the generator on
     prepared = _bind(**named).prepared
     plan = prepared.plan
     if plan is None:
@@ -852,6 +912,13 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
 
 def _reasons(plan: Any) -> tuple[str, ...]:
     reasons = [f"grid: {plan.why}"]
+    p = plan.problem.dropout_p
+    if p:
+        kept = philox.keep_threshold(p)
+        reasons.append(
+            f"dropout: {kept} of 256 weights are kept, dropout_p={p} rounded to {1 - kept / 256:.6g}; those kept are "
+            f"multiplied by 1 / (1 - {p})"
+        )
     width = plan.problem.load_bytes
     if width < 16:
         reasons.append(
@@ -881,7 +948,8 @@ class Support:
 # Keywords and outputs of `attention` that every kernel serves.
 _SERVED = (
     "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
-    "causal", "window_size", "softcap", "alibi_slopes", "sink", "deterministic", "out", "lse", "max_logit",
+    "causal", "window_size", "softcap", "alibi_slopes", "sink", "dropout_p", "seed", "offset", "deterministic", "out",
+    "lse", "max_logit", "dropout_mask",
 )  # fmt: skip
 
 
@@ -990,6 +1058,7 @@ def warmup(
         sink=None,
         lse=False,
         max_logit=False,
+        dropout_p=0.5 if features.get("dropout_p") else 0.0,
     )
     from .jit import module
 

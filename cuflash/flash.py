@@ -3,12 +3,18 @@
 Each is a thin layer over `cuflash.attention`, whose docstring defines shapes, dtypes and masks. What differs from
 flash-attn: float32 and every head dim from 1 to 256 are served, k and v may have different head dims, a fully masked
 row has lse -inf, and a non-contiguous last dimension is refused instead of copied.
+
+With `dropout_p`, PyTorch tensors draw from their device's default generator. Other arrays have none, and flash-attn's
+functions no seed: for them, `cuflash.attention`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
+from . import frameworks, validate
 from .api import attention
 from .errors import ArgumentError, UnsupportedError, require
 
@@ -30,7 +36,9 @@ def flash_attn_func(
 ) -> Any:
     """Attention of q [batch, q_len, heads_q, d] to k, v [batch, k_len, heads_kv, d] -> out, q's shape.
 
-    With `return_attn_probs`: (out, lse [batch, heads_q, q_len] float32, None).
+    With `return_attn_probs`: (out, lse [batch, heads_q, q_len] float32, weights). The weights are for tests of dropout:
+    [batch, heads_q, q_len, k_len], exp(score - the row's largest), negative where dropped, computed on the host; None
+    without dropout.
 
     >>> import numpy as np
     >>> x = np.ones((2, 7, 4, 32), np.float16)
@@ -103,7 +111,8 @@ def flash_attn_varlen_func(
     """Attention of packed q [total_q, heads_q, d] to k, v [total_k, heads_kv, d] -> out, q's shape.
 
     Sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1]; `max_seqlen_*` are hints. With `return_attn_probs`:
-    (out, lse [heads_q, total_q] float32, None). `block_table` raises `UnsupportedError`.
+    (out, lse [heads_q, total_q] float32, weights as of `flash_attn_func`, [batch, heads_q, longest q, longest k]).
+    `block_table` raises `UnsupportedError`.
     """
     return _call(
         q, k, v, return_attn_probs,
@@ -187,10 +196,33 @@ def flash_attn_with_kvcache(
 
 
 def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any) -> Any:
+    p = validate.dropout_p(keywords["dropout_p"])
+    if p and frameworks.of(q) is not frameworks.torch:
+        raise ArgumentError(
+            f"dropout_p={p} with {frameworks.of(q).NAME} arrays, which have no default generator to draw a seed from: "
+            "call cuflash.attention(..., dropout_p=..., seed=...)"
+        )
     if not return_attn_probs:
         return attention(q, k, v, **keywords)
+    if p:
+        seed, offset = frameworks.torch.draw_seed(frameworks.torch.view(q).device)
+        keywords |= {"seed": seed, "offset": offset}
     result = attention(q, k, v, aux=("lse",), **keywords)
-    return result.out, result.lse, None
+    return result.out, result.lse, _weights(q, k, **keywords) if p else None
+
+
+def _weights(q: Array, k: Array, **keywords: Any) -> Array:
+    """`reference.attention_weights` of PyTorch tensors."""
+    from . import reference
+
+    unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "page_table")
+    keywords = {name: x for name, x in keywords.items() if name not in unused}
+    on_host = {
+        name: frameworks.torch.to_host(x) if hasattr(x, "detach") else x
+        for name, x in ({"q": q, "k": k} | keywords).items()
+    }
+    on_host |= {name: int(np.asarray(on_host[name]).item()) for name in ("seed", "offset")}
+    return frameworks.torch.from_host(reference.attention_weights(**on_host), like=q)
 
 
 def _split(packed: Array, name: str, parts: int, ndim: int) -> tuple[Array, ...]:

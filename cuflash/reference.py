@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .philox import dropout_keep
+from . import philox
 
 # Scores held at a time: a block of query rows takes as many rows, and then as many heads, as fit. 2 MB of float32 stays
 # in a core's cache and still makes matrices large enough for BLAS to be fast.
@@ -255,6 +255,74 @@ def _attend_backward(
     return dq.swapaxes(0, 1), dk.swapaxes(0, 1), dv.swapaxes(0, 1), dslopes
 
 
+def dropout_mask(
+    mask: np.ndarray,
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
+    seqused_q: Lengths | None = None,
+    seqused_k: Lengths | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+    **unused: Any,
+) -> None:
+    """Write to `mask`, bool [batch, heads_q, rows, keys], which weights `attention` keeps with the same arguments.
+
+    What lies behind a sequence's queries and keys is False. Causal, window and mask_mod do not show.
+    """
+    lengths_q, lengths_k = (
+        [rows[-1].stop - rows[-1].start for rows in _rows_of_sequences(x, starts, used)]
+        for x, starts, used in ((q, cu_seqlens_q, seqused_q), (k, cu_seqlens_k, seqused_k))
+    )
+    mask[...] = philox.dropout_mask(mask.shape, lengths_q, lengths_k, seed, offset, dropout_p)
+
+
+def attention_weights(
+    q: np.ndarray,
+    k: np.ndarray,
+    *,
+    cu_seqlens_q: Lengths | None = None,
+    cu_seqlens_k: Lengths | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: np.ndarray | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
+) -> np.ndarray:
+    """exp(score - the row's largest), negative where dropout drops -> [batch, heads_q, longest q, longest k].
+
+    The softmax before a row is divided by its sum; times exp(max_logit - lse) it is the softmax. 0 where masked and
+    where a sequence has no such query or key. In the dtype `attention` computes in.
+    """
+    dtype = _computed_in(q, None)
+    rules = _rules(
+        q, _batch(q, cu_seqlens_q), dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
+        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=None, dropout=(dropout_p, seed, offset),
+    )  # fmt: skip
+    sequences = [
+        (q[at_q], k[at_k])
+        for at_q, at_k in zip(
+            _rows_of_sequences(q, cu_seqlens_q, None), _rows_of_sequences(k, cu_seqlens_k, None), strict=True
+        )
+    ]
+    longest = (max((len(x[side]) for x in sequences), default=0) for side in (0, 1))
+    weights = np.zeros((len(sequences), q.shape[-2], *longest), dtype)
+    for rule, (q_b, k_b) in zip(rules, sequences, strict=True):
+        for block in _blocks(rule, q_b, k_b, k_b):
+            largest = block.s.max(axis=2, initial=-np.inf, keepdims=True)
+            w = np.exp(block.s - np.where(largest == -np.inf, dtype.type(0), largest))
+            if block.dropout is not None:
+                w = np.where(block.dropout == 0, -w, w)
+            weights[rule.b, block.heads, block.rows, block.keys] = w
+    return weights
+
+
 # Sequences ------------------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +472,7 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
             if not keep.all():
                 s = np.where(keep, s, -np.inf)
             p, seed, offset = rule.dropout
-            dropout = dropout_keep(*index, seed, offset, p, heads_q) * dtype.type(1 / (1 - p)) if p else None
+            dropout = philox.dropout_keep(*index, seed, offset, p, heads_q) * dtype.type(1 / (1 - p)) if p else None
             yield _Block(
                 heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, tanh, distance, dropout, index
             )

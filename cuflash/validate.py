@@ -327,6 +327,29 @@ def number(name: str, value: Any) -> float:
     return value
 
 
+def dropout_p(value: Any) -> float:
+    """A probability below 1."""
+    p = number("dropout_p", value)
+    require(0 <= p < 1, f"dropout_p={p} must be from 0 up to, not including, 1")
+    return p
+
+
+def random_numbers(views: Views, framework: Framework) -> None:
+    """Dtypes and shapes of seed and offset, where they are arrays."""
+    for name in ("seed", "offset"):
+        view = views.get(name)
+        if view is None:
+            continue
+        require(
+            view.dtype in (dtypes.int32, dtypes.uint32, dtypes.int64, dtypes.uint64),
+            f"{name}.dtype={view.dtype} must be int64, or another integer of 32 or 64 bits: pass "
+            f"{framework.advise('int64', name)}",
+        )
+        require(
+            math.prod(view.shape) == 1, f"{name}.shape={view.shape} must be (1,): pass one number for the whole call"
+        )
+
+
 def window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for unlimited and causal folded in."""
     if not isinstance(causal, (bool, np.bool_)):

@@ -83,6 +83,7 @@ class Case:
     layout: str = "contiguous"  # or "gaps" between heads and rows, or "heads_first" in memory
     offset: int = 0  # elements between a 16-byte boundary and each array
     max_seqlen_q: int | None = None  # a hint, right or wrong
+    dropout: tuple[float, int, int] | None = None  # p, seed, offset
     seed: int = 0
 
     def __repr__(self) -> str:
@@ -164,6 +165,8 @@ class Case:
                 keywords[name] = np.array(getattr(self, name), np.int32)
         keywords |= {"causal": self.causal, "window_size": self.window_size}
         keywords |= {"softcap": self.softcap, "scale": self.scale}
+        if self.dropout is not None:
+            keywords |= dict(zip(("dropout_p", "seed", "offset"), self.dropout, strict=True))
         if self.alibi is not None:
             shape = (self.heads_q,) if self.alibi == "head" else (self.batch, self.heads_q)
             keywords["alibi_slopes"] = rng.uniform(0.01, 0.5, shape).astype(np.float32)

@@ -146,6 +146,9 @@ def naive(
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
     sink: np.ndarray | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+    offset: int = 0,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Attention as eager code does it, every intermediate rounded to q's dtype -> (out, lse, max_logit) in float32.
 
@@ -176,8 +179,8 @@ def naive(
             lse_b, max_b = lse[:, rows_q], max_logit[:, rows_q]
         m = len(q_b) if seqused_q is None else int(seqused_q[b])
         n = len(k_b) if seqused_k is None else int(seqused_k[b])
-        offset = np.arange(n) - (np.arange(m)[:, None] + n - m)
-        keep = (offset >= -left) & (offset <= right)
+        distance = np.arange(n) - (np.arange(m)[:, None] + n - m)
+        keep = (distance >= -left) & (distance <= right)
         for h in range(heads_q):
             h_kv = h // (heads_q // heads_kv)
             with np.errstate(all="ignore"):
@@ -187,7 +190,7 @@ def naive(
                     s = rounded(rounded(np.tanh(rounded(s / softcap))) * softcap)
                 if alibi_slopes is not None:
                     slope = np.broadcast_to(alibi_slopes, (batch, heads_q))[b, h]
-                    s = rounded(s - rounded(slope * np.abs(offset)))
+                    s = rounded(s - rounded(slope * np.abs(distance)))
                 s = np.where(keep, s, -np.inf)
                 max_b[h, :m] = s.max(axis=1, initial=-np.inf)
                 if sink is not None:
@@ -196,6 +199,10 @@ def naive(
                 e = np.exp(s - np.where(np.isneginf(top), 0, top))
                 total = e.sum(axis=1, keepdims=True)
                 p = rounded(np.where(total == 0, 0, e / total))[:, :n]
+                if dropout_p:
+                    rows = np.arange(m)[:, None]
+                    kept = philox.dropout_keep(b, h, rows, np.arange(n), seed, offset, dropout_p, heads_q)
+                    p = rounded(np.where(kept, p / (1 - dropout_p), 0))
                 out_b[:m, h] = rounded(p @ v_b[:n, h_kv].astype(wide))
                 lse_b[h, :m] = (np.where(np.isneginf(top), 0, top) + np.log(total))[:, 0]
     return out, lse, max_logit

@@ -170,6 +170,22 @@ WRONG = {
         r"out\.strides=\(0, 64, 16, 1\): an expanded array",
     ),
     "out strided in a row": (dense(out=x(2, 6, 4, 32)[..., ::2]), r"out\.strides=.*must end in 1"),
+    # dropout
+    "dropout_p of 1": (dense(dropout_p=1), r"dropout_p=1\.0 must be from 0 up to, not including, 1"),
+    "dropout_p below 0": (dense(dropout_p=-0.1, seed=1), r"dropout_p=-0\.1 must be from 0 up to"),
+    "dropout_p not a number": (dense(dropout_p="a", seed=1), r"dropout_p is a str and must be a Python number"),
+    "no seed": (dense(dropout_p=0.1), r"seed is None, and dropout needs one: pass an int"),
+    "a float seed": (dense(dropout_p=0.1, seed=1.5), r"seed=1\.5 must be an int.*pass int\(seed\)"),
+    "no offset": (dense(dropout_p=0.1, seed=1, offset=None), r"offset=None must be an int"),
+    "a seed of floats": (
+        dense(dropout_p=0.1, seed=x(1, dtype=np.float32)),
+        r"seed\.dtype=float32 must be int64.*seed\.astype\(np\.int64\)",
+    ),
+    "two seeds": (dense(dropout_p=0.1, seed=i32(1, 2)), r"seed\.shape=\(2,\) must be \(1,\)"),
+    "a short offset": (
+        dense(dropout_p=0.1, seed=1, offset=i32(1).astype(np.int16)),
+        r"offset\.dtype=int16 must be int64, or another integer of 32 or 64 bits",
+    ),
     "out is q": (dense(out=DENSE["q"]), r"out shares memory with q, which is still read while out is written"),
 }  # fmt: skip
 
@@ -181,8 +197,6 @@ UNSUPPORTED = {
     "head dim of v 257": (dense(v=x(2, 9, 2, 257)), r"v\.shape\[3\]=257: head dims go from 1 to 256"),
     "page table": (dense(page_table=i32(0)[None]), r"paged keys: gather the pages.*seqused_k"),
     "block mask": (dense(block_mask=object()), r"block mask: say the pattern with causal="),
-    "dropout": (dense(dropout_p=0.1), r"dropout_p=0\.1: no kernel drops weights: pass dropout_p=0\.0"),
-    "dropout mask": (dense(aux=("dropout_mask",)), r"leave \"dropout_mask\" out of aux"),
     "split size": (dense(split_size=128), r"split_size=128: no kernel splits the keys of a row: leave it None"),
     "kernel options": (dense(kernel_options={"BLOCK_M": 64}), r"kernel_options=\{'BLOCK_M': 64\}.*leave it None"),
 }
@@ -225,10 +239,6 @@ def test_wrong_arguments(backend, nothing_runs, what):
 @pytest.mark.parametrize("what", UNSUPPORTED)
 def test_requests_no_kernel_serves(backend, nothing_runs, what):
     refused(*UNSUPPORTED[what], UnsupportedError)
-
-
-def test_dropout_out_of_range(nothing_runs):
-    refused(dense(dropout_p=1.5), r"dropout_p=1\.5 must be from 0 up to, not including, 1", ArgumentError)
 
 
 def test_read_only_out(backend, nothing_runs):

@@ -64,6 +64,11 @@ class Framework(Protocol):
         """Whether that stream records a CUDA graph instead of running."""
         ...
 
+    def draw_seed(self, device: Device) -> tuple[Any, Any]:
+        """Seed and offset of dropout from the framework's own generator, an integer array of one element each.
+        Raises `ArgumentError` where it has none, with what to pass."""
+        ...
+
     def upload(self, values: np.ndarray, device: Device) -> TensorView:
         """Copy small host values to a CUDA device, in order with the current stream, without waiting."""
         ...

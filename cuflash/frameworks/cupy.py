@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 from threading import Lock
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -70,6 +70,12 @@ def stream(device: int) -> int:
 def capturing(device: int) -> bool:
     cupy = _cupy()
     return cupy.cuda.get_current_stream(device).is_capturing()
+
+
+def draw_seed(device: Device) -> NoReturn:
+    raise ArgumentError(
+        "seed is None, and dropout needs one: pass an int, or cupy.random.randint(0, 2**31, 1, cupy.int64)"
+    )
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:

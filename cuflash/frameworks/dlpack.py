@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..dtypes import DType
@@ -46,6 +46,10 @@ def wrap(view: TensorView) -> Any:
 
 def written(x: Any) -> None:
     """Nothing records what was written."""
+
+
+def draw_seed(device: Device) -> NoReturn:
+    raise ArgumentError("seed is None, and dropout needs one: pass an int")
 
 
 def cuda_version() -> None:

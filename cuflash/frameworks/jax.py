@@ -6,9 +6,9 @@ DLPack, which orders the two libraries' streams.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
-from ..array import HOST, TensorView, dlpack_device, from_dlpack
+from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..errors import ArgumentError, UnsupportedError
 from . import cupy as _cupy
 from . import dlpack as _dlpack
@@ -66,6 +66,12 @@ def wrap(view: TensorView) -> Any:
 
 def written(x: Any) -> None:
     """Never called: `out=` is refused, as JAX arrays are immutable."""
+
+
+def draw_seed(device: Device) -> NoReturn:
+    raise ArgumentError(
+        "seed is None, and dropout needs one: pass an int, or jax.random.bits(key, (1,)), new for every step"
+    )
 
 
 def cuda_version() -> None:

@@ -50,6 +50,10 @@ def capturing(device: int) -> bool:
     return False
 
 
+def draw_seed(device: Device) -> NoReturn:
+    raise ArgumentError("seed is None, and dropout needs one: pass an int, as seed=int(rng.integers(2**63))")
+
+
 def upload(values: np.ndarray, device: Device) -> TensorView:
     return of_numpy(values)
 

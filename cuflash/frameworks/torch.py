@@ -121,8 +121,19 @@ def capturing(device: int) -> bool:
     return torch.cuda.is_current_stream_capturing()
 
 
+def to_host(x: Any) -> np.ndarray:
+    """A copy in NumPy, floats of 16 bits as float32. Waits for the device."""
+    x = x.detach()
+    return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).cpu().numpy()
+
+
+def from_host(values: np.ndarray, like: Any) -> Any:
+    """A tensor of NumPy values with the dtype and on the device of another."""
+    return _torch().from_numpy(values).to(device=like.device, dtype=like.dtype)
+
+
 def draw_seed(device: Device) -> tuple[Any, Any]:
-    """Drawn on the device, without a wait: what manual_seed, checkpointing and graph replay do to its generator holds."""
+    """Drawn on the device without a wait, so that manual_seed, checkpointing and graph replay do as they always do."""
     torch = _torch()
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
     drawn = torch.empty(2, dtype=torch.int64, device=where).random_()

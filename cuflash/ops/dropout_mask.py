@@ -18,7 +18,7 @@ SPEC = module.KernelSpec(
     threads=128,
     smem_bytes=0,
 )
-POINTERS = ("mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "seed", "offset")
+POINTERS = ("dropout_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "seed", "offset")
 _MAX_BLOCKS = 2**31 - 1  # grid.x
 
 
@@ -33,11 +33,11 @@ def run(
     seed: int = 0,
     offset: int = 0,
 ) -> None:
-    """Writes `arrays["mask"]`, bool [batch, heads_q, rows, keys]: where the dropout of `problem` keeps a weight.
+    """Writes `arrays["dropout_mask"]`, bool [batch, heads_q, rows, keys]: where `problem`'s dropout keeps a weight.
 
     The other arrays, seed and offset are those of the forward call. Rows and keys that a sequence lacks are False.
     """
-    batch, heads_q, rows, keys = arrays["mask"].shape
+    batch, heads_q, rows, keys = arrays["dropout_mask"].shape
     if not batch * heads_q * rows * keys:
         return
     if batch * rows > _MAX_BLOCKS:

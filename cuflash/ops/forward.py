@@ -181,8 +181,8 @@ def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
 def choose_grid(
     *, packed: bool, batch: int, rows: int, longest: int | None, heads: int, block: int
 ) -> tuple[tuple[int, int, int], bool, str]:
-    """The grid over tiles of `block` rows, whether its blocks are (slot, head), and the reason; (0, 0, 0) where there is
-    nothing to write.
+    """The grid over tiles of `block` rows, whether its blocks are (slot, head), and the reason; (0, 0, 0) where there
+    is nothing to write.
 
     rows      dense: of every sequence; packed: in all
     longest   packed: the longest sequence, if known
@@ -216,7 +216,7 @@ POINTERS = (
     "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
     "sink", "seed", "offset",
 )  # fmt: skip
-_WRITTEN = ("out", "lse", "max_logit", "mask")
+_WRITTEN = ("out", "lse", "max_logit", "dropout_mask")
 
 
 class ForwardPlan:

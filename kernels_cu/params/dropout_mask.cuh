@@ -4,7 +4,7 @@
 #include <base.cuh>
 
 struct DropoutMaskParams {
-  u8* mask;                 // [batch, heads_q, rows, keys]
+  u8* dropout_mask;         // [batch, heads_q, rows, keys]
   const i32* cu_seqlens_q;  // [batch + 1]; null: dense
   const i32* cu_seqlens_k;  // [batch + 1]; null: dense
   const i32* seqused_q;     // [batch]; null: all of each sequence

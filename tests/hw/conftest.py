@@ -8,7 +8,7 @@ from hw_toys import Toy
 
 @pytest.fixture
 def toy(tmp_path):
-    """Makes a toy kernel: toy(body, threads=32, smem_bytes=0)."""
+    """Makes a toy kernel: toy(body, threads=32, smem_bytes=0, includes=())."""
     numbers = itertools.count()
 
     def make(body: str, **shape) -> Toy:

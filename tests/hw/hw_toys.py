@@ -57,8 +57,10 @@ HW_KERNEL(1024) cuflash_toy(HW_GRID_CONSTANT ToyParams params) { Toy{params}.run
 class Toy:
     """A kernel of one block of `threads`, or more, with `smem_bytes` of shared memory."""
 
-    def __init__(self, folder: Path, body: str, *, threads: int = 32, smem_bytes: int = 0) -> None:
-        self.text = HEAD + body + TAIL
+    def __init__(
+        self, folder: Path, body: str, *, threads: int = 32, smem_bytes: int = 0, includes: tuple[str, ...] = ()
+    ) -> None:
+        self.text = "".join(f"#include <{name}>\n" for name in includes) + HEAD + body + TAIL
         self.file = folder / "toy.cu"
         self.file.write_text(self.text)
         self.spec = module.KernelSpec(str(self.file), "cuflash_toy", "ToyParams", None, threads, smem_bytes)

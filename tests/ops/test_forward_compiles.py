@@ -22,7 +22,7 @@ def specs(name: str) -> list[module.KernelSpec]:
     found = forward.representative(arch.named(name))
     if name in ALL:
         return found
-    return found[::5]
+    return found[::5] + [s for s in found if s.variant.dropout]
 
 
 @pytest.mark.parametrize("name, index", [(name, i) for name in ALL + SAMPLE for i in range(len(specs(name)))])
