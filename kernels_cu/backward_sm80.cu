@@ -55,7 +55,9 @@ struct BackwardPlan {
   using TileV = SharedTile<V::kHeadDimV * kBytes>;  // rows of v and dout
 
   // Bytes of a gradient's row that one block computes. Where columns are too few to share, the first slice has them all.
-  static constexpr i32 slice_bytes(i32 whole) { return whole >= 192 * kBytes && whole / V::kSlices % 128 == 0 ? whole / V::kSlices : whole; }
+  static constexpr i32 slice_bytes(i32 whole) {
+    return whole >= 192 * kBytes && whole / V::kSlices % 128 == 0 ? whole / V::kSlices : whole;
+  }
   static constexpr i32 kSliceBytes = slice_bytes(Tile::kRowBytes);
   static constexpr i32 kSliceVBytes = slice_bytes(TileV::kRowBytes);
 
@@ -105,10 +107,11 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const i32 grid_head = hw::block_idx_y() / V::kSlices;
   const i32 head_kv = kKeysHeld ? grid_head : grid_head / p.head_group;
   const i32 first_head = kKeysHeld ? grid_head * p.head_group : grid_head;  // the first query head
-  const u8* q = static_cast<const u8*>(p.q) + row_offset(seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + first_head * p.q_stride_head;
-  const u8* k = static_cast<const u8*>(p.k) + row_offset(seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
-  const u8* v = static_cast<const u8*>(p.v) + row_offset(seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
-  const u8* dout = static_cast<const u8*>(p.dout) + row_offset(seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + first_head * p.dout_stride_head;
+  const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + first_head * p.q_stride_head;
+  const u8* k = at_row(p.k, seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
+  const u8* v = at_row(p.v, seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
+  const u8* dout =
+      at_row(p.dout, seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + first_head * p.dout_stride_head;
   const i64 stat_line = row_offset(seq, p.lse_stride_batch, seq.q_begin, 1) + first_head * p.lse_stride_head;
   const i32 row_bytes = p.head_dim * Plan::kBytes;
   const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
@@ -315,21 +318,23 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const u32 warp_tile = held_smem + static_cast<u32>(warp_row * Plan::Tile::kRowBytes);
   if constexpr (kKeysHeld) {
     if (has_gradient) {
-      u8* dk = static_cast<u8*>(p.dk) + row_offset(owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
+      u8* dk = at_row(p.dk, owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
                head_kv * p.dk_stride_head + slice_k;
       store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dk, p.dk_stride_row, used, owned,
                                                               row_bytes - static_cast<i32>(slice_k));
     }
     if (has_gradient_v) {
       const u32 warp_tile_v = held_v_smem + static_cast<u32>(warp_row * Plan::TileV::kRowBytes);
-      u8* dv = static_cast<u8*>(p.dv) + row_offset(owner, p.dv_stride_batch, owner.k_begin + warp_first, p.dv_stride_row) +
+      u8* dv = at_row(p.dv, owner, p.dv_stride_batch, owner.k_begin + warp_first, p.dv_stride_row) +
                head_kv * p.dv_stride_head + slice_v;
       store_rows<Element, typename Plan::TileV, V::kLoadBytes>(gradient_v, warp_tile_v, dv, p.dv_stride_row, used, owned,
                                                                row_bytes_v - static_cast<i32>(slice_v));
     }
   } else {
-    u8* dq = static_cast<u8*>(p.dq) + row_offset(owner, p.dq_stride_batch, owner.q_begin + warp_first, p.dq_stride_row) + first_head * p.dq_stride_head;
-    store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dq, p.dq_stride_row, used, owned, row_bytes);
+    u8* dq = at_row(p.dq, owner, p.dq_stride_batch, owner.q_begin + warp_first, p.dq_stride_row) +
+             first_head * p.dq_stride_head;
+    store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dq, p.dq_stride_row, used, owned,
+                                                            row_bytes);
 
     // One partial sum a warp: backward_sum.cu adds them up.
     float sink_sum = 0.0f;
@@ -355,7 +360,8 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 HW_KERNEL(Variant::kThreads) cuflash_backward_sm80(HW_GRID_CONSTANT BackwardParams p) {
   using V = Variant;
   const i32* cu_seqlens = V::kKeysHeld ? p.cu_seqlens_k : p.cu_seqlens_q;
-  const TileRange range = tiles_of_block<V::kHeld>(cu_seqlens, V::kKeysHeld ? p.k_len : p.q_len, p.batch, p.packed_grid);
+  const i32 rows = V::kKeysHeld ? p.k_len : p.q_len;
+  const TileRange range = tiles_of_block<V::kHeld>(cu_seqlens, rows, p.batch, p.packed_grid);
   const auto tiles = [&] {
     const Sequence seq = read_sequence(p, range.sequence);
     return ceil_div(V::kKeysHeld ? seq.k_rows : seq.q_rows, V::kHeld);

@@ -81,9 +81,9 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const i32 head = hw::block_idx_y();
   const i32 head_kv = head / p.head_group;
   const i32 q_first = (ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ;
-  const u8* q = static_cast<const u8*>(p.q) + row_offset(seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
-  const u8* k = static_cast<const u8*>(p.k) + row_offset(seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
-  const u8* v = static_cast<const u8*>(p.v) + row_offset(seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
+  const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
+  const u8* k = at_row(p.k, seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
+  const u8* v = at_row(p.v, seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
   const i32 row_bytes = p.head_dim * Plan::kBytes;
   const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
   const RowLoader<typename Plan::KTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> k_loader(k_smem, k, p.k_stride_row);
@@ -165,11 +165,11 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const Sequence owner = read_sequence(p, sequence);
   const i32 used = owner.q_len - q_first - warp_row;    // of this warp's rows, those that are queries
   const i32 owned = owner.q_rows - q_first - warp_row;  // and those to write
-  u8* out = static_cast<u8*>(p.out) +
-            row_offset(owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
+  u8* out = at_row(p.out, owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
             head * p.out_stride_head;
   store_rows<Element, typename Plan::OutTile, V::kLoadBytes>(
-      o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned, row_bytes_v);
+      o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned,
+      row_bytes_v);
   if (lane % 4 == 0) {
     const i64 line = row_offset(owner, p.lse_stride_batch, owner.q_begin + q_first + warp_row, 1) + head * p.lse_stride_head;
     HW_UNROLL
@@ -189,7 +189,8 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams
   constexpr i32 kBlockQ = Variant::kBlockQ;
   const TileRange range = tiles_of_block<kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
   // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
-  for (i32 i = range.first; i < ceil_div(read_sequence(p, range.sequence).q_rows, kBlockQ); i += tile_step(p.packed_grid)) {
+  const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, kBlockQ); };
+  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
     // sync   shared memory <-> all warps: this tile's Q may replace the one before
     if (i > range.first) hw::sync_threads();
     forward_tile<Variant>(p, range.sequence, i);

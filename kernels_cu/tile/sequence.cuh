@@ -54,3 +54,11 @@ HW_DEVICE Sequence read_sequence(const Params& p, i32 index) {
 HW_DEVICE i64 row_offset(const Sequence& seq, i64 stride_batch, i64 row, i64 stride_row) {
   return seq.dense_idx * stride_batch + row * stride_row;
 }
+
+// The address of that row in an array whose strides count bytes.
+HW_DEVICE const u8* at_row(const void* array, const Sequence& seq, i64 stride_batch, i64 row, i64 stride_row) {
+  return static_cast<const u8*>(array) + row_offset(seq, stride_batch, row, stride_row);
+}
+HW_DEVICE u8* at_row(void* array, const Sequence& seq, i64 stride_batch, i64 row, i64 stride_row) {
+  return static_cast<u8*>(array) + row_offset(seq, stride_batch, row, stride_row);
+}
