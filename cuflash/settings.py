@@ -44,7 +44,7 @@ class Config:
         self.version = 0  # counts assignments: plans made under older settings are stale
         self.backend = env.get("CUFLASH_BACKEND") or "auto"
         self.arch = env.get("CUFLASH_ARCH") or "sm_80"
-        self.check = (env.get("CUFLASH_CHECK") or "0") not in ("0", "false", "no")
+        self.check = (env.get("CUFLASH_CHECK") or "0").lower() not in ("0", "false", "no")
         self.cache_dir = env.get("CUFLASH_CACHE_DIR") or None
         self.dump = env.get("CUFLASH_DUMP") or None
         self.on_compile = env.get("CUFLASH_ON_COMPILE") or "quiet"
@@ -56,7 +56,7 @@ class Config:
     @backend.setter
     def backend(self, value: str) -> None:
         if value not in BACKENDS:
-            raise ArgumentError(f"config.backend={value!r} must be one of {', '.join(BACKENDS)}")
+            raise ArgumentError(f"config.backend={value!r} (CUFLASH_BACKEND) must be one of {', '.join(BACKENDS)}")
         self._backend = value
         self.version += 1
 
@@ -106,7 +106,8 @@ class Config:
     def on_compile(self, value: str | Callable[[Any], None]) -> None:
         if not callable(value) and value not in ON_COMPILE:
             raise ArgumentError(
-                f"config.on_compile={value!r} must be one of {', '.join(ON_COMPILE)} or a function of one argument"
+                f"config.on_compile={value!r} (CUFLASH_ON_COMPILE) must be one of {', '.join(ON_COMPILE)}, or a function "
+                "of one argument"
             )
         self._on_compile = value
         self.version += 1

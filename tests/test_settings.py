@@ -1,0 +1,63 @@
+"""The settings: each is read from the environment once, and a wrong one is refused where it is set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cuflash.errors import ArgumentError, UnsupportedError
+from cuflash.settings import Config
+
+
+def test_every_setting_is_an_environment_variable():
+    config = Config(
+        {
+            "CUFLASH_BACKEND": "emulator",
+            "CUFLASH_ARCH": "sm_90",
+            "CUFLASH_CHECK": "1",
+            "CUFLASH_CACHE_DIR": "~/kernels",
+            "CUFLASH_DUMP": "texts",
+            "CUFLASH_ON_COMPILE": "error",
+        }
+    )
+    assert (config.backend, config.arch, config.check) == ("emulator", "sm_90a", True)
+    assert config.cache_dir == Path.home() / "kernels"
+    assert config.dump == Path("texts")
+    assert config.on_compile == "error"
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_what_is_not_set_has_its_default(empty):
+    names = ("BACKEND", "ARCH", "CHECK", "CACHE_DIR", "DUMP", "ON_COMPILE")
+    config = Config({} if empty is None else {f"CUFLASH_{name}": empty for name in names})
+    assert (config.backend, config.arch, config.check) == ("auto", "sm_80", False)
+    assert config.cache_dir.name == "cuflash" and config.dump is None and config.on_compile == "quiet"
+
+
+@pytest.mark.parametrize("value", ["0", "false", "False", "no"])
+def test_check_can_be_switched_off(value):
+    assert not Config({"CUFLASH_CHECK": value}).check
+
+
+@pytest.mark.parametrize(
+    "name, value, error, says",
+    [
+        ("backend", "gpu", ArgumentError, r"config\.backend='gpu' \(CUFLASH_BACKEND\) must be one of auto, cuda"),
+        ("arch", "sm_75", UnsupportedError, r"arch='sm_75' is not one of sm_80.*on older GPUs pass host arrays"),
+        ("on_compile", "loud", ArgumentError, r"config\.on_compile='loud' \(CUFLASH_ON_COMPILE\) must be one of progress"),
+    ],
+)
+def test_a_wrong_value_is_refused_and_changes_nothing(name, value, error, says):
+    config = Config({})
+    before = repr(config), config.version
+    with pytest.raises(error, match=says):
+        setattr(config, name, value)
+    assert (repr(config), config.version) == before
+    with pytest.raises(error, match=says):
+        Config({f"CUFLASH_{name.upper()}": value})
+
+
+def test_a_misspelt_setting_is_no_setting():
+    with pytest.raises(AttributeError):
+        Config({}).bakend = "cuda"  # type: ignore[attr-defined]
