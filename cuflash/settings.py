@@ -106,8 +106,8 @@ class Config:
     def on_compile(self, value: str | Callable[[Any], None]) -> None:
         if not callable(value) and value not in ON_COMPILE:
             raise ArgumentError(
-                f"config.on_compile={value!r} (CUFLASH_ON_COMPILE) must be one of {', '.join(ON_COMPILE)}, or a function "
-                "of one argument"
+                f"config.on_compile={value!r} (CUFLASH_ON_COMPILE) must be one of {', '.join(ON_COMPILE)}, or a "
+                "function of one argument"
             )
         self._on_compile = value
         self.version += 1

@@ -45,7 +45,7 @@ def test_check_can_be_switched_off(value):
     [
         ("backend", "gpu", ArgumentError, r"config\.backend='gpu' \(CUFLASH_BACKEND\) must be one of auto, cuda"),
         ("arch", "sm_75", UnsupportedError, r"arch='sm_75' is not one of sm_80.*on older GPUs pass host arrays"),
-        ("on_compile", "loud", ArgumentError, r"config\.on_compile='loud' \(CUFLASH_ON_COMPILE\) must be one of progress"),
+        ("on_compile", "loud", ArgumentError, r"config\.on_compile='loud' \(CUFLASH_ON_COMPILE\) must be one of prog"),
     ],
 )
 def test_a_wrong_value_is_refused_and_changes_nothing(name, value, error, says):
