@@ -217,7 +217,7 @@ def _weights(q: Array, k: Array, **keywords: Any) -> Array:
 
     unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "page_table")
     keywords = {name: x for name, x in keywords.items() if name not in unused}
-    on_host = {
+    on_host: dict[str, Any] = {
         name: frameworks.torch.to_host(x) if hasattr(x, "detach") else x
         for name, x in ({"q": q, "k": k} | keywords).items()
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,7 +57,7 @@ def test_generated_cases(backend, entry, seed):
             raise
 
 
-def weights_kept(q: np.ndarray, k: np.ndarray, width: int, **keywords: object) -> np.ndarray:
+def weights_kept(q: np.ndarray, k: np.ndarray, width: int, **keywords: Any) -> np.ndarray:
     """The mask the kernel applies, bool [batch, heads_q, q_len, k_len], seen through values that are unit vectors."""
     batch, k_len, heads_kv, _ = k.shape
     parts = []
