@@ -14,6 +14,7 @@ from cases import Case
 from compare import check_forward
 
 import cuflash
+from cuflash import arch
 from cuflash.errors import EmulatorError
 from cuflash.jit import source
 from cuflash.jit.source import Edit
@@ -47,6 +48,10 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
     ),
     "barrier between query tiles missing": (
         (Edit(KERNEL, "if (i > range.first) hw::sync_threads();", ""),),
+        UNORDERED,
+    ),
+    "meeting of a warp's lanes before the store missing": (
+        (Edit("tile/store.cuh", "  hw::sync_warp();\n", "\n"),),
         UNORDERED,
     ),
     "K refilled before all have read it": (
@@ -147,10 +152,13 @@ def test_without_a_bug_nothing_is_reported(edited):
 
 
 def test_every_barrier_and_wait_is_removed_in_turn():
-    text = source.read(source.folder() / KERNEL)
+    spec = forward.representative(arch.named("sm_80"))[0]
+    text = "".join(
+        line for file, _, line in source.numbered(spec.text("cuda")) if file == KERNEL or file.startswith("tile/")
+    )
     taken = "".join(edit.old for name, (edits, _) in BUGS.items() if "missing" in name for edit in edits)
-    for call in ("hw::sync_threads()", "hw::cp_async_wait<0>()"):
-        assert taken.count(call) == text.count(call)
+    for call in ("hw::sync_threads()", "hw::sync_warp()", "hw::cp_async_wait<0>()"):
+        assert taken.count(call) == text.count(call) > 0
 
 
 @pytest.mark.parametrize("name", BUGS)
