@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from backends import using
 from compare import check_forward
+from needs import needs_nvrtc
 
 import cuflash
 from cuflash import api, dtypes
@@ -304,8 +305,8 @@ def test_warmup_compiles_what_the_call_needs(rng):
     assert not compiled
 
 
+@needs_nvrtc
 def test_warmup_without_a_gpu(monkeypatch):
-    pytest.importorskip("cuda.bindings.nvrtc")
     cuflash.warmup(dtype="bfloat16", head_dim=64, arch="sm_80")
     monkeypatch.setitem(sys.modules, "cupy", None)
     with pytest.raises(UnsupportedError, match=r"CuPy.*pip install 'cuflash\[cuda"):

@@ -11,6 +11,7 @@ import gc
 import numpy as np
 import pytest
 from compare import check_forward
+from needs import needs_nvrtc
 from recorded import recording
 
 import cuflash
@@ -18,7 +19,7 @@ from cuflash import api, arch, dtypes
 from cuflash.jit import layout
 from cuflash.ops import forward
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC compiles the kernels whose launches are recorded")
+pytestmark = needs_nvrtc  # it compiles the kernels whose launches are recorded
 KIND = "cupy stand-in"
 
 

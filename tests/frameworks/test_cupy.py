@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from compare import check_forward
+from needs import needs_nvrtc
 from recorded import KINDS, STREAM, recording
 from samples import DTYPES, sample
 
@@ -18,7 +19,7 @@ from cuflash.frameworks import cupy as cupy_adapter
 from cuflash.frameworks.cupy import Machine
 from cuflash.jit import layout
 
-pytest.importorskip("cuda.bindings.nvrtc", reason="NVRTC compiles the kernels whose launches are recorded")
+pytestmark = needs_nvrtc  # it compiles the kernels whose launches are recorded
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,9 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hw_toys import BACKENDS, Toy, aligned, at_aligned
+from needs import needs_nvrtc
 
 from cuflash import arch
-from cuflash.errors import CompileError
 from cuflash.jit import nvrtc
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -403,12 +403,9 @@ def test_mma_keeps_infinity_and_nan(run, backend, kind):
     assert (found[:, 2:] == (8 if kind == "tf32" else 16)).all()
 
 
+@needs_nvrtc
 def test_every_toy_compiles_for_a_gpu(tmp_path):
     """Without one, so that nothing here waits for a GPU to be found wrong."""
-    try:
-        nvrtc.version()
-    except CompileError:
-        pytest.skip("NVRTC is not installed")
     everything = "".join(f"if (n == {i}) {{ {body} }}\n" for i, (body, _, _) in enumerate(BODIES.values()))
     text = Toy(tmp_path, everything).spec.text("cuda")
     nvrtc.compile(text, arch.named("sm_90a"), "toy.cu")
