@@ -121,14 +121,12 @@ def attention(
     if operation is not None:
         if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
             _refuse_keywords(page_table, block_mask, split_size, kernel_options)
-        if validate.dropout_p(dropout_p):
-            raise UnsupportedError(f"dropout_p={dropout_p}: {_UNSUPPORTED_OPERATION['dropout_p']}")
         for name, given in (("out", out), ("score_mod", score_mod), ("mask_mod", mask_mod)):
             if given is not None:
                 raise UnsupportedError(f"{name}: {_UNSUPPORTED_OPERATION[name]}")
         names = validate.aux_names(aux)
         if "dropout_mask" in names:
-            raise UnsupportedError(_UNSUPPORTED_OPERATION["dropout_p"])
+            raise UnsupportedError(f"dropout_mask: {_UNSUPPORTED_OPERATION['dropout_mask']}")
         results = operation(
             q, k, v,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
@@ -137,7 +135,8 @@ def attention(
             seqused_q=seqused_q, seqused_k=seqused_k,
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
-            alibi_slopes=alibi_slopes, sink=sink, deterministic=bool(deterministic), aux=names,
+            alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
+            deterministic=bool(deterministic), aux=names,
         )  # fmt: skip
         if not names:
             return results[0]
@@ -257,7 +256,7 @@ _NEEDED = {
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
     unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
-    return _bind(q, k, v, causal=False, dropout_p=0.0, seed=None, offset=0, aux=aux, **unused, **keywords).run()
+    return _bind(q, k, v, causal=False, aux=aux, **unused, **keywords).run()
 
 
 frameworks.calls["attention"] = _attention_below
@@ -633,7 +632,10 @@ _UNSUPPORTED = {
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
-    "dropout_p": "no gradient of dropped weights is known: pass dropout_p=0.0, or call without gradients",
+    "dropout_mask": (
+        "it is no result to differentiate: call attention once more without gradients, in PyTorch under "
+        "torch.no_grad(), with the same seed and offset"
+    ),
     "out": (
         "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
         "outside of them, in PyTorch under torch.no_grad()"

@@ -366,7 +366,8 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
         side = -1 if side is None else side
         if not isinstance(side, numbers.Integral):
             raise ArgumentError(f"window_size={window_size!r} must hold two ints: pass (int(left), int(right))")
-        require(int(side) >= -1, f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
+        if int(side) < -1:  # the message is made only then: a compiler's symbolic int has no repr
+            raise ArgumentError(f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
         sides.append(int(side))
     left, right = sides
     return left, 0 if causal else right
@@ -381,7 +382,8 @@ def hint(name: str, value: Any) -> int | None:
             f"{name} is a {type(value).__qualname__} and must be an int or None: reading a device value would wait for "
             "the device, and the hint is not needed"
         )
-    require(int(value) >= 0, f"{name}={value} must not be negative")
+    if int(value) < 0:
+        raise ArgumentError(f"{name}={value} must not be negative")
     return int(value)
 
 

@@ -73,7 +73,6 @@ def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
         or torch._C._is_any_autocast_enabled()
         or torch._C._get_tracing_state() is not None  # torch.jit.trace
-        or type(q).__torch_dispatch__ is not torch._C._disabled_torch_dispatch_impl
     )
 
 
@@ -136,7 +135,7 @@ def draw_seed(device: Device) -> tuple[Any, Any]:
     """Drawn on the device without a wait, so that manual_seed, checkpointing and graph replay do as they always do."""
     torch = _torch()
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
-    drawn = torch.empty(2, dtype=torch.int64, device=where).random_()
+    drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=where)
     return drawn[:1], drawn[1:]
 
 

@@ -17,19 +17,35 @@ import numpy as np
 
 from ..errors import ArgumentError, UnsupportedError
 from . import calls
-from .torch import _torch
+from .torch import _torch, draw_seed
 
 torch: Any = _torch()
 
 # The operators' arguments: tensors first, then numbers, both in this order wherever they travel as a tuple.
-_TENSORS = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "sink")
-_NUMBERS = ("max_seqlen_q", "max_seqlen_k", "scale", "left", "right", "softcap", "deterministic")
+_TENSORS = (
+    "q",
+    "k",
+    "v",
+    "cu_seqlens_q",
+    "cu_seqlens_k",
+    "seqused_q",
+    "seqused_k",
+    "alibi_slopes",
+    "sink",
+    "seed",
+    "offset",
+)
+_NUMBERS = (
+    "max_seqlen_q", "max_seqlen_k", "scale", "left", "right", "softcap", "dropout_p", "seed_number", "offset_number",
+    "deterministic",
+)  # fmt: skip
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? alibi_slopes, Tensor? sink, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float? scale, SymInt left, "
-    "SymInt right, float softcap, bool deterministic"
+    "Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
+    "float? scale, SymInt left, SymInt right, float softcap, float dropout_p, SymInt seed_number, "
+    "SymInt offset_number, bool deterministic"
 )
-_SLOPES, _SINK = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink")
+_SLOPES, _SINK, _DROPOUT = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink"), _NUMBERS.index("dropout_p")
 
 
 def attention(
@@ -48,6 +64,9 @@ def attention(
     softcap: float,
     alibi_slopes: Any,
     sink: Any,
+    dropout_p: float,
+    seed: Any,
+    offset: Any,
     deterministic: bool,
     aux: tuple[str, ...],
 ) -> tuple[Any, Any, Any]:
@@ -64,30 +83,42 @@ def attention(
         q, k, v = (x.to(low) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v))
         if sink is not None and sink.dtype not in (torch.float32, low):
             sink = sink.to(torch.float32)
+    seed_number = offset_number = 0
+    if dropout_p:
+        if seed is None:
+            seed, offset = draw_seed((kind, q.device.index or 0))
+        seed, seed_number = _random_number("seed", seed)
+        offset, offset_number = _random_number("offset", offset)
+    else:
+        seed = offset = None
     arguments = (
         q, k, v,
         _lengths("cu_seqlens_q", cu_seqlens_q, q), _lengths("cu_seqlens_k", cu_seqlens_k, q),
         _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
-        alibi_slopes, sink, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
+        alibi_slopes, sink, seed, offset, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
+        dropout_p, seed_number, offset_number,
         deterministic or torch.are_deterministic_algorithms_enabled(), "max_logit" in aux,
     )  # fmt: skip
-    if torch.compiler.is_compiling() or _needs_function(q, k, v, alibi_slopes, sink):
+    if _in_torch_func(q, k, v, alibi_slopes, sink):
         return _Attention.apply(*arguments)
     return torch.ops.cuflash.attention.default(*arguments)
 
 
-def _needs_function(*tensors: Any) -> bool:
-    """Whether somebody differentiates or vectorises."""
+def _in_torch_func(*tensors: Any) -> bool:
+    """Whether a transform of torch.func is at work, which follows an autograd.Function and not an operator."""
+    if torch.compiler.is_compiling():
+        return False
+    transforms = torch._C._functorch.get_interpreter_stack()
     given = [x for x in tensors if x is not None]
-    if torch.autograd.forward_ad._current_level >= 0:
-        for x in given:
-            if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+    if transforms:
+        if any(t.key() == torch._C._functorch.TransformType.Jvp for t in transforms):
+            if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
                 _refuse_forward_mode()
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() == torch._C._functorch.TransformType.Jvp for t in transforms):
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
             _refuse_forward_mode()
-    return bool(transforms) or (torch.is_grad_enabled() and any(x.requires_grad for x in given))
+    return False
 
 
 def _refuse_forward_mode() -> NoReturn:
@@ -114,6 +145,18 @@ def _lengths(name: str, x: Any, q: Any) -> Any:
     raise ArgumentError(f"{name} is a {type(x).__qualname__}: pass an int32 tensor, a list or a NumPy array")
 
 
+def _random_number(name: str, x: Any) -> tuple[Any, int]:
+    """A seed or offset as (tensor, 0) or (None, int), the int as the operators' signed 64 bits."""
+    if isinstance(x, torch.Tensor):
+        return x, 0
+    if isinstance(x, np.ndarray) and x.size == 1 and x.dtype.kind in "iu":
+        x = x.item()
+    if not isinstance(x, (int, np.integer)):
+        raise ArgumentError(f"{name}={x!r} must be an int, or an integer tensor of one element: pass int({name})")
+    x = int(x)
+    return None, x - 2**64 if 2**63 <= x < 2**64 else x
+
+
 # The operators --------------------------------------------------------------------------------------------------------
 
 
@@ -125,6 +168,10 @@ def _keywords(arguments: tuple[Any, ...]) -> dict[str, Any]:
         if x is not None and x.device.type == "cpu":
             named[name] = x.numpy()  # host values may stand beside device arrays in this form
     named["window_size"] = named.pop("left"), named.pop("right")
+    for name in ("seed", "offset"):
+        number = named.pop(name + "_number")
+        if named[name] is None:
+            named[name] = number % 2**64
     return named
 
 
@@ -199,83 +246,112 @@ for _name, _signature, _kernel, _shapes in (
 # Derivatives ----------------------------------------------------------------------------------------------------------
 
 
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """What the backward of `attention` will need."""
+    out, lse, max_logit = output
+    ctx.mark_non_differentiable(max_logit)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)])
+    ctx.numbers = inputs[len(_TENSORS) : -1]
+
+
+def _differentiate(backward: Callable[..., Any], ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+    """A gradient, or None, for each argument of `attention`."""
+    needed = ctx.needs_input_grad
+    if dout is None and dlse is None:
+        return (None,) * len(needed)
+    out, lse, *tensors = ctx.saved_tensors
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsink, dslopes = backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needed[_SLOPES])
+    grads = [dq, dk, dv, *[None] * (len(needed) - 3)]
+    grads[_SINK], grads[_SLOPES] = dsink, dslopes
+    return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """There is no second derivative."""
+
+
+def _refuse_second(ctx: Any, *grads: Any) -> NoReturn:
+    raise UnsupportedError(
+        "attention has a first derivative only, and this asks for a second (create_graph=True, torch.func.hessian, "
+        "a gradient penalty): use torch.nn.functional.scaled_dot_product_attention with "
+        "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
+    )
+
+
+def _operator_backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+    return _differentiate(torch.ops.cuflash.attention_backward.default, ctx, dout, dlse)
+
+
+torch.library.register_autograd("cuflash::attention", _operator_backward, setup_context=_keep, lib=_library)
+torch.library.register_autograd(
+    "cuflash::attention_backward", _refuse_second, setup_context=_keep_nothing, lib=_library
+)
+
+
 class _Attention(torch.autograd.Function):
+    """The operator once more, for torch.func."""
+
+    setup_context = staticmethod(_keep)
+
     @staticmethod
     def forward(*arguments: Any) -> Any:
         return torch.ops.cuflash.attention.default(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        out, lse, max_logit = output
-        ctx.mark_non_differentiable(max_logit)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)])
-        ctx.numbers = inputs[len(_TENSORS) : -1]
-
-    @staticmethod
     def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
-        if dout is None and dlse is None:
-            return (None,) * len(needed)
-        out, lse, *tensors = ctx.saved_tensors
-        if dout is None:
-            dout = torch.zeros_like(out)
-        # torch.compile neither follows a function within a function nor differentiates twice.
-        compiling = torch.compiler.is_compiling()
-        backward = torch.ops.cuflash.attention_backward.default if compiling else _Backward.apply
-        dq, dk, dv, dsink, dslopes = backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needed[_SLOPES])
-        grads = [dq, dk, dv, *[None] * (len(needed) - 3)]
-        grads[_SINK], grads[_SLOPES] = dsink, dslopes
-        return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+        return _differentiate(_Backward.apply, ctx, dout, dlse)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
-        if tensors[3] is not None or in_dims[_SINK] is not None:
-            return _one_by_one(_Attention.apply, info.batch_size, in_dims, arguments)
-        n, batch = info.batch_size, _batch_size(arguments[0], in_dims[0])
-        folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
-        results = _Attention.apply(*folded, *numbers)
-        return _unfold_all(n, batch, results)
+        return _attention_of_many(_Attention.apply, info.batch_size, in_dims, arguments)
 
 
 class _Backward(torch.autograd.Function):
-    """The backward as a function of its own: it vectorises, and says what a second derivative asks for."""
+    """Its backward, for transforms of the gradient."""
+
+    setup_context = staticmethod(_keep_nothing)
+    backward = staticmethod(_refuse_second)
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
         return torch.ops.cuflash.attention_backward.default(*arguments)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Nothing is kept: there is no derivative."""
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> NoReturn:
-        raise UnsupportedError(
-            "attention has a first derivative only, and this asks for a second (create_graph=True, torch.func.hessian, "
-            "a gradient penalty): use torch.nn.functional.scaled_dot_product_attention with "
-            "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)"
-        )
-
-    @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        end = 4 + len(_TENSORS)
-        results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
-        if tensors[3] is not None or tensors[_SINK] is not None:  # dsink is a sum over the batch
-            return _one_by_one(_Backward.apply, info.batch_size, in_dims, arguments)
-        n, batch = info.batch_size, _batch_size(arguments[4], in_dims[4])
-        slopes = tensors[_SLOPES]
-        rank = None if slopes is None else slopes.ndim - (in_dims[4 + _SLOPES] is not None)
-        folded = [_fold(n, x, dim) for x, dim in zip(results, in_dims[:4], strict=True)]
-        folded += _fold_all(n, batch, in_dims[4:end], tensors, own_slopes=True)
-        grads, dims = _unfold_all(n, batch, _Backward.apply(*folded, *numbers))
-        if rank == 1 and dims[-1] is not None:
-            grads = (*grads[:-1], grads[-1].sum(1))
-        return grads, dims
+        return _backward_of_many(_Backward.apply, info.batch_size, in_dims, arguments)
 
 
 # Vectorising: a batch of calls is one call with a larger batch --------------------------------------------------------
+
+
+def _attention_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
+    # Packed, or dropout, which counts sequences within a call, or a sink each.
+    if tensors[3] is not None or numbers[_DROPOUT] or in_dims[_SINK] is not None:
+        return _one_by_one(function, n, in_dims, arguments)
+    batch = _batch_size(arguments[0], in_dims[0])
+    folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
+    return _unfold_all(n, batch, function(*folded, *numbers))
+
+
+def _backward_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
+    end = 4 + len(_TENSORS)
+    results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
+    # Packed, or dropout, or dsink, which is a sum over each call's batch.
+    if tensors[3] is not None or numbers[_DROPOUT] or tensors[_SINK] is not None:
+        return _one_by_one(function, n, in_dims, arguments)
+    batch = _batch_size(arguments[4], in_dims[4])
+    slopes = tensors[_SLOPES]
+    rank = None if slopes is None else slopes.ndim - (in_dims[4 + _SLOPES] is not None)
+    folded = [_fold(n, x, dim) for x, dim in zip(results, in_dims[:4], strict=True)]
+    folded += _fold_all(n, batch, in_dims[4:end], tensors, own_slopes=True)
+    grads, dims = _unfold_all(n, batch, function(*folded, *numbers))
+    if rank == 1 and dims[-1] is not None:
+        grads = (*grads[:-1], grads[-1].sum(1))
+    return grads, dims
 
 
 def _batch_size(q: Any, dim: int | None) -> int:
@@ -287,7 +363,12 @@ def _fold(n: int, x: Any, dim: int | None) -> Any:
     if x is None:
         return None
     x = x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
-    return x.flatten(0, 1)
+    return _readable(x.flatten(0, 1))
+
+
+def _readable(x: Any) -> Any:
+    """What `attention` takes in place: q, k and v with a unit last stride, the rest contiguous."""
+    return x if x.ndim > 2 and x.stride(-1) == 1 else x.contiguous()
 
 
 def _fold_all(n: int, batch: int, in_dims: Any, tensors: Any, own_slopes: bool = False) -> list[Any]:
@@ -297,8 +378,8 @@ def _fold_all(n: int, batch: int, in_dims: Any, tensors: Any, own_slopes: bool =
         if name == "alibi_slopes" and x is not None and x.ndim - (dim is not None) == 1:
             if dim is not None or own_slopes:
                 x = x.unsqueeze(0).expand(n, -1) if dim is None else x.movedim(dim, 0)
-                x = x.unsqueeze(1).expand(n, batch, x.shape[-1]).flatten(0, 1)
-        elif name != "sink":
+                x = _readable(x.unsqueeze(1).expand(n, batch, x.shape[-1]).flatten(0, 1))
+        elif name not in ("sink", "seed", "offset"):
             x = _fold(n, x, dim)
         folded.append(x)
     return folded
@@ -313,10 +394,22 @@ def _unfold_all(n: int, batch: int, results: tuple[Any, ...]) -> tuple[tuple[Any
 def _one_by_one(
     function: Callable[..., Any], n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]
 ) -> tuple[tuple[Any, ...], tuple[int, ...]]:
-    """Packed calls have rows of their own, and sums over a batch are one a call: these run after one another."""
+    """What cannot be folded, one call after another."""
     every = [
-        function(*[x if dim is None else x.select(dim, i) for x, dim in zip(arguments, in_dims, strict=True)])
+        function(
+            *[x if dim is None else _readable(x.select(dim, i)) for x, dim in zip(arguments, in_dims, strict=True)]
+        )
         for i in range(n)
     ]
     results = tuple(torch.stack(parts) for parts in zip(*every, strict=True))
     return results, (0,) * len(results)
+
+
+for _name, _of_many in (("attention", _attention_of_many), ("attention_backward", _backward_of_many)):
+
+    def _vmap(
+        info: Any, in_dims: tuple[Any, ...], *arguments: Any, _of_many: Any = _of_many, _name: str = _name
+    ) -> Any:
+        return _of_many(getattr(torch.ops.cuflash, _name).default, info.batch_size, in_dims, arguments)
+
+    torch.library.register_vmap(f"cuflash::{_name}", _vmap, lib=_library)
