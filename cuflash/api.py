@@ -216,9 +216,8 @@ def attention_backward(
     The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
     sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
 
-    Runs for host arrays, on the NumPy reference; elsewhere, and with `score_mod`, it raises `UnsupportedError`, as
-    `attention` does for what it does not serve. Wrong arguments raise `ArgumentError`; a refused call has written
-    nothing.
+    Raises `UnsupportedError` for what `attention` does not serve, and for `score_mod`, whose derivative is not known.
+    Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
 
     >>> import numpy as np
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 4, 64)).astype(np.float32)
@@ -285,7 +284,7 @@ class _Call:
     prepared: _Prepared
     targets: dict[str, Array]  # arrays of the caller's that results are written to, by name
     mods: dict[str, Callable[..., Any]]
-    random: dict[str, int]  # seed and offset of dropout, where `views` has no arrays for them
+    random: dict[str, Any]  # ints: seed and offset of dropout, where `views` has no arrays for them
 
     def run(self) -> Any:
         """attention"""
@@ -293,7 +292,8 @@ class _Call:
         out, aux = self._result("out"), self.prepared.aux
         if not aux:
             return out
-        return AttentionOutput(out, **{name: self._result(name) for name in aux})
+        named: dict[str, Any] = {name: self._result(name) for name in aux}
+        return AttentionOutput(out, **named)
 
     def gradients(self) -> AttentionGrads:
         """attention_backward"""
@@ -315,6 +315,9 @@ class _Call:
         for name, values in self.uploads.items():
             views[name] = framework.upload(values, device)
         for name, shape, dtype in prepared.results:
+            if name not in views:
+                views[name] = framework.empty(shape, dtype, device)
+        for name, (shape, dtype) in prepared.workspace().items():
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
         plan = prepared.plan
@@ -364,13 +367,17 @@ class _Prepared:
 
     backend: str  # "cuda", "emulator" or "reference"
     device: Device
-    plan: Any  # ops.forward.ForwardPlan; None on the reference
+    plan: Any  # ops.forward.ForwardPlan or ops.backward.BackwardPlan; None on the reference
     results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype)
     aux: tuple[str, ...]
     scale: float
     window: tuple[int, int]  # causal folded in
     softcap: float
     dropout_p: float
+
+    def workspace(self) -> dict[str, tuple[tuple[int, ...], DType]]:
+        """Scratch arrays that a run on a GPU needs: (shape, dtype) by name."""
+        return getattr(self.plan, "workspace", {})
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
@@ -442,6 +449,8 @@ def _bind(
                     plain.append(name)
         if max_seqlen_q is None and "cu_seqlens_q" in host_values:
             max_seqlen_q = _longest(host_values["cu_seqlens_q"])
+        if backward is not None and max_seqlen_k is None and "cu_seqlens_k" in host_values:
+            max_seqlen_k = _longest(host_values["cu_seqlens_k"])
 
     random: dict[str, int] = {}
     if dropout_p:
@@ -621,8 +630,6 @@ _UNSUPPORTED = {
         "no kernel calls a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens where they say it, or "
         "host (NumPy) arrays with config.backend='auto', which run on the reference"
     ),
-    "backward": "no kernel computes gradients: pass host (NumPy) arrays with config.backend='auto', which run on the "
-    "reference, or train with torch.nn.functional.scaled_dot_product_attention or jax.nn.dot_product_attention",
     "score_mod_backward": (
         "the derivative of a Python function is not known: pass softcap= or alibi_slopes= where they say it, or leave "
         "it to a framework that differentiates, as torch.nn.attention.flex_attention"
@@ -721,8 +728,6 @@ def _prepare(
             results.append(("dslopes", views["alibi_slopes"].shape, dtypes.float32))
         if "score_mod" in mods:
             raise UnsupportedError(f"score_mod: {_UNSUPPORTED['score_mod_backward']}")
-        if backend != "reference":
-            raise UnsupportedError(f"attention_backward with the {backend} backend: {_UNSUPPORTED['backward']}")
     validate.outputs(views, {name: shape for name, shape, _ in results if name in targets}, framework)
 
     plan = None
@@ -731,9 +736,7 @@ def _prepare(
             arch = frameworks.cupy.arch_of(q.device[1], framework.cuda_version())
         else:
             arch = arch_table.named(config.arch)
-        out_strides = views["out"].strides if "out" in views else contiguous_strides(out_shape)
-        slopes, sink = views.get("alibi_slopes"), views.get("sink")
-        problem = _forward().ForwardProblem(
+        plan = _plan(views, results, arch, alignment, dict(
             dtype=q.dtype,
             batch=batch,
             packed=packed,
@@ -744,25 +747,45 @@ def _prepare(
             heads_kv=heads_kv,
             head_dim=head_dim,
             head_dim_v=head_dim_v,
-            q_strides=_problem_strides(q.strides, packed),
-            k_strides=_problem_strides(k.strides, packed),
-            v_strides=_problem_strides(v.strides, packed),
-            out_strides=_problem_strides(out_strides, packed),
-            load_bytes=_load_bytes(alignment, q.dtype.itemsize, (q.strides, k.strides, v.strides, out_strides)),
             scale=scale,
             window=(left, right),
             softcap=softcap,
-            seqused_q="seqused_q" in views,
-            seqused_k="seqused_k" in views,
-            alibi=None if slopes is None else ("head" if slopes.ndim == 1 else "batch"),
-            sink=None if sink is None else ("float32" if sink.dtype is dtypes.float32 else "element"),
-            lse="lse" in aux,
-            max_logit="max_logit" in aux,
             dropout_p=dropout_p,
-            seed=views["seed"].dtype if "seed" in views else None,
-        )
-        plan = _forward().plan(problem, arch)
+        ), max_seqlen_k, backward)  # fmt: skip
     return _Prepared(backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p)
+
+
+def _plan(
+    views: dict[str, TensorView],
+    results: Sequence[tuple[str, tuple[int, ...], DType]],
+    arch: Arch,
+    alignment: int,
+    fields: dict[str, Any],
+    max_seqlen_k: int | None,
+    backward: _Backward | None,
+) -> Any:
+    """The plan of a checked call: `fields` are those of both problems that do not follow from the views."""
+    names = ["q", "k", "v", "out"] + ([] if backward is None else ["dout", "dq", "dk", "dv"])
+    shapes = {name: shape for name, shape, _ in results}
+    strides = {n: views[n].strides if n in views else contiguous_strides(shapes[n]) for n in names}
+    packed, itemsize = fields["packed"], views["q"].dtype.itemsize
+    slopes, sink = views.get("alibi_slopes"), views.get("sink")
+    fields |= {f"{name}_strides": _problem_strides(steps, packed) for name, steps in strides.items()}
+    fields |= {
+        "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()]),
+        "seqused_q": "seqused_q" in views,
+        "seqused_k": "seqused_k" in views,
+        "alibi": None if slopes is None else ("head" if slopes.ndim == 1 else "batch"),
+        "sink": None if sink is None else ("float32" if sink.dtype is dtypes.float32 else "element"),
+        "seed": views["seed"].dtype if "seed" in views else None,
+    }
+    if backward is None:
+        ops = _forward()
+        return ops.plan(ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes), arch)
+    ops = _backward()
+    fields |= {name: name in shapes for name in ("dsink", "dslopes")}
+    fields |= {"max_seqlen_k": max_seqlen_k if packed else None, "dlse": "dlse" in views}
+    return ops.plan(ops.BackwardProblem(**fields, deterministic=backward.deterministic), arch)
 
 
 def _backend(device: Device, framework: Framework) -> str:
@@ -804,6 +827,12 @@ def _forward() -> Any:
     from .ops import forward
 
     return forward
+
+
+def _backward() -> Any:
+    from .ops import backward
+
+    return backward
 
 
 # Questions --------------------------------------------------------------------------------------------------------
@@ -968,7 +997,7 @@ def supports(
     backward: bool = False,
     **features: Any,
 ) -> Support:
-    """Whether kernels serve such a call, and if not, what to use instead.
+    """Whether kernels serve such a call (with `backward`: and its gradients), and if not, what to use instead.
 
     `dtype` by name or as any framework's; `arch` such as "sm_90a" (None: every GPU from sm_80); features are the
     keywords and outputs of `attention`, each true where it is used.
@@ -993,8 +1022,6 @@ def supports(
             arch_table.named(arch)
         except UnsupportedError as error:
             return Support(str(error))
-    if backward:
-        return Support(_UNSUPPORTED["backward"])
     for name, value in features.items():
         if name in _SERVED:
             continue
@@ -1018,7 +1045,7 @@ def warmup(
     device: int | None = None,
     **features: Any,
 ) -> None:
-    """Compile and load the kernel such calls need, so that none of them waits: the keywords of `supports`.
+    """Compile and load the kernels such calls need, so that none of them waits: the keywords of `supports`.
 
     Shapes, lengths, head counts and numbers are no part of it; arrays are taken as contiguous (others may load in
     narrower steps, by a kernel of their own). On a GPU the kernel is loaded on `device` (None: the
@@ -1035,7 +1062,8 @@ def warmup(
     element = _dtype_named(dtype)
     head_dim_v = head_dim_v or head_dim
     load_bytes = _load_bytes(0, element.itemsize, [(head_dim, 1), (head_dim_v, 1)])
-    problem = _forward().ForwardProblem(
+    rows, values = (head_dim, head_dim, head_dim), (head_dim_v, head_dim_v, head_dim_v)
+    fields = dict(
         dtype=element,
         batch=1,
         packed=False,
@@ -1046,34 +1074,34 @@ def warmup(
         heads_kv=1,
         head_dim=head_dim,
         head_dim_v=head_dim_v,
-        q_strides=(head_dim, head_dim, head_dim),
-        k_strides=(head_dim, head_dim, head_dim),
-        v_strides=(head_dim_v, head_dim_v, head_dim_v),
-        out_strides=(head_dim_v, head_dim_v, head_dim_v),
+        q_strides=rows,
+        k_strides=rows,
+        v_strides=values,
+        out_strides=values,
         load_bytes=load_bytes,
         scale=1.0,
-        window=(-1, -1),
-        softcap=0.0,
-        seqused_q=False,
-        seqused_k=False,
-        alibi=None,
-        sink=None,
-        lse=False,
-        max_logit=False,
         dropout_p=0.5 if features.get("dropout_p") else 0.0,
     )
+    problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields))]
+    if backward:
+        gradients = dict(dout_strides=values, dq_strides=rows, dk_strides=rows, dv_strides=values, max_seqlen_k=None)
+        sums = dict(dsink=bool(features.get("sink")), dslopes=bool(features.get("alibi_slopes")))
+        problems.append((_backward(), _backward().BackwardProblem(**fields, **gradients, **sums)))
     from .jit import module
 
     if config.backend == "emulator":
-        target = arch_table.named(config.arch)
-        module.load(_forward().plan(problem, target).spec, target, "emulator").prepare()
+        where, target, index = "emulator", arch_table.named(config.arch), None
     elif arch is not None:
-        target = arch if isinstance(arch, Arch) else arch_table.named(arch)
-        module.compile(_forward().plan(problem, target).spec, target)
+        where, target, index = "", arch if isinstance(arch, Arch) else arch_table.named(arch), None
     else:
         index = frameworks.cupy.current_device() if device is None else device
-        target = frameworks.cupy.arch_of(index)
-        module.load(_forward().plan(problem, target).spec, target, "cuda", index).prepare()
+        where, target = "cuda", frameworks.cupy.arch_of(index)
+    for ops, problem in problems:
+        for spec in ops.plan(problem, target).specs:
+            if where:
+                module.load(spec, target, where, index).prepare()
+            else:
+                module.compile(spec, target)
 
 
 def _dtype_named(dtype: Any) -> DType:

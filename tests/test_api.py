@@ -244,7 +244,6 @@ def test_supported(dtype):
         ({"head_dim": 257}, "head_dim=257: head dims go from 1 to 256"),
         ({"head_dim_v": 512}, "head_dim_v=512"),
         ({"arch": "sm_75"}, "compute capability 8.0"),
-        ({"backward": True}, "scaled_dot_product_attention"),
         ({"page_table": True}, "page_table: no kernel reads paged keys"),
         ({"score_mod": True}, "softcap="),
         ({"mask_mod": lambda *a: True}, "window_size="),

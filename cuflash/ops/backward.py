@@ -277,6 +277,11 @@ class BackwardPlan:
             self.steps.append(step(SumVariant(p.dtype, tile), grid, False, "(head, sequence)"))
 
     @property
+    def specs(self) -> tuple[module.KernelSpec, ...]:
+        """The kernels a launch runs."""
+        return tuple(step.spec for step in self.steps)
+
+    @property
     def workspace_bytes(self) -> int:
         sizes = [dtype.itemsize * functools.reduce(int.__mul__, shape, 1) for shape, dtype in self.workspace.values()]
         return sum(sizes)

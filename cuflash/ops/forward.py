@@ -252,6 +252,11 @@ class ForwardPlan:
         """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
         return self._pack(*pointers, seed % 2**64, offset % 2**32, *self._values)
 
+    @property
+    def specs(self) -> tuple[module.KernelSpec, ...]:
+        """The kernels a launch runs."""
+        return (self.spec,)
+
     def kernel(self, backend: str, device: int | None) -> module.Kernel:
         """The compiled kernel, compiling it if this machine never did."""
         return module.load(self.spec, self.arch, backend, device)
