@@ -117,7 +117,8 @@ def attention(
     >>> bool(np.allclose(result.out[2], x[2]))  # the first token of the second sequence sees itself alone
     True
     """
-    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out)
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths)
     if operation is not None:
         if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
             _refuse_keywords(page_table, block_mask, split_size, kernel_options)
@@ -147,6 +148,15 @@ def attention(
         causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
         split_size, kernel_options, out, aux,
     ).run()  # fmt: skip
+
+
+def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
+    """`attention` below a framework's operation: on arrays the framework has finished with."""
+    unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
+    return _bind(q, k, v, causal=False, aux=aux, **unused, **keywords).run()
+
+
+frameworks.calls["attention"] = _attention_below
 
 
 class AttentionGrads(NamedTuple):
@@ -252,15 +262,6 @@ _NEEDED = {
 }
 
 
-def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
-    """`attention` below a framework's operation: on arrays the framework has finished with."""
-    unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
-    return _bind(q, k, v, causal=False, aux=aux, **unused, **keywords).run()
-
-
-frameworks.calls["attention"] = _attention_below
-
-
 # Bind -------------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +333,7 @@ class _Call:
         if "dropout_mask" in prepared.aux:
             from .ops import dropout_mask
 
-            dropout_mask.run(plan.problem, views, arch=plan.arch, **where, **self.random)
+            dropout_mask.run(plan.problem, views, **{"arch": plan.arch, **where, **self.random})
         if on_device:
             framework.retain(views.values(), device[1])
 
@@ -378,6 +379,10 @@ class _Prepared:
     def workspace(self) -> dict[str, tuple[tuple[int, ...], DType]]:
         """Scratch arrays that a run on a GPU needs: (shape, dtype) by name."""
         return getattr(self.plan, "workspace", {})
+
+    def load(self, device: int) -> None:
+        """Compiles and loads the kernel on a GPU."""
+        self.plan.kernel("cuda", device).prepare()
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
@@ -677,12 +682,13 @@ def _prepare(
     dropout_p: float,
     targets: Sequence[str],
     backward: _Backward | None,
+    backend: str | None = None,
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
     packed = validate.layout(views)
     validate.same_device(views, plain)
-    backend = _backend(q.device, framework)
+    backend = _backend(q.device, framework, backend or config.backend)
     validate.element_types(views, backend, framework)
     validate.shapes(views, packed)
     validate.strides(views, framework)
@@ -788,9 +794,9 @@ def _plan(
     return ops.plan(ops.BackwardProblem(**fields, deterministic=backward.deterministic), arch)
 
 
-def _backend(device: Device, framework: Framework) -> str:
-    """The backend for arrays on `device` under `config.backend`."""
-    wanted, host = config.backend, device[0] == "cpu"
+def _backend(device: Device, framework: Framework, wanted: str) -> str:
+    """The backend for arrays on `device` where `config.backend` is `wanted`."""
+    host = device[0] == "cpu"
     if wanted == "auto":
         return "reference" if host else "cuda"
     if host and wanted == "cuda":
@@ -833,6 +839,54 @@ def _backward() -> Any:
     from .ops import backward
 
     return backward
+
+
+# Traced -----------------------------------------------------------------------------------------------------------
+
+_LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
+
+# A framework that compiles programs knows shapes when it traces a call, and memory when it runs one.
+
+
+def _prepare_traced(
+    framework: Framework,
+    views: dict[str, TensorView],
+    *,
+    backend: str,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+    dropout_p: float,
+    aux: tuple[str, ...],
+    deterministic: bool,
+    slopes_grad: bool,
+) -> _Prepared:
+    """Checks and plans a call (with `dout` among the views: its backward) by views without memory, aligned to 16."""
+    backward = _Backward({}, {}, deterministic, slopes_grad) if "dout" in views else None
+    return _prepare(
+        framework, views, (), 0, scale, False, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, {},
+        dropout_p, (), backward, backend,
+    )  # fmt: skip
+
+
+def _execute_traced(framework: Framework, views: dict[str, TensorView], prepared: _Prepared) -> None:
+    """Runs it. The views hold results, and workspace on a GPU, too."""
+    if prepared.device[0] == "cpu":
+        _check_lengths(views, {name: x.as_numpy() for name, x in views.items() if name in _LENGTHS})
+    _Call(framework, views, uploads={}, prepared=prepared, targets={}, mods={}, random={})._execute()
+
+
+def _known_lengths(views: dict[str, TensorView], given: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Checks lengths whose values are known beside q and k, which need no memory -> NumPy arrays."""
+    known = {name: _lengths_view(frameworks.numpy, x, name).as_numpy() for name, x in given.items()}
+    if all(x.ndim == 1 and x.size and x.dtype == np.int32 for x in known.values()):  # else `_prepare` refuses them
+        _check_lengths(views, known)
+    return known
+
+
+frameworks.calls |= {"prepare": _prepare_traced, "execute": _execute_traced, "known_lengths": _known_lengths}
 
 
 # Questions --------------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
 """JAX arrays. They are immutable: results are written into memory nobody has seen yet, then handed to JAX.
 
-On the host that memory is NumPy's, aligned so that JAX adopts it without a copy; on a GPU it is CuPy's, handed over by
-DLPack, which orders the two libraries' streams.
+Concrete arrays on the host, all on one device, are read where they lie; results are NumPy's memory, aligned so that JAX
+adopts it without a copy. What JAX traces, and arrays on GPUs or several devices, are `jax_transforms`' work, where XLA
+owns all memory. On a GPU what is left for here allocates with CuPy and is handed over by DLPack, which orders the two
+libraries' streams.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
@@ -31,7 +34,7 @@ def view(x: Any) -> TensorView:
     if isinstance(x, jax.core.Tracer):
         raise UnsupportedError(
             "jax is tracing it (jit, grad, vmap, scan ...), and this call needs concrete arrays: call it outside of "
-            "the transformation, pass jax.lax.stop_gradient of it under grad alone, or use jax.nn.dot_product_attention"
+            "the transformation; cuflash.attention without score_mod and mask_mod is served under all of them"
         )
     if not isinstance(x, jax.Array):
         raise ArgumentError(f"a {type(x).__qualname__} is not an array: wrap it in jnp.asarray")
@@ -49,8 +52,20 @@ def view(x: Any) -> TensorView:
     return borrowed
 
 
-def operation(*arrays: Any) -> None:
-    """`view` refuses what JAX traces."""
+def operation(*arrays: Any) -> Callable[..., Any] | None:
+    """JAX's own where it traces, and for arrays on GPUs or on several devices: XLA orders all their work."""
+    jax = _jax()
+    for x in arrays:
+        if isinstance(x, jax.Array) and (isinstance(x, jax.core.Tracer) or not _on_one_host(x)):
+            from . import jax_transforms
+
+            return jax_transforms.attention
+    return None
+
+
+def _on_one_host(x: Any) -> bool:
+    devices = x.devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def refuse_transformed(arrays: dict[str, Any]) -> None:
