@@ -97,7 +97,7 @@ def attention(
                    1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
     seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
                    in PyTorch seed=None draws both from the device's default generator
-    deterministic  the forward is bitwise reproducible either way
+    deterministic  makes gradients bitwise reproducible; the forward is so either way
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -105,6 +105,10 @@ def attention(
     sink). `page_table`, `block_mask`, `split_size` and `kernel_options` raise `UnsupportedError`, as do mods beside
     device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
     launched and written nothing.
+
+    In PyTorch, gradients for q, k, v, `alibi_slopes` and `sink` flow through out and lse: in autograd, torch.func's grad
+    and vmap, torch.compile, torch.export and checkpoints; under autocast q, k and v are cast. `out=`, second and
+    forward-mode derivatives are refused there.
 
     Two sequences, of 2 and 3 tokens, in one packed batch:
 
@@ -381,8 +385,11 @@ class _Prepared:
         return getattr(self.plan, "workspace", {})
 
     def load(self, device: int) -> None:
-        """Compiles and loads the kernel on a GPU."""
-        self.plan.kernel("cuda", device).prepare()
+        """Compiles and loads the kernels on a GPU."""
+        from .jit import module
+
+        for spec in self.plan.specs:
+            module.load(spec, self.plan.arch, "cuda", device).prepare()
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}

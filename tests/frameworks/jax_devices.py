@@ -87,6 +87,16 @@ def check_packed():
     assert_same([got], [call(*given)])
 
 
+def check_dropout():
+    """The mask knows the sequence and the head, so it is that of one device."""
+    given = arrays(2)[:3]
+
+    def call(q, k, v):
+        return cuflash.attention(q, k, v, dropout_p=0.5, seed=3)
+
+    assert_same([jax.jit(call)(*put(MESH, given, (P("x", None, "y"),) * 3))], [call(*given)])
+
+
 def check_shard_map():
     given = arrays(2)
     specs = (*(P("x", None, "y"),) * 3, P("y"), P("y"))

@@ -205,6 +205,45 @@ def test_scan_and_checkpoint(differentiating, rng):
     assert_close({"x": jax.jit(jax.grad(scanned))(x)}, {"x": np.asarray(jax.grad(plain)(x))})
 
 
+def test_dropout_has_the_mask_of_numpy(backend, rng):
+    arrays = dense(rng)
+    expected = cuflash.attention(**arrays, dropout_p=0.25, seed=5, offset=3)
+    floats, _ = split(arrays)
+    seeds: list[int] = []  # of each tracing
+
+    @jax.jit
+    def call(floats, seed):
+        seeds.append(seed)
+        return cuflash.attention(**floats, dropout_p=0.25, seed=seed, offset=3)
+
+    np.testing.assert_array_equal(call(floats, jnp.uint32(5)), expected)
+    assert not np.array_equal(call(floats, jnp.uint32(6)), expected)
+    assert len(seeds) == 1, "a new seed is no new program"
+    fixed = jax.jit(lambda f: cuflash.attention(**f, dropout_p=0.25, seed=5, offset=3))
+    np.testing.assert_array_equal(fixed(floats), expected)
+    stacked = {name: jnp.stack([x, x]) for name, x in floats.items()}
+    for element in jax.vmap(fixed)(stacked):
+        np.testing.assert_array_equal(element, expected)
+
+
+def test_gradients_with_dropout(differentiating, rng):
+    arrays = dense(rng)
+    keywords = {"causal": True, "dropout_p": 0.25, "seed": 5}
+    q, k, v, *heads = arrays.values()
+    heads = dict(zip(("alibi_slopes", "sink"), heads, strict=True))
+    out, lse, *_ = cuflash.attention(q, k, v, **heads, **keywords, aux=("lse",))
+    grads = cuflash.attention_backward(np.cos(out), q, k, v, out, lse, **heads, **keywords, captured_grads=True)
+    got = jax.jit(jax.grad(lambda f: jnp.sin(cuflash.attention(**f, **keywords)).sum()))(split(arrays)[0])
+    assert_close(got, dict(zip(FLOATS, (grads.dq, grads.dk, grads.dv, grads.dcaptured[0], grads.dsink), strict=True)))
+
+
+def test_dropout_needs_a_seed_it_can_hold(rng):
+    q = jnp.ones((1, 2, 2, 8))
+    for seed, match in ((None, "seed is None"), (2**40, "seed=1099511627776 must be from 0 to"), (1.5, "must be|pass")):
+        with pytest.raises(ArgumentError, match=match):
+            jax.jit(lambda q, seed=seed: cuflash.attention(q, q, q, dropout_p=0.5, seed=seed))(q)
+
+
 def test_flash_attn_names(rng):
     arrays = dense(rng)
     q, k = (jnp.asarray(arrays[name]) for name in "qk")
