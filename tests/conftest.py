@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -30,7 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["CUFLASH_TEST_SEED"] = str(secrets.randbelow(2**31))
     if "CUFLASH_CACHE_DIR" not in os.environ:
         cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
-        os.environ["CUFLASH_CACHE_DIR"] = str(cache.mkdir("cuflash-kernels")) if cache else tempfile.mkdtemp()
+        if cache:
+            os.environ["CUFLASH_CACHE_DIR"] = str(cache.mkdir("cuflash-kernels"))
+        else:
+            os.environ["CUFLASH_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="cuflash-")
+            config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     # Hypothesis repeats its examples likewise; a failing one prints what makes it again. A machine's speed is no bug.
     settled = os.environ["CUFLASH_TEST_SEED"] == DEFAULT_SEED
     hypothesis.settings.register_profile("cuflash", derandomize=settled, deadline=None, print_blob=True)

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import ctypes
 import functools
@@ -248,7 +249,7 @@ def _dump(spec: KernelSpec, target: str, key: str, text: str, cubin: bytes | Non
 # --- Launching ----------------------------------------------------------------------------------------------------
 
 
-class Kernel:
+class Kernel(abc.ABC):
     """A kernel ready to launch. `text` is what was compiled, `path` the compiled file."""
 
     def __init__(self, spec: KernelSpec, arch: Arch, path: Path, text: str) -> None:
@@ -284,8 +285,10 @@ class Kernel:
             raise ArgumentError(f"{self.spec.params} has {self._params_size} bytes, got {len(params)}")
         self._launch(grid, params, stream, buffers)
 
-    def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def _launch(
+        self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]
+    ) -> None: ...
 
 
 class CudaKernel(Kernel):
