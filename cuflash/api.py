@@ -716,6 +716,8 @@ def _prepare(
     for name in mods:
         if not callable(mods[name]):
             raise ArgumentError(f"{name}={mods[name]!r} must be a function")
+        if name == "score_mod" and backward is not None:
+            raise UnsupportedError(f"score_mod: {_UNSUPPORTED['score_mod_backward']}")
         if backend != "reference":
             raise UnsupportedError(f"{name} with the {backend} backend: {_UNSUPPORTED[name]}")
 
@@ -739,8 +741,6 @@ def _prepare(
             results.append(("dsink", (heads_q,), views["sink"].dtype))
         if backward.captured_grads and "alibi_slopes" in views:
             results.append(("dslopes", views["alibi_slopes"].shape, dtypes.float32))
-        if "score_mod" in mods:
-            raise UnsupportedError(f"score_mod: {_UNSUPPORTED['score_mod_backward']}")
     validate.outputs(views, {name: shape for name, shape, _ in results if name in targets}, framework)
 
     plan = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -186,13 +186,14 @@ def outputs(views: Views, shapes: dict[str, tuple[int, ...]], framework: Framewo
     no_overlap(views, shapes)
 
 
-def no_overlap(views: Views, written: Iterable[str]) -> None:
+def no_overlap(views: Views, written: Collection[str]) -> None:
     """Arrays to write to share no memory, neither with an input nor with each other."""
     for target in written:
         for name, view in views.items():
+            use = "written too" if name in written else f"still read while {target} is written"
             require(
                 name == target or not views[target].overlaps(view),
-                f"{target} shares memory with {name}, which is still read while {target} is written: pass other memory",
+                f"{target} shares memory with {name}, which is {use}: pass other memory",
             )
 
 

@@ -214,21 +214,23 @@ def nothing_runs(monkeypatch):
         raise AssertionError("a refused call went on")
 
     monkeypatch.setattr(reference, "attention", fail)
+    monkeypatch.setattr(reference, "attention_backward", fail)
     monkeypatch.setattr(module, "load", fail)
 
 
-def refused(arguments: dict, match: str, error: type[Exception]) -> None:
+def refused(arguments: dict, match: str, error: type[Exception], call=cuflash.attention) -> None:
     before = {name: v.copy() for name, v in arguments.items() if isinstance(v, np.ndarray) and v.dtype.kind != "V"}
     with pytest.raises(error, match=match) as caught:
-        cuflash.attention(**arguments)
+        call(**arguments)
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
     for name, values in before.items():
         np.testing.assert_array_equal(arguments[name], values, err_msg=f"{name} was written")
     with pytest.raises(error, match=match):  # a second time: nothing of a refused call may be remembered
-        cuflash.attention(**arguments)
-    with pytest.raises(error, match=match):
-        cuflash.explain(**arguments)
+        call(**arguments)
+    if call is cuflash.attention:
+        with pytest.raises(error, match=match):
+            cuflash.explain(**arguments)
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -379,3 +381,130 @@ def test_missing_compilers(monkeypatch):
         patch.setattr(cache, "fetch", lambda kind, key, suffix, make: make())
         with pytest.raises(CompileError, match="install one"):
             cuflash.warmup(dtype="float16", head_dim=16, arch="sm_80")
+
+
+# attention_backward. -------------------------------------------------------------------------------------------------
+
+
+def backward(**changes) -> dict:
+    """A right call, dense or, with cu_seqlens, packed; changed."""
+    rows = (6,) if "cu_seqlens_q" in changes else (2, 6)
+    given = {"dout": x(*rows, 4, 16), "out": x(*rows, 4, 16), "lse": x(*rows[:-1], 4, 6, dtype=np.float32)}
+    return {**DENSE, **given, **changes}
+
+
+def of_both(table: dict) -> list[str]:
+    """The rows of a table that are not about what the forward alone has; a missing seed it may draw, for one."""
+    return [what for what, (arguments, _) in table.items() if not {"aux", "out"} & {*arguments} and what != "no seed"]
+
+
+@pytest.mark.parametrize("what", of_both(WRONG))
+def test_what_the_forward_refuses_the_backward_refuses(backend, nothing_runs, what):
+    arguments, match = WRONG[what]
+    refused(backward(**arguments), match, ArgumentError, cuflash.attention_backward)
+
+
+@pytest.mark.parametrize("what", of_both(UNSUPPORTED))
+def test_what_the_forward_does_not_serve_the_backward_does_not(backend, nothing_runs, what):
+    arguments, match = UNSUPPORTED[what]
+    refused(backward(**arguments), match, UnsupportedError, cuflash.attention_backward)
+
+
+def read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+MEMORY = x(2, 9, 2, 16)
+WRONG_BACKWARD = {
+    "no lse": (backward(lse=None), r"lse is None: gradients need it: take it from attention\(.*aux=\(\"lse\",\)\)"),
+    "no out": (backward(out=None), r"out is None: pass what attention returned"),
+    "no dout": (backward(dout=None), r"dout is None: pass the gradient of the loss for out.*zeros_like"),
+    "a list for dout": (backward(dout=[1.0]), r"dout is a list: pass a NumPy, CuPy, PyTorch or JAX array"),
+    "dout of another shape": (
+        backward(dout=x(2, 6, 4, 8)),
+        r"dout\.shape=\(2, 6, 4, 8\) must be \(2, 6, 4, 16\): out's, for which it is the gradient",
+    ),
+    "dout of another dtype": (
+        backward(dout=x(2, 6, 4, 16, dtype=np.float32)),
+        r"dout\.dtype=float32 must be float16: out's.*pass dout\.astype\(np\.float16\)",
+    ),
+    "dout strided in a row": (
+        backward(dout=x(2, 6, 4, 32)[..., ::2]),
+        r"dout\.strides=.*must end in 1.*pass np\.ascontiguousarray\(dout\)",
+    ),
+    "dout expanded from a number": (
+        backward(dout=np.broadcast_to(np.float16(1), (2, 6, 4, 16))),
+        r"dout\.strides=\(0, 0, 0, 0\).*must end in 1.*pass np\.ascontiguousarray\(dout\)",
+    ),
+    "out of q's shape, not of v's head dim": (
+        backward(v=x(2, 9, 2, 8)),
+        r"out\.shape=\(2, 6, 4, 16\) must be \(2, 6, 4, 8\): the result of attention with these q, k, v",
+    ),
+    "out of another dtype": (backward(out=x(2, 6, 4, 16, dtype=np.float32)), r"out\.dtype=float32 must be float16"),
+    "lse by rows": (
+        backward(lse=x(2, 6, 4, dtype=np.float32)),
+        r"lse\.shape=\(2, 6, 4\) must be \(2, 4, 6\): what attention\(\.\.\., aux=\(\"lse\",\)\) returned, natural",
+    ),
+    "lse of dense arrays for packed ones": (
+        backward(**packed(), lse=x(1, 4, 6, dtype=np.float32)),
+        r"lse\.shape=\(1, 4, 6\) must be \(4, 6\)",
+    ),
+    "lse float16": (backward(lse=x(2, 4, 6)), r"lse\.dtype=float16 must be float32.*pass lse\.astype\(np\.float32\)"),
+    "lse transposed": (
+        backward(lse=x(2, 6, 4, dtype=np.float32).swapaxes(1, 2)),
+        r"lse\.strides=\(24, 1, 4\).*must be a contiguous array's: pass np\.ascontiguousarray\(lse\)",
+    ),
+    "dlse of another shape": (
+        backward(dlse=x(2, 4, 9, dtype=np.float32)),
+        r"dlse\.shape=\(2, 4, 9\) must be \(2, 4, 6\): lse's, for which it is the gradient",
+    ),
+    "dlse float64": (backward(dlse=x(2, 4, 6, dtype=np.float64)), r"dlse\.dtype=float64 must be float32"),
+    "dropout without its seed": (
+        backward(dropout_p=0.5),
+        r"seed is None: pass the seed and offset that attention had",
+    ),
+    # where to write
+    "dq of k's shape": (backward(dq=x(2, 9, 2, 16)), r"dq\.shape=\(2, 9, 2, 16\) must be \(2, 6, 4, 16\): that of q"),
+    "dv float32": (backward(dv=x(2, 9, 2, 16, dtype=np.float32)), r"dv\.dtype=float32 must equal q\.dtype=float16"),
+    "dk read-only": (backward(dk=read_only(x(2, 9, 2, 16))), r"dk is read-only: pass a writable array"),
+    "dk expanded": (
+        backward(dk=np.lib.stride_tricks.as_strided(x(9, 2, 16), (2, 9, 2, 16), (0, 64, 32, 2))),
+        r"dk\.strides=\(0, 32, 16, 1\): an expanded array",
+    ),
+    "dq strided in a row": (backward(dq=x(2, 6, 4, 32)[..., ::2]), r"dq\.strides=.*must end in 1.*allocate it"),
+    "dq is q": (backward(dq=DENSE["q"]), r"dq shares memory with q, which is still read while dq is written"),
+    "dk is dv": (backward(dk=MEMORY, dv=MEMORY), r"dk shares memory with dv, which is written too: pass other"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", WRONG_BACKWARD)
+def test_wrong_arguments_of_the_backward(backend, nothing_runs, what):
+    refused(*WRONG_BACKWARD[what], ArgumentError, cuflash.attention_backward)
+
+
+def test_mods_of_the_backward(nothing_runs):
+    mod = {"score_mod": lambda score, *_: score}
+    for backend in ("auto", "emulator"):
+        with using(backend):
+            match = r"score_mod: the derivative of a Python function is not known: pass softcap="
+            refused(backward(**mod), match, UnsupportedError, cuflash.attention_backward)
+    with using("emulator"):
+        match = "mask_mod with the emulator backend.*NumPy"
+        refused(backward(mask_mod=lambda *_: True), match, UnsupportedError, cuflash.attention_backward)
+
+
+def test_overlap_of_gradients_is_looked_for_every_time(backend):
+    good, k = backward(), x(2, 9, 2, 16)
+    cuflash.attention_backward(**good, dk=x(2, 9, 2, 16))
+    with pytest.raises(ArgumentError, match="dk shares memory with k"):
+        cuflash.attention_backward(**{**good, "k": k}, dk=k)
+
+
+@pytest.mark.parametrize("name", ["dout", "out", "lse", "dlse", "dq"])
+def test_mixed_frameworks_of_the_backward(nothing_runs, name):
+    torch = pytest.importorskip("torch")
+    arrays = backward(dlse=x(2, 4, 6, dtype=np.float32), dq=x(2, 6, 4, 16))
+    arrays[name] = torch.from_numpy(arrays[name])
+    with pytest.raises(ArgumentError, match=rf"{name} is a PyTorch array and q a NumPy array.*from_dlpack"):
+        cuflash.attention_backward(**arrays)
