@@ -260,7 +260,7 @@ class Kernel(abc.ABC):
         self.block = (spec.threads, 1, 1)
         self._params_size = layout.parse(text, spec.params).size
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  the emulator has nothing to prepare
         """Does now what the first launch would: afterwards a launch loads and allocates nothing."""
 
     def launch(
