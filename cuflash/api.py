@@ -962,22 +962,30 @@ class Explanation:
         return f"<table>{rows}</table><details><summary>source</summary>{source}</details>"
 
 
-def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
+def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords: Any) -> Explanation:
     """What `attention` would do with the same arguments, without doing it: nothing is compiled, launched or written.
 
-    Raises what `attention` would raise.
+    With `backward`, what `attention_backward` would do, for contiguous dout and out; `captured_grads` may be given too.
+    Several kernels run then: grid, variant and source are those of the one that computes dk and dv, `why` has them all.
+
+    Raises what the call would raise.
 
     >>> import numpy as np
     >>> q = np.zeros((1, 4, 2, 64), np.float16)
     >>> explain(q, q, q, causal=True).backend
     'reference'
     """
+    captured_grads = backward and bool(keywords.pop("captured_grads", False))
     bound = inspect.signature(attention).bind(q, k, v, **keywords)
     bound.apply_defaults()
     named = {name: value for name, value in bound.arguments.items() if name != "deterministic"}
     if named["seed"] is None and frameworks.of(q) is frameworks.torch:
         named["seed"] = 0  # any will do: a draw would move the generator on
-    prepared = _bind(**named).prepared
+    call = _bind(**named)
+    prepared = call.prepared
+    if backward:
+        gradients = _Backward({}, {}, bool(bound.arguments["deterministic"]), captured_grads)
+        prepared = _prepare_backward_of(call, named, gradients)
     plan = prepared.plan
     if plan is None:
         return Explanation(
@@ -988,12 +996,12 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
         )
     from .jit import nvrtc, variant
 
-    spec = plan.spec
+    spec, grid, why = (plan.spec, plan.grid, [f"grid: {plan.why}"]) if not backward else plan.described()
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
-        why=_reasons(plan),
-        grid=plan.grid,
+        why=(*why, *_reasons(plan.problem)),
+        grid=grid,
         variant=variant.describe(spec.variant),
         source=spec.text("cuda"),
         options=nvrtc.options(),
@@ -1002,22 +1010,44 @@ def explain(q: Array, k: Array, v: Array, **keywords: Any) -> Explanation:
     )
 
 
-def _reasons(plan: Any) -> tuple[str, ...]:
-    reasons = [f"grid: {plan.why}"]
-    p = plan.problem.dropout_p
+def _prepare_backward_of(call: _Call, named: dict[str, Any], gradients: _Backward) -> _Prepared:
+    """The backward of a bound forward call whose arguments are `named`."""
+    views = {name: view for name, view in call.views.items() if name != "out"}
+    q, v = views["q"], views["v"]
+    out = (*q.shape[:-1], v.shape[-1])
+    lse = (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    for name, shape, dtype in (("dout", out, q.dtype), ("out", out, q.dtype), ("lse", lse, dtypes.float32)):
+        views[name] = TensorView(0, shape, contiguous_strides(shape), dtype, q.device, False, None)
+    longest = {}
+    for side in "qk":
+        starts = views.get(f"cu_seqlens_{side}")
+        given = named[f"max_seqlen_{side}"]
+        known = given is None and starts is not None and starts.device[0] == "cpu"
+        longest[side] = _longest(starts.as_numpy()) if known and starts is not None else given
+    return _prepare(
+        call.framework, views, _LENGTHS, (q.ptr | views["k"].ptr | v.ptr) & 15, named["scale"], named["causal"],
+        named["window_size"], named["softcap"], longest["q"], longest["k"], (), call.mods, named["dropout_p"], (),
+        gradients,
+    )  # fmt: skip
+
+
+def _reasons(problem: Any) -> list[str]:
+    """What else is worth knowing of a problem, forward or backward."""
+    reasons = []
+    p = problem.dropout_p
     if p:
         kept = philox.keep_threshold(p)
         reasons.append(
             f"dropout: {kept} of 256 weights are kept, dropout_p={p} rounded to {1 - kept / 256:.6g}; those kept are "
             f"multiplied by 1 / (1 - {p})"
         )
-    width = plan.problem.load_bytes
+    width = problem.load_bytes
     if width < 16:
         reasons.append(
             f"loads of {width} bytes: an address or stride of q, k, v or out is no multiple of 16; head dims that "
             "are multiples of 8 (float32: 4) in contiguous arrays load faster"
         )
-    return tuple(reasons)
+    return reasons
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,32 @@ def test_explain_takes_attentions_keywords_alone():
         cuflash.explain(q, q, q, casual=True)
 
 
+def test_the_backward_is_explained_as_it_runs(rng):
+    """Workspace, grids and refusals; nothing runs."""
+    starts = np.array([0, 30, 100], np.int32)
+    q = rng.standard_normal((100, 4, 64)).astype(np.float16)
+    k = v = rng.standard_normal((100, 2, 64)).astype(np.float16)
+    keywords = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "sink": np.ones(4, np.float32), "softcap": 3.0}
+    assert cuflash.explain(q, k, v, backward=True, **keywords).backend == "reference"
+    with pytest.raises(UnsupportedError, match="score_mod: the derivative"):
+        cuflash.explain(q, k, v, backward=True, score_mod=lambda s, *_: s, **keywords)
+    with using("emulator"):
+        result = cuflash.attention(q, k, v, **keywords, aux=("lse",))
+        explained = cuflash.explain(q, k, v, backward=True, **keywords)
+        api._prepared.clear()
+        cuflash.attention_backward(result.out, q, k, v, result.out, result.lse, **keywords)
+        (prepared,) = api._prepared.values()
+    plan = prepared.plan
+    assert explained.kernel == "backward_sm80" and explained.grid == plan.steps[1].grid
+    assert (
+        explained.workspace_bytes
+        == plan.workspace_bytes
+        == sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in plan.workspace.values())
+    )
+    assert len(explained.why) == len(plan.steps) == 4 and "queries held" in explained.why[2]
+    assert explained.source.count("kKeysHeld = true")
+
+
 # --- supports and warmup ------------------------------------------------------------------------------------------
 
 

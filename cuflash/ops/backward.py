@@ -229,9 +229,7 @@ class BackwardPlan:
     def __init__(self, problem: BackwardProblem, arch: Arch) -> None:
         p = self.problem = problem
         self.arch = arch
-        keys, queries = choose_variants(
-            p.dtype, p.head_dim, p.head_dim_v, p.load_bytes, dropout=p.dropout_p > 0
-        )
+        keys, queries = choose_variants(p.dtype, p.head_dim, p.head_dim_v, p.load_bytes, dropout=p.dropout_p > 0)
         tile = queries.tile
         slots = forward.slots_of(packed=p.packed, batch=p.batch, rows=p.q_rows, block=tile.held)
         sums = p.dsink or p.dslopes
@@ -280,6 +278,18 @@ class BackwardPlan:
     def specs(self) -> tuple[module.KernelSpec, ...]:
         """The kernels a launch runs."""
         return tuple(step.spec for step in self.steps)
+
+    def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
+        """For people: the spec and grid of the kernel that computes dk and dv, and a line for each launch."""
+        lines = []
+        for step in self.steps:
+            name, held = step.spec.source.removesuffix(".cu"), ""
+            if isinstance(step.spec.variant, BackwardVariant):
+                held = " with the keys held" if step.spec.variant.keys_held else " with the queries held"
+            x, y, z = step.grid
+            lines.append(f"{name}{held}: {x} x {y} x {z} blocks, {step.why}")
+        keys = self.steps[1]
+        return keys.spec, keys.grid, lines
 
     @property
     def workspace_bytes(self) -> int:
