@@ -106,9 +106,10 @@ def attention(
     device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
     launched and written nothing.
 
-    In PyTorch, gradients for q, k, v, `alibi_slopes` and `sink` flow through out and lse: in autograd, torch.func's grad
-    and vmap, torch.compile, torch.export and checkpoints; under autocast q, k and v are cast. `out=`, second and
-    forward-mode derivatives are refused there.
+    Gradients for q, k, v, `alibi_slopes` and `sink` flow through out and lse. In PyTorch: in autograd, torch.func's
+    grad and vmap, torch.compile, torch.export and checkpoints; under autocast q, k and v are cast. In JAX: under jit,
+    grad, vmap, scan, checkpoint and shard_map, and for arrays sharded by batch or heads; what is compiled keeps the
+    `config.backend` it was traced with. `out=`, mods, second and forward-mode derivatives are refused there.
 
     Two sequences, of 2 and 3 tokens, in one packed batch:
 
@@ -145,8 +146,8 @@ def attention(
         )  # fmt: skip
         if not names:
             return results[0]
-        given = dict(zip(("lse", "max_logit"), results[1:], strict=True))
-        return AttentionOutput(results[0], **{name: given[name] for name in names})
+        others: dict[str, Array] = {"lse": results[1], "max_logit": results[2]}
+        return AttentionOutput(results[0], **{name: others[name] for name in names})
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
@@ -657,15 +658,18 @@ _UNSUPPORTED_OPERATION = {
     ),
     "out": (
         "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
-        "outside of them, in PyTorch under torch.no_grad()"
+        "outside of them, in PyTorch under torch.no_grad(), in JAX "
+        "outside of jit and grad"
     ),
     "score_mod": (
         "no gradient of a Python function is known, and no compiler follows one: pass softcap= or alibi_slopes= where "
-        "they say it, or call without gradients, in PyTorch under torch.no_grad()"
+        "they say it, or call without gradients, in PyTorch under torch.no_grad(), in JAX "
+        "outside of jit and grad"
     ),
     "mask_mod": (
         "no operation of a framework carries a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens "
-        "where they say it, or call without gradients, in PyTorch under torch.no_grad()"
+        "where they say it, or call without gradients, in PyTorch under torch.no_grad(), in JAX "
+        "outside of jit and grad"
     ),
 }
 
