@@ -27,8 +27,9 @@ import numpy as np
 from cuflash import arch, array, dtypes, frameworks
 from cuflash.array import TensorView
 from cuflash.jit import layout, module
-from cuflash.ops import forward
+from cuflash.ops import backward, forward
 
+_WRITTEN = {"ForwardParams": forward._WRITTEN, "BackwardParams": backward._WRITTEN}
 STREAM = 0x57EA  # the address of every framework's current stream
 
 
@@ -82,19 +83,18 @@ class Recorder:
         x.reshape(-1).view(np.uint8)[...] = 0xFF  # NaN
         return x
 
-    def replay(self) -> None:
-        """Run the latest launch on the emulator: the same bytes, but each address exchanged for the host's."""
-        launch = self.launches[-1]
-        struct = layout.load(launch.kernel.spec.params)
-        fields = struct.unpack(launch.params)
-        buffers = []
-        for name in forward.POINTERS:
-            if fields[name]:
+    def replay(self, latest: int = 1) -> None:
+        """Run the latest launches on the emulator: the same bytes, but each address exchanged for the host's."""
+        for launch in self.launches[-latest:]:
+            struct = layout.load(launch.kernel.spec.params)
+            fields = struct.unpack(launch.params)
+            buffers = []
+            for name in [f.name for f in struct.fields if f.is_pointer and fields[f.name]]:
                 host = self.behind[fields[name]][1]
                 fields[name] = host.ctypes.data
-                buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in ("out", "lse", "max_logit")))
-        kernel = module.load(launch.kernel.spec, launch.kernel.arch, "emulator")
-        kernel.launch(launch.grid, struct.pack(**fields), buffers=buffers)
+                buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in _WRITTEN[struct.name]))
+            kernel = module.load(launch.kernel.spec, launch.kernel.arch, "emulator")
+            kernel.launch(launch.grid, struct.pack(**fields), buffers=buffers)
 
     # Device arrays of each kind, for the contents of a contiguous host array.
 

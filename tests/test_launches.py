@@ -10,9 +10,9 @@ import gc
 
 import numpy as np
 import pytest
-from compare import check_forward
+from compare import check_backward, check_forward
 from needs import needs_nvrtc
-from recorded import recording
+from recorded import STREAM, recording
 
 import cuflash
 from cuflash import api, arch, dtypes
@@ -272,3 +272,90 @@ def test_device_memory_is_out_of_reach_in_these_tests():
                 return
         assert ctypes.sizeof(ctypes.c_void_p) == 8
         pytest.fail("the mapping is gone")
+
+
+# Gradients. ----------------------------------------------------------------------------------------------------------
+
+
+def device_call(recorder, dout, q, k, v, dlse, keywords):
+    """out and lse by a replayed forward launch, then the recorded launches of the backward -> the device's grads."""
+    device = {n: recorder.arrays[KIND](x) if isinstance(x, np.ndarray) else x for n, x in keywords.items()}
+    arrays = [recorder.arrays[KIND](x) for x in (q, k, v)]
+    out, lse, *_ = cuflash.attention(*arrays, **device, aux=("lse",))
+    recorder.replay()
+    recorder.launches.clear()
+    dout, dlse = (recorder.arrays[KIND](x) for x in (dout, dlse))
+    return cuflash.attention_backward(dout, *arrays, out, lse, dlse=dlse, captured_grads=True, **device)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recorded_bytes_give_the_right_gradients(name, rng):
+    shape_q, shape_k, keywords = CASES[name]
+    q, k, v = (rng.standard_normal(shape).astype(np.float16) for shape in (shape_q, shape_k, shape_k))
+    dout = rng.standard_normal(shape_q).astype(np.float16)
+    dlse = rng.standard_normal((*shape_q[:-3], shape_q[-2], shape_q[-3])).astype(np.float32)
+    with recording("sm_80") as recorder:
+        grads = device_call(recorder, dout, q, k, v, dlse, keywords)
+        names = [launch.kernel.spec.source for launch in recorder.launches]
+        sums = ["backward_sum.cu"] if "sink" in keywords else []
+        assert names == ["backward_delta.cu", "backward_sm80.cu", "backward_sm80.cu", *sums]
+        assert {launch.stream for launch in recorder.launches} == {STREAM}
+        recorder.replay(len(names))
+        found = [None if x is None else recorder.host(x) for x in (*grads[:4], *grads.dcaptured)]
+    if "sink" in keywords:
+        assert found[3].dtype == keywords["sink"].dtype and found[4].shape == keywords["alibi_slopes"].shape
+    keywords = {n: x for n, x in keywords.items() if n != "max_seqlen_q"}
+    check_backward(dout, q, k, v, *found, dlse=dlse, **keywords)
+
+
+def test_the_backward_under_capture_depends_on_no_value(rng):
+    """Twice the same bytes, workspace from the framework, whatever the lengths in the device's arrays are."""
+    q = rng.standard_normal((64, 2, 64)).astype(np.float16)
+    lengths, lse = starts(30, 34), np.zeros((2, 64), np.float32)
+    with recording() as recorder:
+        x, cu = recorder.arrays[KIND](q), recorder.arrays[KIND](lengths)
+        targets = {name: recorder.arrays[KIND](np.zeros_like(q)) for name in ("dq", "dk", "dv")}
+        row = recorder.arrays[KIND](lse)
+        recorder.capturing = True
+        for _ in range(2):
+            cuflash.attention_backward(x, x, x, x, x, row, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, **targets)
+            lengths[1] = 5
+        first, second = recorder.launches[:3], recorder.launches[3:]
+        scratch = {"lse_base2", "delta"}  # allocated anew by each call
+        for a, b in zip(first, second, strict=True):
+            one, other = (layout.load("BackwardParams").unpack(launch.params) for launch in (a, b))
+            assert {n: x for n, x in one.items() if n not in scratch} == {
+                n: x for n, x in other.items() if n not in scratch
+            }
+            assert a.grid == b.grid and all(one[name] in recorder.behind for name in scratch)
+
+
+def test_lengths_known_to_the_host_choose_both_grids_of_the_backward():
+    q, k = np.zeros((700, 2, 64), np.float16), np.zeros((1400, 2, 64), np.float16)
+    cu_q, cu_k = starts(*[70] * 10), starts(*[140] * 10)
+    lse = np.zeros((2, 700), np.float32)
+    grids = []
+    with recording() as recorder:
+        x, y, row, cq, ck = (recorder.arrays[KIND](array) for array in (q, k, lse, cu_q, cu_k))
+        for lengths, hints in (((cq, ck), {}), ((cq, ck), {"max_seqlen_q": 70, "max_seqlen_k": 140}),
+                               ((cu_q, cu_k), {})):  # fmt: skip
+            recorder.launches.clear()
+            cuflash.attention_backward(x, x, y, y, x, row, cu_seqlens_q=lengths[0], cu_seqlens_k=lengths[1], **hints)
+            grids.append([launch.grid for launch in recorder.launches[1:3]])
+    unknown, hinted, known = grids
+    assert hinted == known == [(2, 2, 11), (1, 2, 11)]
+    assert all(a != b for a, b in zip(unknown, hinted, strict=True))
+
+
+def test_gradients_of_nothing_are_written():
+    """No queries: dk and dv are zeros, which a launch must write; no keys: dq. No batch: nothing to write."""
+    for q_len, k_len, launches in ((0, 5, 1), (5, 0, 2), (0, 0, 0)):
+        q, k = np.zeros((2, q_len, 2, 64), np.float16), np.zeros((2, k_len, 2, 64), np.float16)
+        with recording("sm_80") as recorder:
+            x, y = recorder.arrays[KIND](q), recorder.arrays[KIND](k)
+            row = recorder.arrays[KIND](np.zeros((2, 2, q_len), np.float32))
+            grads = cuflash.attention_backward(x, x, y, y, x, row)
+            assert len(recorder.launches) == launches
+            recorder.replay(len(recorder.launches))
+            for name, grad in zip(("dq", "dk", "dv"), grads, strict=False):
+                assert not recorder.host(grad).any(), name
