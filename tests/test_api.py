@@ -331,6 +331,48 @@ def test_warmup_compiles_what_the_call_needs(rng):
 
 
 @needs_nvrtc
+def test_warmup_compiles_what_the_backward_needs(rng):
+    compiled = []
+    q = rng.standard_normal((1, 3, 1, 24)).astype(np.float16)
+    keywords = {"causal": True, "sink": np.ones(1, np.float32), "alibi_slopes": np.ones(1, np.float32)}
+    before = cuflash.config.on_compile
+    with using("emulator"):
+        features = dict.fromkeys(keywords, True)
+        assert cuflash.supports(dtype=np.float16, head_dim=24, backward=True, **features)
+        cuflash.warmup(dtype=np.float16, head_dim=24, backward=True, **features)
+        cuflash.config.on_compile = compiled.append
+        try:
+            out, lse, *_ = cuflash.attention(q, q, q, aux=("lse",), **keywords)
+            cuflash.attention_backward(out, q, q, q, out, lse, captured_grads=True, **keywords)
+        finally:
+            cuflash.config.on_compile = before
+    assert not compiled
+
+
+def test_backward_shapes_and_numbers_compile_nothing(rng):
+    """Lengths, batch, heads, scale, windows, seeds, rates, sinks in numbers: one set of kernels."""
+    compiled = []
+    before = cuflash.config.on_compile
+
+    def call(batch, q_len, k_len, heads, **keywords):
+        q, dout = rng.standard_normal((2, batch, q_len, heads, 24)).astype(np.float16)
+        k, v = rng.standard_normal((2, batch, k_len, 1, 24)).astype(np.float16)
+        keywords = {"dropout_p": 0.1, "seed": 1} | keywords
+        out, lse, *_ = cuflash.attention(q, k, v, aux=("lse",), **keywords)
+        cuflash.attention_backward(dout, q, k, v, out, lse, **keywords)
+
+    with using("emulator"):
+        call(1, 5, 5, 1)
+        cuflash.config.on_compile = compiled.append
+        try:
+            call(2, 7, 140, 3, causal=True, scale=0.0)
+            call(1, 9, 3, 2, window_size=(3, 1), softcap=9.0, dropout_p=0.7, seed=2**60, offset=4)
+            call(1, 1, 1, 1, scale=-2.0, alibi_slopes=np.ones(1, np.float32), deterministic=True)
+        finally:
+            cuflash.config.on_compile = before
+    assert not compiled
+
+
 def test_warmup_without_a_gpu(monkeypatch):
     cuflash.warmup(dtype="bfloat16", head_dim=64, arch="sm_80")
     monkeypatch.setitem(sys.modules, "cupy", None)
