@@ -19,10 +19,13 @@ from typer.testing import CliRunner
 import cuflash
 import cuflash.reference
 from cuflash import cli
+from cuflash.arch import ARCHES
+from cuflash.cli import compile as compile_command
 from cuflash.cli import device_check, doctor, machine
 from cuflash.cli.machine import Driver, Gpu
 from cuflash.errors import CompileError
 from cuflash.jit import nvrtc
+from cuflash.jit.source import folder as kernel_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER, TURING, FUTURE = Gpu(0, "NVIDIA H200", (9, 0)), Gpu(0, "Tesla T4", (7, 5)), Gpu(0, "NVIDIA X", (14, 2))
@@ -123,6 +126,11 @@ def test_doctor_reports_a_cache_that_cannot_be_written(pretend, monkeypatch, tmp
     monkeypatch.setattr(cuflash.config, "cache_dir", in_the_way / "cache")
     (line,) = [line for line in pretend() if line.name == "cache"]
     assert line.state == "missing" and "CUFLASH_CACHE_DIR" in line.remedy
+
+
+def test_compile_leaves_no_kernel_out() -> None:
+    compiled = {spec.source for spec in compile_command.specs(ARCHES["sm_80"])}
+    assert compiled == {path.name for path in kernel_folder().glob("*.cu")}
 
 
 def test_doctor_shows_a_long_path_whole(capsys: pytest.CaptureFixture[str]) -> None:

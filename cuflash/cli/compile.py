@@ -24,9 +24,9 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import forward
+    from ..ops import backward, dropout_mask, forward
 
-    return forward.representative(arch)
+    return [*forward.representative(arch), *backward.representative(arch), dropout_mask.SPEC]
 
 
 def compile_kernels(

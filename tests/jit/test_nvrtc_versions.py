@@ -57,7 +57,8 @@ def test_every_kernel_compiles_without_spills(version: str, tmp_path: Path) -> N
         row
         for row in rows
         if row["error"] or row["spill_stores"] or row["spill_loads"] or row["stack_bytes"] or row["warnings"]
-        or row["sass"] is None or row["sass"]["LDL"] or row["sass"]["STL"] or not row["sass"]["HMMA"]
+        or row["sass"] is None or row["sass"]["LDL"] or row["sass"]["STL"]
+        or bool(row["sass"]["HMMA"]) != row["kernel"].endswith("_sm80")
     ]  # fmt: skip
     slowest = max(rows, key=lambda row: row["compile_ms"] or 0)
     print(f"NVRTC {found}: {len(rows)} cubins, slowest {slowest['compile_ms']} ms: {slowest['variant']}")
