@@ -40,7 +40,7 @@ from .flash import (
 from .settings import config
 
 if TYPE_CHECKING:
-    from . import emulator, packing
+    from . import emulator, integrations, packing
 
 __version__ = "0.1.0"
 
@@ -63,12 +63,13 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "integrations",
     "packing",
     "supports",
     "warmup",
 ]
 
-_SUBMODULES = ("emulator", "packing")  # imported when first named
+_SUBMODULES = ("emulator", "integrations", "packing")  # imported when first named
 
 
 def __getattr__(name: str) -> Any:

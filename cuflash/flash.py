@@ -235,5 +235,7 @@ def _split(packed: Array, name: str, parts: int, ndim: int) -> tuple[Array, ...]
         f"{name}.shape={tuple(shape)} must have {ndim} dimensions, [{'batch, len' if ndim == 5 else 'total'}, {parts}, "
         f"heads, head_dim]: stack the parts along dimension {ndim - 3}",
     )
+    if frameworks.of(packed) is frameworks.torch:
+        return packed.unbind(ndim - 3)  # whose gradient is written as one array, where that of slices is a sum of three
     before = (slice(None),) * (ndim - 3)
     return tuple(packed[(*before, i)] for i in range(parts))
