@@ -25,6 +25,9 @@ class Arch:
         return self.name
 
 
+# Blocks of a grid along x, y and z, on every chip (CUDA C Programming Guide, the same table).
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
 _KB = 1024
 ARCHES = {
     a.name: a

@@ -34,6 +34,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from .arch import GRID_LIMITS
 from .errors import EmulatorError, require
 
 DEFAULT_SEED = 20260
@@ -41,7 +42,6 @@ LANDINGS = ("late", "early")
 DEFAULT_STEP_LIMIT = 400_000_000  # of one block: accesses and meetings of its threads; some 10 seconds
 MAX_THREADS = 1024
 MAX_SMEM_BYTES = 227 * 1024
-MAX_GRID = (2**31 - 1, 65535, 65535)
 
 __all__ = ["Counters", "Schedule", "counting", "launch", "schedule", "speed"]
 
@@ -324,8 +324,8 @@ def launch(
 
 def _check_shape(shape: str, grid: tuple[int, int, int], threads: int, compiled_threads: int, smem_bytes: int) -> None:
     """What CUDA refuses to launch, and what a whole warp needs."""
-    if len(grid) != 3 or not all(0 < n <= most for n, most in zip(grid, MAX_GRID, strict=True)):
-        raise EmulatorError(f"launch: {shape}: a grid has 1 to {MAX_GRID} blocks")
+    if len(grid) != 3 or not all(0 < n <= most for n, most in zip(grid, GRID_LIMITS, strict=True)):
+        raise EmulatorError(f"launch: {shape}: a grid has 1 to {GRID_LIMITS} blocks")
     if not 0 < threads <= MAX_THREADS or threads % 32:
         raise EmulatorError(f"launch: {shape}: a block has whole warps of 32, at most {MAX_THREADS} threads")
     if threads > compiled_threads:

@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..arch import Arch
+from ..arch import GRID_LIMITS, Arch
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..settings import config
 from . import cache, layout, nvrtc, sass, source, variant
 
 BACKENDS = ("cuda", "emulator")
-GRID_LIMITS = (2**31 - 1, 65535, 65535)  # CUDA C Programming Guide, "Technical Specifications per Compute Capability"
 DEFAULT_SMEM_BYTES = 48 * 1024  # more must be asked for, once a kernel and device
 
 

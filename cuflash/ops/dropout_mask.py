@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..arch import Arch
+from ..arch import GRID_LIMITS, Arch
 from ..array import TensorView
 from ..errors import UnsupportedError
 from ..jit import layout, module
@@ -19,7 +19,6 @@ SPEC = module.KernelSpec(
     smem_bytes=0,
 )
 POINTERS = ("dropout_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "seed", "offset")
-_MAX_BLOCKS = 2**31 - 1  # grid.x
 
 
 def run(
@@ -40,8 +39,9 @@ def run(
     batch, heads_q, rows, keys = arrays["dropout_mask"].shape
     if not batch * heads_q * rows * keys:
         return
-    if batch * rows > _MAX_BLOCKS:
-        raise UnsupportedError(f"a dropout mask of {batch} x {rows} rows has more than {_MAX_BLOCKS}: split the batch")
+    most = GRID_LIMITS[0]
+    if batch * rows > most:
+        raise UnsupportedError(f"a dropout mask of {batch} x {rows} rows has more than {most}: split the batch")
     params = layout.load("DropoutMaskParams").pack(
         **{name: arrays[name].ptr if name in arrays else 0 for name in POINTERS},
         batch=batch,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import dtypes, philox
-from ..arch import Arch
+from ..arch import GRID_LIMITS, Arch
 from ..array import TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError, UnsupportedError
@@ -22,7 +22,7 @@ from ..jit import layout, module
 
 HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
 MAX_ROWS = 2**30 - 2**16  # kernels add a window (2^30: none) to a row's index in 32 bits
-MAX_HEADS = 65535  # grid.y
+MAX_HEADS = GRID_LIMITS[1]
 UNLIMITED = 2**30
 LOG2_E = 1.4426950408889634
 
