@@ -2,4 +2,5 @@
 
 from importlib.util import find_spec
 
-collect_ignore = [] if find_spec("torch") else ["cuflash/frameworks/torch_autograd.py"]
+_MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
+collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
