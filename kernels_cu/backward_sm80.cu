@@ -262,11 +262,10 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
           } else {
             own = delta[2 * r + i / 2];
           }
-          float& weight = s.x[r][c][i];
+          const float weight = s.x[r][c][i];
           if constexpr (V::kDropout) {
             const float kept = weight > 0.0f ? weight * p.keep_scale : 0.0f;
             ds.x[r][c][i] = hw::fma(kept, ds.x[r][c][i], -hw::abs(weight) * own);
-            weight = kept;
           } else {
             ds.x[r][c][i] = weight * (ds.x[r][c][i] - own);
           }
@@ -291,7 +290,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
               } else {
                 reference = lse_base2[row];
               }
-              ds.x[r][c][i] *= cap_derivative(s.x[r][c][i], reference, -slope * distance, p.score_cap);
+              ds.x[r][c][i] *= cap_derivative(hw::abs(s.x[r][c][i]), reference, -slope * distance, p.score_cap);
             }
           }
         }
@@ -300,6 +299,9 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 
     // Gradients
     if constexpr (kKeysHeld) {
+      if constexpr (V::kDropout) {
+        s.for_each([&](float& x, i32, i32) { x = x > 0.0f ? x * p.keep_scale : 0.0f; });
+      }
       if (has_gradient_v) multiply_pv<Element, GradientV, S, typename Plan::TileV>(gradient_v, s, moved_v_smem + slice_v);
     }
     if (has_gradient) multiply_pv<Element, Gradient, S, typename Plan::Tile>(gradient, ds, moved_stage + slice_k);

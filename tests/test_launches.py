@@ -51,6 +51,11 @@ CASES = {
             "scale": 0.3,
         },
     ),
+    "dense, dropout of capped scores": (
+        (2, 70, 4, 64),
+        (2, 90, 2, 64),
+        {"causal": True, "softcap": 2.0, "alibi_slopes": SLOPES, "dropout_p": 0.3, "seed": 2**40 + 7, "offset": 3},
+    ),
     "packed, similar lengths": (
         (150, 4, 64),
         (150, 4, 64),
@@ -297,13 +302,13 @@ def test_recorded_bytes_give_the_right_gradients(name, rng):
     with recording("sm_80") as recorder:
         grads = device_call(recorder, dout, q, k, v, dlse, keywords)
         names = [launch.kernel.spec.source for launch in recorder.launches]
-        sums = ["backward_sum.cu"] if "sink" in keywords else []
+        sums = ["backward_sum.cu"] if "sink" in keywords or "alibi_slopes" in keywords else []
         assert names == ["backward_delta.cu", "backward_sm80.cu", "backward_sm80.cu", *sums]
         assert {launch.stream for launch in recorder.launches} == {STREAM}
         recorder.replay(len(names))
         found = [None if x is None else recorder.host(x) for x in (*grads[:4], *grads.dcaptured)]
-    if "sink" in keywords:
-        assert found[3].dtype == keywords["sink"].dtype and found[4].shape == keywords["alibi_slopes"].shape
+    for name, grad in zip(("sink", "alibi_slopes"), found[3:], strict=False):
+        assert grad is None or (grad.dtype, grad.shape) == (keywords[name].dtype, keywords[name].shape)
     keywords = {n: x for n, x in keywords.items() if n != "max_seqlen_q"}
     check_backward(dout, q, k, v, *found, dlse=dlse, **keywords)
 
