@@ -122,7 +122,7 @@ def test_slopes_of_every_sequence():
 
 
 def test_gradcheck():
-    q, k, v, _, _ = inputs(dtype=torch.float64, d=3)
+    q, k, v, _, _ = inputs(1, 3, 4, dtype=torch.float64, d=2)
     sink = draw(4, dtype=torch.float64)
     for keywords in FEATURES.values():
         assert torch.autograd.gradcheck(
