@@ -72,11 +72,9 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_delta(HW_GRID_CONSTANT BackwardPar
     if (row < p.q_len && lane == 0) {
       const i64 at = batch * p.lse_stride_batch + head * p.lse_stride_head + row;
       const float lse = hw::load_global(p.lse + at);
-      const bool keeps_nothing = lse == -kInfinity;
       if (p.dlse != nullptr) sum -= hw::load_global(p.dlse + at);
-      // Selected, not multiplied: such a row's dout may be anything.
-      hw::store_global(p.delta + at, keeps_nothing ? 0.0f : sum);
-      hw::store_global(p.lse_base2 + at, keeps_nothing ? kInfinity : lse * kLog2e);
+      hw::store_global(p.delta + at, sum);
+      hw::store_global(p.lse_base2 + at, lse == -kInfinity ? kInfinity : lse * kLog2e);
     }
   }
 }
