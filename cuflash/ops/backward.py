@@ -94,6 +94,10 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 192): Tile(32, 16, 2, slices=2),  # 84 KB
     (4, 256): Tile(16, 16, 1, slices=4),  # 80 KB
 }
+# The same where rows are not aligned to 16 bytes and these would spill.
+NARROW_TILES: dict[tuple[int, int], Tile] = {
+    (2, 128): Tile(128, 16, 8),  # 76 KB; 128 x 32 spills on compute capability 10.0
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +177,8 @@ def choose_variants(
 ) -> tuple[BackwardVariant, BackwardVariant]:
     """(keys held, queries held) for a dtype, head dims, alignment, and dropout or none. Nothing else enters."""
     d, d_v = forward.head_dim_class(head_dim), forward.head_dim_class(head_dim_v)
-    tile = TILES[dtype.itemsize, max(d, d_v)]
+    row = dtype.itemsize, max(d, d_v)
+    tile = NARROW_TILES.get(row, TILES[row]) if load_bytes < 16 else TILES[row]
     load_bytes = max(load_bytes, min(dtype.itemsize, 4))
     keys, queries = (BackwardVariant(dtype, d, d_v, tile, load_bytes, held, dropout) for held in (True, False))
     return keys, queries

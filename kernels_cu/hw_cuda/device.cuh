@@ -7,7 +7,6 @@
 #define HW_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define HW_GRID_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
-#define HW_UNROLL_2 _Pragma("unroll 2")
 #define HW_NO_UNROLL _Pragma("unroll 1")
 
 namespace hw {

@@ -7,7 +7,6 @@
 #define HW_KERNEL(threads) extern "C" void
 #define HW_GRID_CONSTANT const
 #define HW_UNROLL
-#define HW_UNROLL_2
 #define HW_NO_UNROLL
 
 namespace hw {

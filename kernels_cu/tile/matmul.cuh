@@ -54,8 +54,8 @@ HW_DEVICE void multiply_qk(S& s, const LaneRows<ATile>& a, const LaneRows<BTile>
       }
     }
   } else {
-    // NOTE: unrolled whole, ptxas keeps so many split operands in flight that every head dim spills.
-    HW_UNROLL_2
+    // NOTE: unrolled, ptxas keeps so many split operands in flight that they spill, and compiles twice as long.
+    HW_NO_UNROLL
     for (i32 step = 0; step < kHeadDim / 8; ++step) {
       u32 q_high[S::kRowTiles][4], q_low[S::kRowTiles][4];
       HW_UNROLL

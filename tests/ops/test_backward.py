@@ -179,7 +179,7 @@ def test_matrix_instructions_equal_the_formula(dtype, d, causal):
 @pytest.mark.parametrize("d", [32, 64, 96, 128, 192, 256])
 def test_no_bank_conflict_in_the_main_loop(dtype, d):
     counters, _ = count(70, 1, 1, d, dtype, causal=True)
-    outside = ("tile/store.cuh", "backward_sm80.cu")  # gathering results; 4-byte reads of lse and delta
+    outside = ("tile/store.cuh", "backward_sm80.cu")  # gathering results; reads of lse and delta
     loop = {site: n for site, n in counters.bank_conflicts.items() if n and not any(x in site for x in outside)}
     assert not loop, f"extra passes over shared memory: {loop}"
 
