@@ -26,8 +26,8 @@ struct BackwardParams {
   const i32* seqused_k;       // [batch]; null: all of each sequence
   const float* alibi_slopes;  // [heads_q] or [batch, heads_q]; null: none
   const void* sink;           // [heads_q] float32 or the element type; null: none
-  const u32* seed;            // dropout's, as in ForwardParams
-  const u32* offset;
+  const u32* seed;            // dropout's, one integer as seed_format says; null: seed_value
+  const u32* offset;          // dropout's, one integer whose low word counts; null: offset_value
 
   i64 q_stride_batch;
   i64 q_stride_row;
