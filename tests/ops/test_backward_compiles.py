@@ -32,7 +32,9 @@ def test_machine_code(name, index):
     assert counts["LDL"] == counts["STL"] == 0
     assert counts["ATOM"] == counts["RED"] == 0  # gradients are summed in one order
     if isinstance(spec.variant, backward.BackwardVariant):
-        assert counts["HMMA"] > 0 and counts["LDSM"] > 0 and counts["LDGSTS"] > 0
+        assert counts["HMMA"] > 0 and counts["LDSM"] > 0
+        # Rows aligned to 2 bytes go through registers; lse and delta never do.
+        assert (counts["LDGSTS"] > 0) == (spec.variant.load_bytes >= 4 or spec.variant.keys_held)
 
 
 def test_every_tile_fits_every_chip():
