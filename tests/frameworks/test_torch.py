@@ -131,3 +131,15 @@ def test_tensors_without_plain_memory_are_refused(make, match):
     x = torch.ones(1, 2, 2, 8)
     with pytest.raises((ArgumentError, UnsupportedError), match=match):
         cuflash.attention(x, make(x), x)
+
+
+def test_a_window_may_be_a_tensor_in_flash_attns_functions():
+    """And one that changed in place is read anew."""
+    q, k, v = torch.randn(3, 1, 9, 2, 32).unbind()
+    window = torch.tensor([3, 1])
+    for _ in range(2):
+        expected = cuflash.flash_attn_func(q, k, v, window_size=tuple(window.tolist()))
+        assert torch.equal(cuflash.flash_attn_func(q, k, v, window_size=window), expected)
+        window[0] = 0
+    with pytest.raises(cuflash.errors.ArgumentError, match="window_size"):
+        cuflash.flash_attn_func(q, k, v, window_size=torch.tensor([3, 1, 2]))
