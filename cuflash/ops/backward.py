@@ -330,21 +330,6 @@ def plan(problem: BackwardProblem, arch: Arch) -> BackwardPlan:
     return BackwardPlan(problem, arch)
 
 
-def run(
-    problem: BackwardProblem,
-    arrays: Mapping[str, TensorView],
-    *,
-    backend: str,
-    arch: Arch,
-    device: int | None = None,
-    stream: int | None = None,
-    seed: int = 0,
-    offset: int = 0,
-) -> None:
-    """Computes the gradients in `arrays` in place; the workspace is there too. backend: "cuda" or "emulator"."""
-    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream, seed=seed, offset=offset)
-
-
 def representative(arch: Arch) -> list[module.KernelSpec]:
     """Variants that between them compile every line of every tile: each dtype and class, each load width, d != d_v."""
     calls: list[tuple[DType, int, int, int, bool]] = [

@@ -353,31 +353,9 @@ def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
     return ForwardPlan(problem, arch)
 
 
-def run(
-    problem: ForwardProblem,
-    arrays: Mapping[str, TensorView],
-    *,
-    backend: str,
-    arch: Arch,
-    device: int | None = None,
-    stream: int | None = None,
-    seed: int = 0,
-    offset: int = 0,
-) -> None:
-    """Computes out, lse and max_logit (those in `arrays`) in place. backend: "cuda" or "emulator"."""
-    plan(problem, arch).launch(arrays, backend=backend, device=device, stream=stream, seed=seed, offset=offset)
-
-
 def buffers_of(arrays: Mapping[str, TensorView], written: Sequence[str] = _WRITTEN) -> list[module.Buffer]:
     """The memory each array spans, for the emulator's bounds checks."""
-    found = []
-    for name, view in arrays.items():
-        if all(view.shape):
-            extent = 1 + sum((n - 1) * abs(s) for n, s in zip(view.shape, view.strides, strict=True))
-        else:
-            extent = 0
-        found.append(module.Buffer(name, view.ptr, extent * view.dtype.itemsize, name in written))
-    return found
+    return [module.Buffer(name, view.ptr, view.nbytes, name in written) for name, view in arrays.items()]
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:
