@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import errors
+from . import errors, mods
 from .api import (
     AttentionGrads,
     AttentionOutput,
@@ -37,6 +37,8 @@ from .flash import (
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
+from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
+from .mods import and_masks, noop_mask, not_mask, or_masks
 from .settings import config
 
 if TYPE_CHECKING:
@@ -47,12 +49,18 @@ __version__ = "0.1.0"
 __all__ = [
     "AttentionGrads",
     "AttentionOutput",
+    "AuxOutput",
+    "AuxRequest",
+    "BlockMask",
     "Explanation",
     "Support",
     "__version__",
+    "and_masks",
     "attention",
     "attention_backward",
     "config",
+    "create_block_mask",
+    "create_mask",
     "emulator",
     "errors",
     "explain",
@@ -63,7 +71,12 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "flex_attention",
     "integrations",
+    "mods",
+    "noop_mask",
+    "not_mask",
+    "or_masks",
     "packing",
     "supports",
     "warmup",
