@@ -1,6 +1,6 @@
 // Attention forward for compute capability 8.0 and later: out = softmax(score(q k^T)) v, by tiles, in one pass.
 //
-//   S = scale Q K^T    [kBlockQ, kBlockK]    never leaves registers
+//   S = scale Q K^T    [kBlockQ, kBlockK]    never leaves registers; through the user's mods (tile/mods.cuh)
 //   m, l, O            online softmax in base 2 (tile/softmax.cuh)
 //   P = dropout(P)     after the sum, where V::kDropout (tile/dropout.cuh)
 //   out = O / l        lse = ln(l) + m
@@ -31,6 +31,7 @@
 #include <tile/fragment.cuh>
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
+#include <tile/mods.cuh>
 #include <tile/schedule.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
@@ -60,7 +61,7 @@ struct ForwardPlan {
 };
 
 // The sequence's query tile number `from_end`, counted from its end.
-template <class V>
+template <class V, class M>
 HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) {
   using Plan = ForwardPlan<V>;
   using Element = typename V::Element;
@@ -96,6 +97,19 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const i32 first_k_tile = keys.any.begin / V::kBlockK;
   const bool sees_keys = last_row >= 0 && keys.any.begin < keys.any.end;
   const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
+  // From the last to the first; of these, those that mask_mod leaves something of.
+  TileWalk<-1> walk(k_tiles_end - 1);
+  const auto find_tile = [&](i32 n) {
+    if constexpr (M::kMask) {
+      return walk.find(n, first_k_tile - 1, [&](i32 tile) {
+        const i32 first = tile * V::kBlockK;
+        return M::classify(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), q_first, q_first + last_row, first,
+                              min_of(first + V::kBlockK, seq.k_len) - 1);
+      });
+    }
+    return n;
+  };
+  i32 n = find_tile(k_tiles_end - 1);
   const LaneRows<typename Plan::QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
   const LaneRows<typename Plan::KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
 
@@ -104,16 +118,16 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   o.fill(0.0f);
 
   // Q
-  if (first_k_tile < k_tiles_end) {
+  if (n >= first_k_tile) {
     const RowLoader<typename Plan::QTile, V::kBlockQ, Plan::kThreads, V::kLoadBytes> q_loader(q_smem, q, p.q_stride_row);
     q_loader.load(q_first, seq.q_len, row_bytes, p.q_stride_row);
-    k_loader.load((k_tiles_end - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
+    k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
     hw::cp_async_commit();
   }
 
   // KV loop
   HW_NO_UNROLL
-  for (i32 n = k_tiles_end - 1; n >= first_k_tile; --n) {
+  while (n >= first_k_tile) {
     // wait   K landed <- own copies of K and, the first time, Q
     hw::cp_async_wait<0>();
     // sync   K landed <-> all warps: K is whole; nobody reads the previous V any more
@@ -127,17 +141,31 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
 
     const i32 k_first = n * V::kBlockK;
-    score<Element>(p, sequence, head, s, diagonal + warp_row - k_first);
-    if (k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end) {
-      mask_scores(s, diagonal + warp_row - k_first, p.window_left, p.window_right, seq.k_len - k_first);
+    const i32 center = diagonal + warp_row - k_first;
+    bool mixed = k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end;
+    if constexpr (M::kScore) {
+      s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
+      score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first);
+    } else {
+      score<Element>(p, sequence, head, s, center);
+    }
+    if constexpr (M::kMask) {
+      mixed |= !walk.is_full(n);
+      if (mixed) {
+        mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, center,
+                          p.window_left, p.window_right, seq.k_len - k_first);
+      }
+    } else if (mixed) {
+      mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
     }
 
     // wait   V landed <- own copies of V
     hw::cp_async_wait<0>();
     // sync   V landed <-> all warps: V is whole; nobody reads K any more
     hw::sync_threads();
-    if (n > first_k_tile) {
-      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
+    n = find_tile(n - 1);
+    if (n >= first_k_tile) {
+      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
       hw::cp_async_commit();
     }
 
@@ -193,6 +221,6 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams
   for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
     // sync   shared memory <-> all warps: this tile's Q may replace the one before
     if (i > range.first) hw::sync_threads();
-    forward_tile<Variant>(p, range.sequence, i);
+    forward_tile<Variant, Mods>(p, range.sequence, i);
   }
 }

@@ -86,9 +86,9 @@ def _fetch(folder: Path) -> None:
 class Encoder:
     """The network: token ids of several sentences, packed, to one embedding a sentence.
 
-        encoder = Encoder.load()
-        ids = packing.pack(encoder.tokenize(["Rain again.", "How far is the Moon?"]))
-        embeddings = encoder(ids.data, ids.cu_seqlens, attend)      # [2, 384]
+    encoder = Encoder.load()
+    ids = packing.pack(encoder.tokenize(["Rain again.", "How far is the Moon?"]))
+    embeddings = encoder(ids.data, ids.cu_seqlens, attend)      # [2, 384]
     """
 
     def __init__(self, weights: dict[str, np.ndarray], tokenizer_json: str) -> None:

@@ -65,8 +65,14 @@ def explain(
 
 
 def made_up_call(
-    dtype: str, heads: int, heads_kv: int, head_dim: int, head_dim_v: int,
-    lengths: list[int], lengths_k: list[int] | None = None, dense: bool = False,
+    dtype: str,
+    heads: int,
+    heads_kv: int,
+    head_dim: int,
+    head_dim_v: int,
+    lengths: list[int],
+    lengths_k: list[int] | None = None,
+    dense: bool = False,
 ) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], dict[str, Any]]:
     """q, k, v of zeros and the keywords of a packed or dense call of these sizes.
 

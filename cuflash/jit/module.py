@@ -70,7 +70,8 @@ class KernelSpec:
     def text(self, target: str) -> str:
         """The flattened text for "cuda" or "emu"."""
         chosen = variant.emit(self.variant) if self.variant is not None else ""
-        return source.flatten(self.source, target, variant=chosen, params=self.params, edits=self.edits)
+        mods = getattr(self.variant, "mods", "")
+        return source.flatten(self.source, target, variant=chosen, mods=mods, params=self.params, edits=self.edits)
 
 
 @dataclass(frozen=True)

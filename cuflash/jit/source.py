@@ -6,6 +6,7 @@ the real files.
 
     #include <hw/matrix.cuh>    -> hw_cuda/matrix.cuh or hw_emu/matrix.cuh, by target
     #include <variant.cuh>      -> the generated text of `struct Variant`
+    #include <mods.cuh>         -> the generated text of `struct Mods`
     #include <tile/mask.cuh>    -> that file under kernels_cu/
 
 Only a file of hw_emu/ may include a header of the host's compiler; that stays in the text as it is.
@@ -25,6 +26,7 @@ from ..errors import ArgumentError, CompileError
 
 TARGETS = ("cuda", "emu")
 VARIANT_FILE = "variant.cuh"
+MODS_FILE = "mods.cuh"
 
 _INCLUDE = re.compile(r'\s*#\s*include\s*(?:<([^>]+)>|"([^"]+)")')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
@@ -67,6 +69,7 @@ def flatten(
     target: str,
     *,
     variant: str = "",
+    mods: str = "",
     params: str | None = None,
     edits: Sequence[Edit] = (),
     folders: Sequence[str | os.PathLike[str]] = (),
@@ -76,6 +79,7 @@ def flatten(
     root     file name relative to kernels_cu, e.g. "forward_sm80.cu", or an absolute path
     target   "cuda" or "emu": which twin `<hw/...>` names
     variant  text for `#include <variant.cuh>`, from `variant.emit`
+    mods     text for `#include <mods.cuh>`, from cuflash/trace/emit_c.py
     params   name of the launch struct; its size, as Python computes it, is asserted at the end of the text
     edits    changes to the files, see `Edit`
     folders  searched after kernels_cu (and the root's own folder, if it was given as a path)
@@ -90,7 +94,8 @@ def flatten(
         raise ArgumentError(f"target={target!r} must be one of {', '.join(TARGETS)}")
     path = Path(root)
     search = [folder(), *([path.parent] if path.is_absolute() else []), *map(Path, folders)]
-    text = _Flattener(target, variant, search, edits).run(path)
+    generated = {VARIANT_FILE: variant, MODS_FILE: mods}
+    text = _Flattener(target, generated, search, edits).run(path)
     if params is not None:
         from .layout import parse
 
@@ -103,9 +108,9 @@ def flatten(
 
 
 class _Flattener:
-    def __init__(self, target: str, variant: str, search: Sequence[Path], edits: Sequence[Edit]) -> None:
+    def __init__(self, target: str, generated: dict[str, str], search: Sequence[Path], edits: Sequence[Edit]) -> None:
         self.target = target
-        self.variant = variant
+        self.generated = generated
         self.search = search
         self.edits = list(edits)
         self.seen: set[str] = set()
@@ -116,7 +121,7 @@ class _Flattener:
         if path is None:
             raise CompileError(f"no kernel source {str(root)!r} in {', '.join(map(str, self.search))}")
         self._inline(path, self._name(path))
-        if self.variant and VARIANT_FILE not in self.seen:
+        if self.generated[VARIANT_FILE] and VARIANT_FILE not in self.seen:
             raise ArgumentError(f"a variant was given, but nothing {root} includes has `#include <{VARIANT_FILE}>`")
         unused = next((e for e in self.edits if e.file not in self.seen), None)
         if unused is not None:
@@ -142,12 +147,12 @@ class _Flattener:
     def _include(self, include: re.Match[str], where: str, includer: Path | None, line: str) -> bool:
         """Handles one include; True if it put lines into the text."""
         wanted = include[1] or include[2]
-        if wanted == VARIANT_FILE:
+        if wanted in self.generated:
             if wanted in self.seen:
                 return False
-            if not self.variant:
-                raise CompileError(f"{where}: includes <{VARIANT_FILE}>, but no variant was given")
-            self._append(wanted, self._edited(wanted, self.variant), None)
+            if not self.generated[wanted]:
+                raise CompileError(f"{where}: includes <{wanted}>, but no {wanted.partition('.')[0]} was given")
+            self._append(wanted, self._edited(wanted, self.generated[wanted]), None)
             return True
         found = self._find(wanted, beside=includer.parent if includer and include[2] else None)
         if found is None:

@@ -1,7 +1,8 @@
 """The compile-time choices of a kernel, as the text of `struct Variant`.
 
 A variant is a frozen dataclass with `members()`: C name -> bool, int, or the name of a type. The dataclass is the key
-in memory, its text is part of the key on disk, and a reader finds it in the dumped source.
+in memory, its text is part of the key on disk, and a reader finds it in the dumped source. One whose kernel calls the
+user's mods has their text besides, as `mods`.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ As in `forward`, what is compiled depends on `BackwardVariant` alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..arch import Arch
 from ..array import TensorView
 from ..dtypes import DType
 from ..jit import layout, module
+from ..trace.expr import Mods
 from . import forward
 from .forward import Strides
 
@@ -66,6 +67,7 @@ class BackwardProblem:
     deterministic: bool = False
     dropout_p: float = 0.0
     seed: DType | None = None
+    mods: Mods | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +256,8 @@ class BackwardPlan:
             | {"heads_q": p.heads_q, "partials": partials, "scale": p.scale}
         )
         names = [*values, "packed_grid"]
-        self._pack = layout.load("BackwardParams").packer(*POINTERS, "seed_value", "offset_value", *names)
+        self._pack = layout.load("BackwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *names)
+        self._captured = forward.Captured(p.mods)
 
         def step(variant: Any, grid: tuple[int, int, int], slots: bool, why: str) -> Step:
             return Step(kernel_spec(variant), grid, why, (*values.values(), int(slots)))
@@ -310,6 +313,7 @@ class BackwardPlan:
         stream: int | None = None,
         seed: int = 0,
         offset: int = 0,
+        scalars: Sequence[int | float] = (),
     ) -> None:
         """Computes dq, dk, dv (and dsink, dslopes where the problem wants them) in place.
 
@@ -317,8 +321,9 @@ class BackwardPlan:
         """
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = forward.buffers_of(arrays, _WRITTEN) if backend == "emulator" else ()
+        captured = self._captured.pack(arrays, scalars)
         for step in self.steps:
-            params = self._pack(*pointers, seed % 2**64, offset % 2**32, *step.values)
+            params = self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *step.values)
             kernel = module.load(step.spec, self.arch, backend, device)
             kernel.launch(step.grid, params, stream=stream, buffers=buffers)
 

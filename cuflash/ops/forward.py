@@ -19,6 +19,9 @@ from ..array import TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError, UnsupportedError
 from ..jit import layout, module
+from ..trace import emit_c
+from ..trace.expr import Mods
+from ..trace.strata import LIMIT as MAX_ROWS_OF_MODS
 
 HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
 MAX_ROWS = 2**30 - 2**16  # kernels add a window (2^30: none) to a row's index in 32 bits
@@ -41,6 +44,7 @@ class ForwardProblem:
     sink             None, "float32" or "element" (the dtype of q), contiguous
     dropout_p        share of the weights to drop; its seed and offset are given at the launch
     seed             dtype of an array of one element that holds the seed; None: a number
+    mods             what score_mod and mask_mod compute; softcap and ALiBi are in there beside a score_mod
     """
 
     dtype: DType
@@ -69,6 +73,7 @@ class ForwardProblem:
     max_logit: bool = False
     dropout_p: float = 0.0
     seed: DType | None = None
+    mods: Mods | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +112,13 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
 DROPOUT_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (2, 192): both(Tile(128, 32, 8)),  # 72 KB; 128 x 64 spills on compute capability 10.0
 }
+# The same for a score_mod, whose terms take registers.
+MOD_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (2, 64): both(Tile(128, 64, 8)),  # 32 KB
+    (2, 128): both(Tile(128, 64, 8)),  # 64 KB
+    (2, 192): both(Tile(128, 32, 8)),  # 72 KB
+    (2, 256): both(Tile(128, 16, 8)),  # 80 KB
+}
 SMALL_SMEM = 163 * 1024
 
 
@@ -120,6 +132,7 @@ class ForwardVariant:
     tile: Tile
     load_bytes: int
     dropout: bool = False
+    mods: str = emit_c.NO_MODS
 
     @property
     def smem_bytes(self) -> int:
@@ -154,15 +167,25 @@ def head_dim_class(d: int) -> int:
 
 
 def choose_variant(
-    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, arch: Arch, *, dropout: bool = False
+    dtype: DType,
+    head_dim: int,
+    head_dim_v: int,
+    load_bytes: int,
+    arch: Arch,
+    *,
+    dropout: bool = False,
+    mods: Mods | None = None,
 ) -> ForwardVariant:
-    """The variant for a dtype, head dims, alignment, and dropout or none. Nothing else enters: not lengths, batch,
-    heads or numbers, the rate of dropout among them."""
+    """The variant for a dtype, head dims, alignment, dropout or none, and mods. Nothing else enters: not lengths,
+    batch, heads or numbers, the rate of dropout and what mods capture among them."""
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
     large, small = DROPOUT_TILES.get(row, TILES[row]) if dropout else TILES[row]
+    if mods is not None and mods.score is not None:
+        large, small = MOD_TILES.get(row, (large, small))
     tile = large if arch.smem_bytes >= SMALL_SMEM else small
-    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout)
+    text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
+    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout, text)
 
 
 @functools.cache
@@ -232,6 +255,7 @@ class ForwardPlan:
             problem.load_bytes,
             arch,
             dropout=problem.dropout_p > 0,
+            mods=problem.mods,
         )
         self.spec = kernel_spec(self.variant)
         self.grid, slots, self.why = choose_grid(
@@ -246,11 +270,14 @@ class ForwardPlan:
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
         self._values = tuple(values.values())
-        self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", *values)
+        self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *values)
+        self._captured = Captured(problem.mods)
 
-    def params(self, pointers: Sequence[int], seed: int = 0, offset: int = 0) -> bytes:
+    def params(
+        self, pointers: Sequence[int], seed: int = 0, offset: int = 0, captured: bytes = emit_c.NO_WORDS
+    ) -> bytes:
         """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
-        return self._pack(*pointers, seed % 2**64, offset % 2**32, *self._values)
+        return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *self._values)
 
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
@@ -270,17 +297,38 @@ class ForwardPlan:
         stream: int | None = None,
         seed: int = 0,
         offset: int = 0,
+        scalars: Sequence[int | float] = (),
     ) -> None:
         """Computes out (and lse, max_logit where they are in `arrays`) in place.
 
-        seed, offset: dropout's, where they are not in `arrays` as one integer each.
+        seed, offset   dropout's, where they are not in `arrays` as one integer each
+        scalars        numbers that the mods captured; their arrays are "captured0", "captured1", ... of `arrays`
         """
         if self.grid[0] == 0:
             return
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = buffers_of(arrays) if backend == "emulator" else ()
-        params = self.params(pointers, seed, offset)
+        params = self.params(pointers, seed, offset, self._captured.pack(arrays, scalars))
         self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
+
+
+class Captured:
+    """How the values that mods captured travel to a kernel."""
+
+    def __init__(self, mods: Mods | None) -> None:
+        self.words = None if mods is None else emit_c.Words(mods)
+        self._names = () if mods is None else tuple(f"captured{i}" for i in range(len(mods.arrays)))
+
+    def pack(self, arrays: Mapping[str, TensorView], scalars: Sequence[int | float]) -> bytes:
+        if self.words is None:
+            return emit_c.NO_WORDS
+        views = [arrays[name] for name in self._names]
+        gradients = {
+            slot: arrays[f"d{self._names[slot]}"].ptr
+            for slot in self.words.gradients
+            if f"d{self._names[slot]}" in arrays
+        }
+        return self.words.pack([(x.ptr, x.shape, x.strides) for x in views], scalars, gradients)
 
 
 def strides_of(problem: Any, *names: str) -> dict[str, int]:
@@ -297,8 +345,10 @@ def score_values(p: Any) -> dict[str, Any]:
     scale_log2 = p.scale * LOG2_E
     # A scale too small to be a normal float, zero or negative cannot stand inside the exponential: there -inf, a masked
     # score, must stay -inf.
-    raw = p.softcap == 0 and p.alibi is None and scale_log2 >= 1e-30
-    score_scale = p.scale / p.softcap if p.softcap else scale_log2
+    by_mod = p.mods is not None and p.mods.score is not None
+    raw = p.softcap == 0 and p.alibi is None and scale_log2 >= 1e-30 and not by_mod
+    # A score_mod takes and gives natural units; what it gives is brought to base 2 inside the exponential.
+    score_scale = p.scale / p.softcap if p.softcap else p.scale if by_mod else scale_log2
     if not (abs(score_scale) < 3e38 and abs(p.softcap * LOG2_E) < 3e38):
         raise ArgumentError(
             f"scale={p.scale} with softcap={p.softcap} leaves float32: scale, and scale / softcap, must be below 2e38"
@@ -318,7 +368,7 @@ def score_values(p: Any) -> dict[str, Any]:
         "sink_is_element": int(p.sink == "element"),
         "score_scale": score_scale,
         "score_cap": p.softcap * LOG2_E,
-        "softmax_scale": scale_log2 if raw else 1.0,
+        "softmax_scale": scale_log2 if raw else LOG2_E if by_mod else 1.0,
         "raw_scores": int(raw),
         **dropout_values(p.dropout_p, p.seed),
     }
@@ -342,6 +392,8 @@ def require_counts(problem: Any) -> None:
     for name, rows in (("q", problem.q_rows), ("k", problem.k_rows)):
         if rows > MAX_ROWS:
             raise UnsupportedError(f"{name} has {rows} rows, a kernel counts to {MAX_ROWS}: split the batch")
+        if rows > MAX_ROWS_OF_MODS and problem.mods is not None:
+            raise UnsupportedError(f"{name} has {rows} rows, mods count to {MAX_ROWS_OF_MODS}: split the batch")
     if problem.heads_q > MAX_HEADS:
         raise UnsupportedError(f"heads_q={problem.heads_q} must be at most {MAX_HEADS}: split the heads")
 

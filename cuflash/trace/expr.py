@@ -1,6 +1,6 @@
 """The expressions a mod is made of: scores, coordinates, numbers and captured values, and what is computed from them.
 
-An `Expr` is a node of a graph without cycles. Equal expressions are one object, so that `is` compares them, a dictionary
+An `Expr` is a node of a graph without cycles. Equal expressions are one object: `is` compares them, a dictionary
 finds them, and what is written twice is computed once. Three kinds of value:
 
     "bool"    true or false

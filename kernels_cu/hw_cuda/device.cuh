@@ -81,4 +81,11 @@ HW_DEVICE void store_global(T* pointer, T value) {
   *pointer = value;
 }
 
+
+// An index into an axis of `size` elements (at least 1), from Python code that nobody has checked: one that is outside is
+// brought inside, and the emulator reports it.
+HW_DEVICE i32 checked_index(i32 index, i32 size) {
+  return static_cast<i32>(min_of(static_cast<u32>(index), static_cast<u32>(size) - 1u));
+}
+
 }  // namespace hw

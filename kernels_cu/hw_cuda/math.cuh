@@ -42,6 +42,37 @@ HW_DEVICE float tanh_approx(float x) {
   return y;
 }
 
+// sqrt x, 1 / sqrt x: at most 1 ulp and 2^-22.4. (PTX ISA, "sqrt", "rsqrt")
+HW_DEVICE float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+HW_DEVICE float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// sin x, cos x for |x| <= pi, error 2^-20.5. (PTX ISA, "sin", "cos")
+HW_DEVICE float sin_approx(float x) {
+  float y;
+  asm("sin.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+HW_DEVICE float cos_approx(float x) {
+  float y;
+  asm("cos.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// To the next whole number below, above; to an int towards 0, out of range to its nearest end, NaN to 0.
+HW_DEVICE float floor(float x) { return floorf(x); }
+HW_DEVICE float ceil(float x) { return ceilf(x); }
+HW_DEVICE i32 to_int(float x) { return __float2int_rz(x); }
+
 // The larger; a NaN loses against a number.
 HW_DEVICE float max(float a, float b) { return fmaxf(a, b); }
 HW_DEVICE float min(float a, float b) { return fminf(a, b); }
@@ -53,6 +84,8 @@ HW_DEVICE float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
 // How many bits are set.
 HW_DEVICE i32 popcount(u32 x) { return __popc(x); }
+// The place of the lowest bit that is set, from 0; x is not 0.
+HW_DEVICE i32 lowest_bit(u32 x) { return __ffs(static_cast<i32>(x)) - 1; }
 
 HW_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 HW_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }

@@ -30,12 +30,24 @@ struct Bfloat16 {
 };
 
 HW_DEVICE i32 popcount(u32 x) { return __builtin_popcount(x); }
+HW_DEVICE i32 lowest_bit(u32 x) { return __builtin_ctz(x); }
 HW_DEVICE u32 float_bits(float x) { return __builtin_bit_cast(u32, x); }
 HW_DEVICE float bits_float(u32 x) { return __builtin_bit_cast(float, x); }
 
 HW_DEVICE float exp2_approx(float x) { return emu::flush_denormal(__builtin_exp2f(x)); }
 HW_DEVICE float log2_approx(float x) { return __builtin_log2f(emu::flush_denormal(x)); }
 HW_DEVICE float rcp_approx(float x) { return emu::flush_denormal(1.0f / emu::flush_denormal(x)); }
+
+HW_DEVICE float sqrt_approx(float x) { return emu::flush_denormal(__builtin_sqrtf(emu::flush_denormal(x))); }
+HW_DEVICE float rsqrt_approx(float x) { return emu::flush_denormal(1.0f / __builtin_sqrtf(emu::flush_denormal(x))); }
+HW_DEVICE float sin_approx(float x) { return emu::flush_denormal(__builtin_sinf(x)); }
+HW_DEVICE float cos_approx(float x) { return emu::flush_denormal(__builtin_cosf(x)); }
+HW_DEVICE float floor(float x) { return __builtin_floorf(x); }
+HW_DEVICE float ceil(float x) { return __builtin_ceilf(x); }
+HW_DEVICE i32 to_int(float x) {
+  if (x != x) return 0;
+  return x >= 2147483648.0f ? 2147483647 : x < -2147483648.0f ? -2147483647 - 1 : static_cast<i32>(x);
+}
 
 HW_DEVICE float tanh_approx(float x) {
   const float y = __builtin_tanhf(x);

@@ -1451,6 +1451,13 @@ void cuflash_emu_store_global(const void* value, void* pointer, u32 bytes, Site 
   memcpy(pointer, value, bytes);
 }
 
+void cuflash_emu_bad_index(i32 index, i32 size, Site site) {
+  Fiber* f = this_fiber();
+  f->site = site;
+  fail(f->block, "out of bounds: an index of " + who(f) + " at " + place(site) +
+                     format(": %d, of an axis of %d elements", index, size));
+}
+
 void cuflash_emu_cp_async(u32 destination, const void* source, u32 bytes, i32 source_bytes, Site site) {
   Fiber* f = this_fiber();
   Block* b = f->block;

@@ -55,6 +55,8 @@ void cuflash_emu_store_shared(const void* value, u32 address, u32 bytes, hw::Sit
 void cuflash_emu_load_global(void* value, const void* pointer, u32 bytes, hw::Site site);
 void cuflash_emu_store_global(const void* value, void* pointer, u32 bytes, hw::Site site);
 
+void cuflash_emu_bad_index(i32 index, i32 size, hw::Site site);
+
 void cuflash_emu_cp_async(u32 destination, const void* source, u32 bytes, i32 source_bytes, hw::Site site);
 void cuflash_emu_cp_async_commit(hw::Site site);
 void cuflash_emu_cp_async_wait(i32 pending, hw::Site site);

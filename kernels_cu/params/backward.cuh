@@ -2,6 +2,7 @@
 // of the arrays with head dims count bytes, the others elements.
 #pragma once
 #include <base.cuh>
+#include <params/captured.cuh>
 
 struct BackwardParams {
   const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
@@ -81,4 +82,6 @@ struct BackwardParams {
   u32 offset_value;
   i32 seed_format;
   u64 seed_value;
+
+  Captured captured;  // what the mods captured; read where there are any
 };

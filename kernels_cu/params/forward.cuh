@@ -3,6 +3,7 @@
 // sequence begins at the row cu_seqlens names (stride_batch 0); in the dense one (cu_seqlens null) stride_batch apart.
 #pragma once
 #include <base.cuh>
+#include <params/captured.cuh>
 
 struct ForwardParams {
   const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
@@ -58,4 +59,6 @@ struct ForwardParams {
   u32 offset_value;
   i32 seed_format;  // of the integer at seed: 0 u32, 1 i32, 2 of 64 bits
   u64 seed_value;
+
+  Captured captured;  // what the mods captured; read where there are any
 };

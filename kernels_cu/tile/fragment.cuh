@@ -42,6 +42,20 @@ struct Fragment {
       }
     }
   }
+
+  // The same column by column: visit(value, row, column, own), own = terms(column).
+  template <class Terms, class Visit>
+  HW_DEVICE void for_each_column(const Terms& terms, const Visit& visit) {
+    HW_UNROLL
+    for (i32 c = 0; c < kColTiles; ++c) {
+      HW_UNROLL
+      for (i32 i = 0; i < 2; ++i) {
+        const auto own = terms(8 * c + i);
+        HW_UNROLL
+        for (i32 row = 0; row < kRows; ++row) visit(x[row / 2][c][2 * (row % 2) + i], row, 8 * c + i, own);
+      }
+    }
+  }
 };
 
 // Over the four lanes that share a row.

@@ -9,6 +9,7 @@ from hw_toys import BACKENDS, Toy, aligned, at_aligned
 from needs import needs_nvrtc
 
 from cuflash import arch
+from cuflash.errors import EmulatorError
 from cuflash.jit import nvrtc
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
@@ -126,7 +127,19 @@ MMA = """
 BODIES["popcount"] = (
     "hw::store_global(out<i32>() + thread, hw::popcount(hw::load_global(a<u32>() + thread)));", 1024, 0
 )  # fmt: skip
-for function in ("hw::exp2_approx", "hw::log2_approx", "hw::rcp_approx", "hw::tanh_approx"):
+BODIES["lowest_bit"] = (
+    "hw::store_global(out<i32>() + thread, hw::lowest_bit(hw::load_global(a<u32>() + thread)));", 1024, 0
+)  # fmt: skip
+BODIES["to_int"] = (
+    "hw::store_global(out<i32>() + thread, hw::to_int(hw::load_global(a<float>() + thread)));", 1024, 0
+)  # fmt: skip
+BODIES["checked_index"] = (
+    "hw::store_global(out<i32>() + thread, hw::checked_index(hw::load_global(a<i32>() + thread), n));", 32, 0
+)  # fmt: skip
+for function in (
+    "hw::exp2_approx", "hw::log2_approx", "hw::rcp_approx", "hw::tanh_approx", "hw::sqrt_approx", "hw::rsqrt_approx",
+    "hw::sin_approx", "hw::cos_approx", "hw::floor", "hw::ceil",
+):  # fmt: skip
     call = f"hw::store_global(out<float>() + thread, {function}(hw::load_global(a<float>() + thread)));"
     BODIES[function.removeprefix("hw::")] = (call, 1024, 0)
 for kind, call in {
@@ -356,6 +369,63 @@ def test_tanh_approx(run, rng, backend):
     np.testing.assert_allclose(found, np.tanh(x.astype(np.float64)), rtol=2.0**-10.987, atol=2.0**-126)
     if backend == "emulator":  # no better than the instruction
         assert not (bits_of(found[~np.isnan(found)]) & 0x1FFF).any()
+
+
+@each_backend
+def test_sqrt_and_rsqrt_approx(run, rng, backend):
+    x = np.abs(floats(rng, 1024))
+    exact = np.sqrt(flushed(x).astype(np.float64))
+    found = run("sqrt_approx", backend, a=x, out=np.zeros(1024, np.float32))
+    np.testing.assert_allclose(found, exact, rtol=2.0**-22)
+    found = run("rsqrt_approx", backend, a=x, out=np.zeros(1024, np.float32))
+    with np.errstate(divide="ignore"):
+        np.testing.assert_allclose(found, 1 / exact, rtol=2.0**-22)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["sin", "cos"])
+def test_sin_and_cos_approx_within_a_turn(run, rng, backend, name):
+    x = rng.uniform(-np.pi, np.pi, 1024).astype(np.float32)
+    found = run(f"{name}_approx", backend, a=x, out=np.zeros(1024, np.float32))
+    np.testing.assert_allclose(found, getattr(np, name)(x.astype(np.float64)), rtol=0, atol=2.0**-20)
+
+
+@each_backend
+@pytest.mark.parametrize("name", ["floor", "ceil"])
+def test_floor_and_ceil(run, rng, backend, name):
+    x = floats(rng, 1024, 5)
+    found = run(name, backend, a=x, out=np.zeros(1024, np.float32))
+    np.testing.assert_array_equal(found, getattr(np, name)(x))
+
+
+@each_backend
+def test_to_int_goes_towards_0_and_saturates(run, rng, backend):
+    x = floats(rng, 1024, 5)
+    found = run("to_int", backend, a=x, out=np.zeros(1024, np.int32))
+    wide = np.trunc(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=1e30, neginf=-1e30))
+    np.testing.assert_array_equal(found, np.clip(wide, -(2**31), 2**31 - 1))
+
+
+@each_backend
+def test_lowest_bit(run, rng, backend):
+    x = rng.integers(1, 2**32, size=1024, dtype=np.uint32) << rng.integers(0, 20, 1024).astype(np.uint32)
+    x[x == 0] = 2**31
+    found = run("lowest_bit", backend, a=x, out=np.zeros(1024, np.int32))
+    np.testing.assert_array_equal(1 << found.astype(np.int64), x.astype(np.int64) & -x.astype(np.int64))
+
+
+@each_backend
+def test_checked_index(run, backend):
+    inside = np.arange(32, dtype=np.int32)
+    out = np.zeros(32, np.int32)
+    np.testing.assert_array_equal(run("checked_index", backend, a=inside, out=out, n=32), inside)
+    outside = inside - 1
+    if backend == "emulator":
+        with pytest.raises(EmulatorError, match="an axis of 31 elements"):
+            run("checked_index", backend, a=outside, out=out, n=31)
+    else:
+        found = run("checked_index", backend, a=outside, out=out, n=31)
+        np.testing.assert_array_equal(found, [30, *range(31)])
 
 
 @each_backend

@@ -1,0 +1,416 @@
+"""Mods as CUDA C: `struct Mods`, the text of <mods.cuh>. Stands beside `emit_numpy`, which says what it means.
+
+A kernel asks for terms where they belong, so that nothing is computed more often than it changes: `tile` once a tile,
+`q_terms` once a query, `k_terms` once a key, `score` and `keep_*` for every element, from those. It serves tiles whose
+rows are queries (`bounds_q`, `keep_q`) and those whose rows are keys (`bounds_k`, `keep_k`) alike.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+
+from ..errors import UnsupportedError
+from .expr import SCORE, ArraySlot, Expr, Mods, coordinate, leaves
+from .strata import FULL_RANGE, split, value_range
+
+WORDS = 64  # of 8 bytes: kernels_cu/params/captured.cuh has the same number
+
+C_TYPES = {"bool": "bool", "int": "i32", "float": "float"}
+_ELEMENTS = {
+    "float16": "hw::Half", "bfloat16": "hw::Bfloat16", "float32": "float", "int8": "signed char", "int16": "short",
+    "int32": "i32", "int64": "i64", "uint8": "u8", "uint16": "u16", "uint32": "u32", "uint64": "u64", "bool": "u8",
+}  # fmt: skip
+
+# What C writes for an operation on values of one kind. Divisions, shifts and conversions: `Writer._operation`.
+_TEXT = {
+    "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}",
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}",
+    "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "where": "{0} ? {1} : {2}",
+}  # fmt: skip
+_CALLS = {
+    "div": "float_div", "pow": "power_of", "exp": "exp_of", "exp2": "hw::exp2_approx", "log": "log_of",
+    "log2": "hw::log2_approx", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of", "sqrt": "hw::sqrt_approx",
+    "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor", "ceil": "hw::ceil",
+}  # fmt: skip
+
+
+class Words:
+    """Where a call's captured values lie in `Captured`, eight bytes each.
+
+    An array has its address, its strides in elements, its extents; a number has a word; then come the addresses of the
+    gradients of float arrays.
+    """
+
+    def __init__(self, mods: Mods) -> None:
+        self.arrays: list[int] = []
+        at = 0
+        for array in mods.arrays:
+            self.arrays.append(at)
+            at += 1 + 2 * array.ndim
+        self.scalars = range(at, at + len(mods.scalars))
+        at += len(mods.scalars)
+        self.gradients: dict[int, int] = {}
+        for slot, array in enumerate(mods.arrays):
+            if array.kind == "float":
+                self.gradients[slot] = at
+                at += 1
+        if at > WORDS:
+            raise UnsupportedError(
+                f"the mods capture {len(mods.arrays)} arrays and {len(mods.scalars)} numbers, {at} words of the {WORDS} "
+                "that fit: stack arrays of one shape into one and index it"
+            )
+        self._format = "<" + "".join(f"{1 + 2 * a.ndim}q" for a in mods.arrays)
+        self._format += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
+        self._format += f"{len(self.gradients)}q"
+        self._format += f"{8 * WORDS - struct.calcsize(self._format)}x"
+
+    def pack(
+        self,
+        arrays: Iterable[tuple[int, Sequence[int], Sequence[int]]],
+        scalars: Sequence[int | float],
+        gradients: Mapping[int, int] | None = None,
+    ) -> bytes:
+        """The block's bytes: (address, shape, strides) of each array, numbers, addresses of gradients by slot (else 0)."""
+        values: list[int | float] = []
+        for pointer, shape, strides in arrays:
+            values += (pointer, *strides, *shape)
+        return struct.pack(
+            self._format, *values, *scalars, *((gradients or {}).get(slot, 0) for slot in self.gradients)
+        )
+
+
+NO_WORDS = bytes(8 * WORDS)
+
+
+def literal(x: Expr) -> str:
+    """A constant in C."""
+    if x.kind == "bool":
+        return str(x.value).lower()
+    if x.kind == "int":
+        return "(-2147483647 - 1)" if x.value == -(2**31) else f"({x.value})" if x.value < 0 else str(x.value)
+    value = x.value
+    if math.isnan(value):
+        return "hw::bits_float(0x7fffffffu)"
+    single = struct.unpack("<I", struct.pack("<f", value) if abs(value) <= _LARGEST else _infinite(value))[0]
+    if single & 0x7FFFFFFF == 0x7F800000:
+        return "-kInfinity" if value < 0 else "kInfinity"
+    return f"{struct.unpack('<f', struct.pack('<I', single))[0]!r}f"
+
+
+_LARGEST = 3.4028235677973366e38  # what still rounds to a finite float32
+
+
+def _infinite(value: float) -> bytes:
+    return struct.pack("<f", math.copysign(math.inf, value))
+
+
+class Writer:
+    """Statements that compute expressions: each distinct one is a local, named once.
+
+    given   expressions that have a name already
+    """
+
+    def __init__(self, words: Words, given: Mapping[Expr, str], indent: str = "    ") -> None:
+        self.words = words
+        self.names = dict(given)
+        self.lines: list[str] = []
+        self.indent = indent
+
+    def value(self, x: Expr) -> str:
+        """What to write for an expression; statements it needs are added."""
+        name = self.names.get(x)
+        if name is not None:
+            return name
+        if x.op == "const":
+            return literal(x)
+        if x.op == "scalar":
+            word = f"p.captured.words[{self.words.scalars[x.value]}]"
+            return f"static_cast<i32>({word})" if x.kind == "int" else f"hw::bits_float(static_cast<u32>({word}))"
+        text = self._operation(x, [self.value(a) for a in x.args])
+        name = self.names[x] = f"v{len(self.lines)}"
+        self.lines.append(f"const {C_TYPES[x.kind]} {name} = {text};")
+        return name
+
+    def statement(self, text: str) -> None:
+        self.lines.append(text)
+
+    def text(self) -> str:
+        return "".join(f"{self.indent}{line}\n" for line in self.lines)
+
+    def _operation(self, x: Expr, args: list[str]) -> str:
+        if x.op == "load":
+            return f"load_{x.value}({', '.join(['p', *args])})"
+        if x.op == "dot":
+            return f"dot_{'_'.join(map(str, x.value))}({', '.join(['p', *args])})"
+        inner = x.args[0].kind if x.args else x.kind
+        if x.op in ("floordiv", "mod"):
+            return self._division(x, args)
+        if x.op in ("min", "max"):
+            return (
+                f"{'hw::' if x.kind == 'float' else ''}{x.op}{'' if x.kind == 'float' else '_of'}({args[0]}, {args[1]})"
+            )
+        if x.op == "abs":
+            return f"hw::abs({args[0]})" if x.kind == "float" else f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
+        if x.op == "not":
+            return f"!{args[0]}" if x.kind == "bool" else f"~{args[0]}"
+        if x.op in ("shl", "shr"):
+            n = x.args[1]
+            if n.op == "const" and 0 <= n.value < 32 and x.op == "shr":
+                return f"{args[0]} >> {args[1]}"
+            return f"shift_{'left' if x.op == 'shl' else 'right'}({args[0]}, {args[1]})"
+        if x.op == "tanh":
+            return f"cap_score<Variant::Element>({args[0]}, 1.0f)"
+        if x.op == "div" and x.args[1].op == "const" and x.args[1].value != 0.0:
+            # Exact by a power of two, else as exact as the quotient's rounding allows twice over.
+            return f"{args[0]} * {_reciprocal(x.args[1].value)}"
+        if x.op == "int":
+            return f"hw::to_int({args[0]})" if inner == "float" else f"static_cast<i32>({args[0]})"
+        if x.op == "float":
+            return f"static_cast<float>({args[0]})"
+        if x.op == "bool":
+            return f"{args[0]} != {'0.0f' if inner == 'float' else '0'}"
+        if x.op in _CALLS:
+            return f"{_CALLS[x.op]}({', '.join(args)})"
+        return _TEXT[x.op].format(*args)
+
+    def _division(self, x: Expr, args: list[str]) -> str:
+        name = "div" if x.op == "floordiv" else "mod"
+        if x.kind == "float":
+            return f"float_{x.op}({args[0]}, {args[1]})"
+        divisor = value_range(x.args[1])
+        if divisor[0] <= 0:
+            return f"floor_{name}({args[0]}, {args[1]})"
+        low, high = value_range(x.args[0])
+        if low >= 0 and (low, high) != FULL_RANGE:
+            sign = "/" if x.op == "floordiv" else "%"
+            return f"static_cast<i32>(static_cast<u32>({args[0]}) {sign} static_cast<u32>({args[1]}))"
+        return f"floor_{name}_positive({args[0]}, {args[1]})"
+
+
+def _reciprocal(value: float) -> str:
+    from .expr import const
+
+    return literal(const(1.0 / value))
+
+
+# struct Mods ------------------------------------------------------------------------------------------------------
+
+TILE = "tile"
+
+
+@lru_cache(maxsize=8192)
+def stratum(x: Expr) -> str:
+    """What an expression changes with: "tile", "q_idx", "kv_idx" or "element"."""
+    own = leaves(x)
+    if "score" in own or ("q_idx" in own and "kv_idx" in own):
+        return "element"
+    return "q_idx" if "q_idx" in own else "kv_idx" if "kv_idx" in own else TILE
+
+
+class _Terms:
+    """The largest sub-expressions of a stratum, each a field of a struct."""
+
+    def __init__(self, side: str, prefix: str) -> None:
+        self.side = side
+        self.prefix = prefix
+        self.fields: dict[Expr, str] = {}
+
+    def collect(self, x: Expr, seen: set[Expr]) -> None:
+        if x in seen:
+            return
+        seen.add(x)
+        if stratum(x) == self.side and x.args:
+            self.fields.setdefault(x, f"{self.prefix}{len(self.fields)}")
+            return
+        for a in x.args:
+            self.collect(a, seen)
+
+    def declarations(self) -> str:
+        return "".join(f"    {C_TYPES[x.kind]} {name};\n" for x, name in self.fields.items())
+
+    def given(self, variable: str) -> dict[Expr, str]:
+        return {x: f"{variable}.{name}" for x, name in self.fields.items()}
+
+
+_COORDINATES = {coordinate(name): f"t.{name}" for name in ("b", "h", "q_len", "kv_len")}
+_Q, _K = coordinate("q_idx"), coordinate("kv_idx")
+
+
+@lru_cache(maxsize=1024)
+def mods_text(mods: Mods, *, gradients: bool = False) -> str:
+    """The text of `struct Mods` for a call's mods.
+
+    gradients: with what the backward asks for, the derivative by the score and the sums for captured arrays.
+    """
+    words = Words(mods)
+    score = mods.score
+    slope, captured = _derivatives(mods) if gradients and score is not None else (None, {})
+    by_query = split(mods.mask, "kv_idx") if mods.mask is not None else None
+    by_key = split(mods.mask, "q_idx") if mods.mask is not None else None
+    element = [x for x in (score, slope, *captured.values()) if x is not None]
+    element += [s.rest for s in (by_query, by_key) if s is not None and s.rest is not None]
+    element += [i for load in captured for i in load.args]
+    rows = [x for s in (by_query, by_key) if s is not None for x in (s.low, s.high) if x is not None]
+
+    tile, q, k = _Terms(TILE, "t"), _Terms("q_idx", "q"), _Terms("kv_idx", "k")
+    for terms, roots in ((tile, [*element, *rows]), (q, element), (k, element)):
+        seen: set[Expr] = set()
+        for x in roots:
+            terms.collect(x, seen)
+    in_tile = _COORDINATES | tile.given("t")
+    in_element = in_tile | q.given("q") | k.given("k") | {_Q: "q.idx", _K: "k.idx", SCORE: "s"}
+
+    def function(declaration: str, given: Mapping[Expr, str], body: Callable[[Writer], None]) -> str:
+        writer = Writer(words, given)
+        body(writer)
+        return f"  template <class Params>\n  HW_DEVICE static {declaration} {{\n{writer.text()}  }}\n"
+
+    def returning(x: Expr | None, otherwise: str = "true") -> Callable[[Writer], None]:
+        return lambda w: w.statement(f"return {otherwise if x is None else w.value(x)};")
+
+    def filled(terms: _Terms, name: str, first: str) -> Callable[[Writer], None]:
+        def body(w: Writer) -> None:
+            values = [w.value(x) for x in terms.fields]
+            w.statement(f"return {{{', '.join([first, *values])}}};")
+
+        return body
+
+    def bounds(low: Expr | None, high: Expr | None) -> Callable[[Writer], None]:
+        def body(w: Writer) -> None:
+            begin = "0" if low is None else w.value(low)
+            end = f"{1 << 30}" if high is None else f"{w.value(high)} + 1"
+            w.statement(f"return {{{begin}, {end}}};")
+
+        return body
+
+    constants = {
+        "kScore": score is not None,
+        "kMask": mods.mask is not None,
+        "kKeepQ": by_query is not None and by_query.rest is not None,
+        "kKeepK": by_key is not None and by_key.rest is not None,
+        "kLoads": any("load" in leaves(x) or "dot" in leaves(x) for x in (*element, *rows)),
+        "kSlope": slope is not None and not (slope.op == "const" and slope.value == 1.0),
+        "kGradients": bool(captured),
+    }
+    parts = ["struct Mods {\n"]
+    parts += [f"  static constexpr bool {name} = {str(value).lower()};\n" for name, value in constants.items()]
+    parts.append(f"  struct Tile {{\n    i32 b, h, q_len, kv_len;\n{tile.declarations()}  }};\n")
+    parts.append(f"  struct QTerms {{\n    i32 idx;\n{q.declarations()}  }};\n")
+    parts.append(f"  struct KTerms {{\n    i32 idx;\n{k.declarations()}  }};\n")
+    parts += [_load_text(words, slot, array) for slot, array in enumerate(mods.arrays)]
+    parts += _dot_texts(words, mods, [*element, *rows])
+    plain = {coordinate(name): name for name in ("b", "h", "q_len", "kv_len")}
+    parts.append(
+        function(
+            "Tile tile(const Params& p, i32 b, i32 h, i32 q_len, i32 kv_len)",
+            plain,
+            filled(tile, "Tile", "b, h, q_len, kv_len"),
+        )
+    )
+    parts.append(
+        function(
+            "QTerms q_terms(const Params& p, const Tile& t, i32 idx)", in_tile | {_Q: "idx"}, filled(q, "QTerms", "idx")
+        )
+    )
+    parts.append(
+        function(
+            "KTerms k_terms(const Params& p, const Tile& t, i32 idx)", in_tile | {_K: "idx"}, filled(k, "KTerms", "idx")
+        )
+    )
+    arguments = "const Params& p, const Tile& t, const QTerms& q, const KTerms& k"
+    if mods.mask is not None:
+        assert by_query is not None and by_key is not None
+        for side, found, row in (("q", by_query, _Q), ("k", by_key, _K)):
+            parts.append(
+                function(
+                    f"Interval bounds_{side}(const Params& p, const Tile& t, i32 idx)",
+                    in_tile | {row: "idx"},
+                    bounds(found.low, found.high),
+                )
+            )
+            parts.append(function(f"bool keep_{side}({arguments})", in_element, returning(found.rest)))
+        parts.append(_classify(mods, words))
+    if score is not None:
+        parts.append(function(f"float score({arguments}, float s)", in_element, returning(score)))
+    if slope is not None:
+        parts.append(function(f"float slope({arguments}, float s)", in_element, returning(slope)))
+    if captured:
+        parts.append(_gradient_text(words, captured, function, arguments, in_element))
+    parts.append("};\n")
+    return "".join(parts)
+
+
+NO_MODS = (
+    "struct Mods {\n"
+    + "".join(
+        f"  static constexpr bool {name} = false;\n"
+        for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kLoads", "kSlope", "kGradients")
+    )
+    + "};\n"
+)
+
+
+def _derivatives(mods: Mods) -> tuple[Expr, dict[Expr, Expr]]:
+    from .derive import gradients
+
+    assert mods.score is not None
+    slope, loads = gradients(mods.score)
+    return slope, {x: d for x, d in loads.items() if mods.arrays[x.value].kind == "float"}
+
+
+def _classify(mods: Mods, words: Words) -> str:
+    """The member that says what is true of a whole tile."""
+    try:
+        from .intervals import classify_text
+    except ImportError:
+        return "  template <class Params>\n  HW_DEVICE static i32 classify(const Params&, const Tile&, i32, i32, i32, i32) { return 1; }\n"
+
+    assert mods.mask is not None
+    return classify_text(mods, words)
+
+
+def _load_text(words: Words, slot: int, array: ArraySlot) -> str:
+    """The member that reads an element of a captured array."""
+    word = words.arrays[slot]
+    indices = "".join(f", i32 i{axis}" for axis in range(array.ndim))
+    at = " + ".join(
+        f"static_cast<i64>(hw::checked_index(i{axis}, static_cast<i32>(p.captured.words[{word + 1 + array.ndim + axis}])))"
+        f" * static_cast<i64>(p.captured.words[{word + 1 + axis}])"
+        for axis in range(array.ndim)
+    )
+    element = _ELEMENTS[array.dtype.name]
+    value = f"hw::load_global(reinterpret_cast<const {element}*>(p.captured.words[{word}]){' + ' + at if at else ''})"
+    kind = C_TYPES[array.kind]
+    text = {"float": f"hw::to_float({value})", "int": f"static_cast<i32>({value})", "bool": f"{value} != 0"}[array.kind]
+    return (
+        f"  // {array.name}: {array.dtype}, {array.ndim} axes\n"
+        f"  template <class Params>\n  HW_DEVICE static {kind} load_{slot}(const Params& p{indices}) {{\n"
+        f"    return {text};\n  }}\n"
+    )
+
+
+def _dot_texts(words: Words, mods: Mods, roots: Sequence[Expr]) -> list[str]:
+    """Members that multiply rows of two captured arrays."""
+    from .expr import walk
+
+    texts = []
+    for x in dict.fromkeys(y.value for y in walk(*roots) if y.op == "dot"):
+        a, b, split_at = x
+        indices_a = [f"i{n}" for n in range(split_at)]
+        indices_b = [f"i{n}" for n in range(split_at, split_at + mods.arrays[b].ndim - 1)]
+        arguments = "".join(f", i32 {name}" for name in (*indices_a, *indices_b))
+        extent = words.arrays[a] + 1 + 2 * mods.arrays[a].ndim - 1
+        texts.append(
+            f"  template <class Params>\n"
+            f"  HW_DEVICE static float dot_{'_'.join(map(str, x))}(const Params& p{arguments}) {{\n"
+            f"    float sum = 0.0f;\n"
+            f"    HW_NO_UNROLL\n"
+            f"    for (i32 c = 0; c < static_cast<i32>(p.captured.words[{extent}]); ++c) {{\n"
+            f"      sum = hw::fma(load_{a}({', '.join(['p', *indices_a, 'c'])}), "
+            f"load_{b}({', '.join(['p', *indices_b, 'c'])}), sum);\n"
+            f"    }}\n    return sum;\n  }}\n"
+        )
+    return texts

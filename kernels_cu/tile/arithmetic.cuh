@@ -1,0 +1,57 @@
+// The arithmetic of Python and NumPy that C lacks: what generated code (cuflash/trace/emit_c.py) calls by name.
+#pragma once
+#include <base.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+
+// a // b and a % b for b > 0. With s = -1 for a negative a, else 0, floor(a / b) = ((a ^ s) / b) ^ s, for ~a = -a - 1.
+HW_DEVICE i32 floor_div_positive(i32 a, i32 b) {
+  const i32 sign = a >> 31;
+  return static_cast<i32>(static_cast<u32>(a ^ sign) / static_cast<u32>(b)) ^ sign;
+}
+HW_DEVICE i32 floor_mod_positive(i32 a, i32 b) {
+  return static_cast<i32>(static_cast<u32>(a) - static_cast<u32>(floor_div_positive(a, b)) * static_cast<u32>(b));
+}
+
+// For any b; by 0: 0. Magnitudes are divided, for they always fit; a quotient below 0 is rounded away from it.
+HW_DEVICE u32 magnitude(i32 a) { return a < 0 ? 0u - static_cast<u32>(a) : static_cast<u32>(a); }
+HW_DEVICE i32 floor_div(i32 a, i32 b) {
+  if (b == 0) return 0;
+  const u32 quotient = magnitude(a) / magnitude(b);
+  const bool whole = quotient * magnitude(b) == magnitude(a);
+  return static_cast<i32>((a < 0) != (b < 0) ? 0u - quotient - (whole ? 0u : 1u) : quotient);
+}
+HW_DEVICE i32 floor_mod(i32 a, i32 b) {
+  if (b == 0) return 0;
+  return static_cast<i32>(static_cast<u32>(a) - static_cast<u32>(floor_div(a, b)) * static_cast<u32>(b));
+}
+
+// a << n and a >> n for any n: beyond the word nothing is left but the sign.
+HW_DEVICE i32 shift_left(i32 a, i32 n) {
+  return static_cast<u32>(n) < 32u ? static_cast<i32>(static_cast<u32>(a) << n) : 0;
+}
+HW_DEVICE i32 shift_right(i32 a, i32 n) { return a >> (static_cast<u32>(n) < 32u ? n : 31); }
+
+HW_DEVICE float float_div(float a, float b) { return a * hw::rcp_approx(b); }
+HW_DEVICE float float_floordiv(float a, float b) { return hw::floor(float_div(a, b)); }
+HW_DEVICE float float_mod(float a, float b) { return hw::fma(-float_floordiv(a, b), b, a); }
+HW_DEVICE float exp_of(float x) { return hw::exp2_approx(x * kLog2e); }
+HW_DEVICE float log_of(float x) { return hw::log2_approx(x) * kLn2; }
+HW_DEVICE float sigmoid_of(float x) { return hw::rcp_approx(1.0f + hw::exp2_approx(-x * kLog2e)); }
+
+// x^y. A negative x has a power where y is whole.
+HW_DEVICE float power_of(float x, float y) {
+  const float size = hw::exp2_approx(y * hw::log2_approx(hw::abs(x)));
+  if (y == 0.0f) return 1.0f;
+  if (x >= 0.0f) return size;
+  if (hw::floor(y) != y) return hw::bits_float(0x7fffffffu);
+  return hw::floor(y * 0.5f) * 2.0f == y ? size : -size;
+}
+
+// sin and cos: x less its whole turns, 2 pi in two parts so that little is lost where there are many.
+HW_DEVICE float within_turn(float x) {
+  const float turns = hw::floor(hw::fma(x, 0.15915494f, 0.5f));
+  return hw::fma(-turns, -1.7484555e-7f, hw::fma(-turns, 6.2831855f, x));
+}
+HW_DEVICE float sin_of(float x) { return hw::sin_approx(within_turn(x)); }
+HW_DEVICE float cos_of(float x) { return hw::cos_approx(within_turn(x)); }
