@@ -27,7 +27,8 @@ _ELEMENTS = {
 # What C writes for an operation on values of one kind. Divisions, shifts and conversions: `Writer._operation`.
 _TEXT = {
     "add": "{0} + {1}", "sub": "{0} - {1}", "mul": "{0} * {1}", "neg": "-{0}",
-    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}", "ne": "{0} != {1}",
+    "lt": "{0} < {1}", "le": "{0} <= {1}", "gt": "{0} > {1}", "ge": "{0} >= {1}", "eq": "{0} == {1}",
+    "ne": "{0} != {1}",
     "and": "{0} & {1}", "or": "{0} | {1}", "xor": "{0} ^ {1}", "where": "{0} ? {1} : {2}",
 }  # fmt: skip
 _CALLS = {
@@ -59,8 +60,8 @@ class Words:
                 at += 1
         if at > WORDS:
             raise UnsupportedError(
-                f"the mods capture {len(mods.arrays)} arrays and {len(mods.scalars)} numbers, {at} words of the {WORDS} "
-                "that fit: stack arrays of one shape into one and index it"
+                f"the mods capture {len(mods.arrays)} arrays and {len(mods.scalars)} numbers, {at} words of the "
+                f"{WORDS} that fit: stack arrays of one shape into one and index it"
             )
         self._format = "<" + "".join(f"{1 + 2 * a.ndim}q" for a in mods.arrays)
         self._format += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
@@ -73,13 +74,13 @@ class Words:
         scalars: Sequence[int | float],
         gradients: Mapping[int, int] | None = None,
     ) -> bytes:
-        """The block's bytes: (address, shape, strides) of each array, numbers, addresses of gradients by slot (else 0)."""
+        """The block's bytes, from (address, shape, strides) of each array, and addresses of gradients by slot."""
         values: list[int | float] = []
         for pointer, shape, strides in arrays:
             values += (pointer, *strides, *shape)
-        return struct.pack(
-            self._format, *values, *scalars, *((gradients or {}).get(slot, 0) for slot in self.gradients)
-        )
+        values += scalars
+        values += [(gradients or {}).get(slot, 0) for slot in self.gradients]
+        return struct.pack(self._format, *values)
 
 
 NO_WORDS = bytes(8 * WORDS)
@@ -149,9 +150,7 @@ class Writer:
         if x.op in ("floordiv", "mod"):
             return self._division(x, args)
         if x.op in ("min", "max"):
-            return (
-                f"{'hw::' if x.kind == 'float' else ''}{x.op}{'' if x.kind == 'float' else '_of'}({args[0]}, {args[1]})"
-            )
+            return f"{'hw::' + x.op if x.kind == 'float' else x.op + '_of'}({args[0]}, {args[1]})"
         if x.op == "abs":
             return f"hw::abs({args[0]})" if x.kind == "float" else f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
         if x.op == "not":
@@ -310,23 +309,16 @@ def mods_text(mods: Mods, *, gradients: bool = False) -> str:
             filled(tile, "Tile", "b, h, q_len, kv_len"),
         )
     )
-    parts.append(
-        function(
-            "QTerms q_terms(const Params& p, const Tile& t, i32 idx)", in_tile | {_Q: "idx"}, filled(q, "QTerms", "idx")
-        )
-    )
-    parts.append(
-        function(
-            "KTerms k_terms(const Params& p, const Tile& t, i32 idx)", in_tile | {_K: "idx"}, filled(k, "KTerms", "idx")
-        )
-    )
+    of_row = "const Params& p, const Tile& t, i32 idx"
+    parts.append(function(f"QTerms q_terms({of_row})", in_tile | {_Q: "idx"}, filled(q, "QTerms", "idx")))
+    parts.append(function(f"KTerms k_terms({of_row})", in_tile | {_K: "idx"}, filled(k, "KTerms", "idx")))
     arguments = "const Params& p, const Tile& t, const QTerms& q, const KTerms& k"
     if mods.mask is not None:
         assert by_query is not None and by_key is not None
         for side, found, row in (("q", by_query, _Q), ("k", by_key, _K)):
             parts.append(
                 function(
-                    f"Interval bounds_{side}(const Params& p, const Tile& t, i32 idx)",
+                    f"Interval bounds_{side}({of_row})",
                     in_tile | {row: "idx"},
                     bounds(found.low, found.high),
                 )
@@ -337,8 +329,6 @@ def mods_text(mods: Mods, *, gradients: bool = False) -> str:
         parts.append(function(f"float score({arguments}, float s)", in_element, returning(score)))
     if slope is not None:
         parts.append(function(f"float slope({arguments}, float s)", in_element, returning(slope)))
-    if captured:
-        parts.append(_gradient_text(words, captured, function, arguments, in_element))
     parts.append("};\n")
     return "".join(parts)
 
@@ -366,8 +356,10 @@ def _classify(mods: Mods, words: Words) -> str:
     try:
         from .intervals import classify_text
     except ImportError:
-        return "  template <class Params>\n  HW_DEVICE static i32 classify(const Params&, const Tile&, i32, i32, i32, i32) { return 1; }\n"
-
+        return (
+            "  template <class Params>\n"
+            "  HW_DEVICE static i32 classify(const Params&, const Tile&, i32, i32, i32, i32) { return 1; }\n"
+        )
     assert mods.mask is not None
     return classify_text(mods, words)
 
@@ -377,8 +369,7 @@ def _load_text(words: Words, slot: int, array: ArraySlot) -> str:
     word = words.arrays[slot]
     indices = "".join(f", i32 i{axis}" for axis in range(array.ndim))
     at = " + ".join(
-        f"static_cast<i64>(hw::checked_index(i{axis}, static_cast<i32>(p.captured.words[{word + 1 + array.ndim + axis}])))"
-        f" * static_cast<i64>(p.captured.words[{word + 1 + axis}])"
+        f"axis_offset(i{axis}, p.captured.words[{word + 1 + array.ndim + axis}], p.captured.words[{word + 1 + axis}])"
         for axis in range(array.ndim)
     )
     element = _ELEMENTS[array.dtype.name]

@@ -1,13 +1,13 @@
 """What of a mask is whose: a row's bounds, and what is left for every element.
 
-A tile has rows and columns; either may be the queries. A mask that is a half-line in the column, `kv_idx <= q_idx`, is a
-bound of the row: computed once a row, and at an element two comparisons that are made anyway. The conjuncts that are no
-half-lines stay, to be asked of every element.
+A tile has rows and columns; either may be the queries. A mask that is a half-line in the column, `kv_idx <= q_idx`,
+is a bound of the row: computed once a row, and at an element two comparisons that are made anyway. The conjuncts that
+are no half-lines stay, to be asked of every element.
 
     mask  ==  (column >= low) & (column <= high) & rest        low and high free of the column; inclusive
 
-Comparisons of ints alone are turned around. It is right as long as sums of coordinates, lengths and captured ints within
-2^29 are meant as sums, and not as what is left of them in 32 bits.
+Comparisons of ints alone are turned around. It is right as long as sums of coordinates, lengths and captured ints
+within 2^29 are meant as sums, and not as what is left of them in 32 bits.
 """
 
 from __future__ import annotations

@@ -11,6 +11,12 @@
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
 #include <variant.cuh>
+
+// Elements from a captured array's beginning to an index of one axis: what generated code adds up.
+HW_DEVICE i64 axis_offset(i32 index, u64 extent, u64 stride) {
+  return static_cast<i64>(hw::checked_index(index, static_cast<i32>(extent))) * static_cast<i64>(stride);
+}
+
 #include <mods.cuh>
 
 // What `Mods::classify` says of a tile.
