@@ -36,10 +36,16 @@ def differences(x: Expr, by: Expr, leaves: dict[str, np.ndarray], world: World) 
         with np.errstate(all="ignore"):
             found.append((ends[0] - ends[1]) / (2 * step))
     a, b = np.broadcast_arrays(*found)
-    middle = evaluate([x], leaves, world.arrays, world.scalars, np.float64)[0]
+    nodes = [node for node in walk(x) if node.kind == "float"]
+    values = evaluate(nodes, leaves, world.arrays, world.scalars, np.float64)
     with np.errstate(all="ignore"):
-        # Rounding of the values, and what the two steps say, bound what can be known.
-        usable = np.isfinite(a) & np.isfinite(b) & (np.abs(middle) < 1e4) & (np.abs(a - b) <= 1e-5 * (1 + np.abs(b)))
+        # Rounding of the values, and what the two steps say, bound what can be known; beyond a pole nothing is.
+        usable = np.isfinite(a) & np.isfinite(b) & (np.abs(a - b) <= 1e-5 * (1 + np.abs(b)))
+        of = dict(zip(nodes, values, strict=True))
+        for node, value in of.items():
+            usable = usable & (np.abs(value) < (1e4 if node is x else 1e6))
+            if node.op in ("mod", "floordiv"):  # teeth finer than the steps are not seen by them
+                usable = usable & (np.abs(of[node.args[0]]) < 1e3 * np.abs(of[node.args[1]]))
     return b, usable
 
 
