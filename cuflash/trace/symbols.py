@@ -68,8 +68,8 @@ class _Operand:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = name_of(function)
-        return call(name, args, kwargs or {}, f"torch.{name}")
+        name, method = name_of(function), hasattr(function, "__objclass__")
+        return call(name, args, kwargs or {}, f".{name}()" if method else f"torch.{name}", method)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TraceError(
@@ -87,7 +87,7 @@ class _Operand:
         if name.startswith("__"):
             raise AttributeError(name)
         if name in METHODS:
-            return lambda *args, **kwargs: call(name, (self, *args), kwargs, f".{name}()")
+            return lambda *args, **kwargs: call(name, (self, *args), kwargs, f".{name}()", method=True)
         if name.endswith("_") and name[:-1] in METHODS:
             raise TraceError(f".{name}() would change its tensor, and a mod changes nothing: use .{name[:-1]}()")
         if name in _REMEDIES:
@@ -302,6 +302,10 @@ class Rows(_Operand):
             return make("add", self.trace.extent(self.captured, axis).expr, x)
         return x
 
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return Rows if self.indices else type(self.captured.array)  # isinstance(table, torch.Tensor) is asked about it
+
     def __iter__(self) -> Iterator[Any]:
         return (self[i] for i in range(len(self)))
 
@@ -359,9 +363,9 @@ class Product:
 # What a name means ------------------------------------------------------------------------------------------------
 
 
-def call(name: str, args: Any, kwargs: Any, shown: str) -> Any:
+def call(name: str, args: Any, kwargs: Any, shown: str, method: bool = False) -> Any:
     """What a function of NumPy, torch or JAX, or a method, of this name does to its arguments."""
-    function = FUNCTIONS.get(name) or METHODS.get(name)
+    function = (method and METHODS.get(name)) or FUNCTIONS.get(name) or METHODS.get(name)
     if function is None:
         raise TraceError(
             f"{shown} is not a function mods know: write it with operators and with the known ones, which are "
@@ -605,6 +609,8 @@ def _logical(op: str) -> Callable[..., Expr]:
 
 
 def _select(conditions: Any, choices: Any, default: Any = 0) -> Expr:
+    if type(conditions) not in (list, tuple):  # jax.lax's is where
+        return _where(conditions, choices, default)
     result = lift(default)
     for condition, choice in reversed(list(zip(conditions, choices, strict=True))):
         result = make("where", lift(condition), lift(choice), result)

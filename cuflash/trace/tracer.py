@@ -88,20 +88,24 @@ def bind(score_mod: Any = None, mask_mod: Any = None) -> Bound:
         score_mod.__code__ if type(score_mod) is types.FunctionType else _root(score_mod),
         mask_mod.__code__ if type(mask_mod) is types.FunctionType else _root(mask_mod),
     )
-    for read in _readers.get(key, ()):
+    readers = _readers.get(key, ())
+    for read in readers:
         try:
             bound = read(score_mod, mask_mod)
         except Exception:  # what it looks for is no longer there: not this trace
             continue
         if bound is not None:
+            if read not in readers[:4]:
+                _remember(key, read)
             return bound
     return _traced(key, score_mod, mask_mod)
 
 
 # The cache: for what is called, the readers of its traces, the last used first.
-_readers: dict[Any, tuple[Callable[[Any, Any], Bound | None], ...]] = {}
+Reader = Callable[[Any, Any], Bound | None]
+_readers: dict[Any, tuple[Reader, ...]] = {}
 _lock = Lock()
-_ROOTS, _TRACES = 4096, 64
+_ROOTS, _TRACES = 4096, 256
 
 
 def _root(mod: Any) -> Any:
@@ -127,11 +131,17 @@ def _traced(key: Any, score_mod: Any, mask_mod: Any) -> Bound:
             "what the mod captures changes while it is traced, or is another object whenever it is asked for: "
             "capture arrays and numbers by name"
         )
+    _remember(key, read)
+    return bound
+
+
+def _remember(key: Any, read: Reader) -> None:
+    """Put a reader first among those of its mods, and its mods last among those to be forgotten."""
     with _lock:
+        others = [other for other in _readers.pop(key, ()) if other is not read]
         while len(_readers) >= _ROOTS:
             del _readers[next(iter(_readers))]
-        _readers[key] = (read, *_readers.get(key, ()))[:_TRACES]
-    return bound
+        _readers[key] = (read, *others)[:_TRACES]
 
 
 class Mod:
@@ -357,7 +367,7 @@ class Trace:
 
     # The mods
 
-    def run(self, score_mod: Any, mask_mod: Any) -> Callable[[Any, Any], Bound | None]:
+    def run(self, score_mod: Any, mask_mod: Any) -> Reader:
         """Trace both and make the reader."""
         roots: dict[str, Expr | None] = {}
         for kind, function, variable in (("score", score_mod, "s"), ("mask", mask_mod, "m")):
@@ -420,7 +430,7 @@ class Trace:
             )
         return cast(x, "bool")
 
-    def finish(self, score: Expr | None, mask: Expr | None) -> Callable[[Any, Any], Bound | None]:
+    def finish(self, score: Expr | None, mask: Expr | None) -> Reader:
         """Leave out what the expressions do not use, number the rest, and compile the reader."""
         for slot in self.bound:
             number = self.numbers[slot]
@@ -614,7 +624,7 @@ class Trace:
                 same = "is not" if callable(value) else "!="
                 self.unless(f"{variable} {same} {self.constant(value)}")
                 return _library_member(value, getattr(value, "__name__", name))
-        return _Object(self, value, variable, name)
+        return (_Callable if callable(value) else _Object)(self, value, variable, name)
 
     def array(self, value: Any, variable: str, name: str) -> Any:
         dtype = BY_NAME.get(str(value.dtype).rpartition(".")[2])
@@ -696,6 +706,8 @@ class Trace:
             )
         else:
             self.unless(f"{variable}.__defaults__")
+        if not function.__kwdefaults__:
+            self.unless(f"{variable}.__kwdefaults__")
         copy = types.FunctionType(code, own, function.__name__, defaults, tuple(cells))
         if function.__kwdefaults__:
             path = self.read(variable, "{}.__kwdefaults__")
@@ -776,16 +788,12 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 # What stands for objects ------------------------------------------------------------------------------------------
 
-_LIBRARIES = {"numpy", "torch", "jax", "jaxlib", "cupy", "ml_dtypes", "cuflash", *sys.stdlib_module_names} - {
-    "__main__"
-}
+_LIBRARIES = {"numpy", "torch", "jax", "jaxlib", "cupy", "ml_dtypes", *sys.stdlib_module_names} - {"__main__"}
 
 
 def _is_library(module: Any) -> bool:
     """Code whose values do not change: it runs as it is, and meets symbols through the frameworks' protocols."""
-    name = str(module)
-    # The ready-made mods are functions like a user's.
-    return name.partition(".")[0] in _LIBRARIES and not name.startswith(("cuflash.mods", "cuflash.flex"))
+    return str(module).partition(".")[0] in _LIBRARIES
 
 
 def _is_module_of_torch(kind: type) -> bool:
@@ -829,10 +837,9 @@ class _Named:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(map(traced, args)) or any(map(traced, kwargs.values())):
             module = (getattr(self._function, "__module__", None) or "torch").partition(".")[0]
-            if module in ("builtins", "operator", "_operator", "functools", "itertools", "copy", "typing"):
-                return self._function(*args, **kwargs)  # Python's own: they use operators
-            if module == "math" and all(_is_captured_number(x) for x in args):
-                return self._function(*args, **kwargs)
+            of_python = module in sys.stdlib_module_names or module == "builtins"
+            if of_python and (module != "math" or all(_is_captured_number(x) for x in args)):
+                return self._function(*args, **kwargs)  # it uses operators, or the values of captured numbers
             return call(self._name, args, kwargs, f"{'np' if module == 'numpy' else module}.{self._name}")
         return self._function(*args, **kwargs)
 
@@ -869,6 +876,10 @@ class _Function:
         self._trace, self._function, self._variable, self._name, self._built = trace, function, variable, name, None
         self.__name__ = function.__name__
         trace.is_type(variable, function)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._built is None:
@@ -1006,9 +1017,6 @@ class _Object:
         path = trace.read(variable, f"type({{}}).{name}")
         return trace.wrap(function, path, f"{own}.{name}")(self, *args, **kwargs)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._special("__call__", *args, **kwargs)
-
     def __getitem__(self, index: Any) -> Any:
         return self._special("__getitem__", index)
 
@@ -1033,3 +1041,10 @@ class _Object:
 
     def __repr__(self) -> str:
         return repr(self._cuflash[1])
+
+
+class _Callable(_Object):
+    """One that can be called."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._special("__call__", *args, **kwargs)
