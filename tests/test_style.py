@@ -86,7 +86,7 @@ REACH = {  # what a file of each folder may include, beside its own folder
     "params": {"base.cuh"},
     "hw_cuda": {"base.cuh", "hw"},
     "hw_emu": {"base.cuh", "hw"},
-    "tile": {"base.cuh", "hw", "params", "variant.cuh"},
+    "tile": {"base.cuh", "hw", "params", "variant.cuh", "mods.cuh"},
     "kernel": {"base.cuh", "hw", "params", "tile", "variant.cuh"},
 }
 

@@ -10,6 +10,7 @@ from jit_toys import TOY, ToyVariant
 
 from cuflash.errors import ArgumentError, CompileError
 from cuflash.jit import source, variant
+from cuflash.trace.emit_c import NO_MODS
 
 KERNELS = sorted(p.name for p in source.folder().glob("*.cu"))
 
@@ -40,7 +41,7 @@ def flatten(root: str, target: str) -> str:
     """With a variant, where the kernel has any."""
     path = Path(root) if root == TOY else source.folder() / root
     has_variant = f"<{source.VARIANT_FILE}>" in path.read_text()
-    return source.flatten(root, target, variant=variant.emit(ToyVariant()) if has_variant else "")
+    return source.flatten(root, target, variant=variant.emit(ToyVariant()) if has_variant else "", mods=NO_MODS)
 
 
 @pytest.mark.parametrize("target", source.TARGETS)
@@ -49,7 +50,7 @@ def test_every_line_keeps_its_file_and_number(root: str, target: str) -> None:
     text = flatten(root, target)
     files = {}
     for name, number, line in source.numbered(text):
-        if name == source.VARIANT_FILE:
+        if name in (source.VARIANT_FILE, source.MODS_FILE):
             continue
         path = Path(TOY) if name == "toy.cu" else source.folder() / name
         lines = files.setdefault(name, path.read_text().splitlines())

@@ -59,14 +59,14 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
             Edit(
                 KERNEL,
                 "    // wait   V landed <- own copies of V\n",
-                "    if (n > first_k_tile) {\n"
-                "      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
+                "    n = find_tile(n - 1);\n    if (n >= first_k_tile) {\n"
+                "      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
                 "      hw::cp_async_commit();\n    }\n",
             ),
             Edit(
                 KERNEL,
-                "any more\n    hw::sync_threads();\n    if (n > first_k_tile) {\n"
-                "      k_loader.load((n - 1) * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
+                "any more\n    hw::sync_threads();\n    n = find_tile(n - 1);\n    if (n >= first_k_tile) {\n"
+                "      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
                 "      hw::cp_async_commit();\n    }\n",
                 "any more\n    hw::sync_threads();\n",
             ),
