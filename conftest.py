@@ -1,7 +1,10 @@
-"""What is not collected: modules that import a framework, where it is missing, and scripts that tests start."""
+"""What is not collected: modules and notebooks that import a framework, where it is missing, and scripts that tests
+start."""
 
 from importlib.util import find_spec
 
 _MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
 collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
+if find_spec("torch") is None:
+    collect_ignore.append("notebooks/02_training.ipynb")
 collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own

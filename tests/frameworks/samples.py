@@ -1,7 +1,8 @@
-"""One small problem in NumPy, which every framework's test carries into its own arrays."""
+"""What every framework's test carries into its own arrays, as NumPy: one small problem, and documents to learn."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import ml_dtypes
@@ -42,3 +43,20 @@ def sample(rng: np.random.Generator, dtype: str) -> Sample:
             "sink": rng.standard_normal(4).astype(np.float32),
         },
     )
+
+
+LONGEST = 48  # rows of a document
+
+
+def documents() -> list[np.ndarray]:
+    """Paragraphs of the project's README, of unequal length: ASCII, each a byte longer than its rows, as the last byte
+    is only ever predicted."""
+    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    parts = [part.strip().encode("ascii", "ignore")[: LONGEST + 1] for part in text.split("\n\n")]
+    return [np.array(list(part)) for part in parts if len(part) > 8]
+
+
+def batches(steps: int, size: int = 8) -> list[list[np.ndarray]]:
+    """`size` documents for every step, always the same."""
+    texts, rng = documents(), np.random.default_rng(0)
+    return [[texts[i] for i in rng.integers(len(texts), size=size)] for _ in range(steps)]
