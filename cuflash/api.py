@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,6 +23,11 @@ from .dtypes import DType
 from .errors import ArgumentError, CuflashError, UnsupportedError, require
 from .frameworks import Framework
 from .settings import config
+from .trace import tracer
+from .trace.derive import gradients
+from .trace.expr import Mods, walk
+from .trace.fold import fold, numbers
+from .trace.tracer import Bound
 
 Array = Any  # of NumPy, CuPy, PyTorch, JAX or any other producer of DLPack
 IndexArray = Any  # int32 [n] of the same framework, or a list, tuple or NumPy array
@@ -122,12 +127,16 @@ def attention(
     >>> bool(np.allclose(result.out[2], x[2]))  # the first token of the second sequence sees itself alone
     True
     """
+    bound = None
+    if score_mod is not None or mask_mod is not None or block_mask is not None:
+        bound = _traced(score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
-    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths)
+    captured = () if bound is None else bound.arrays
+    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
     if operation is not None:
-        if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
-            _refuse_keywords(page_table, block_mask, split_size, kernel_options)
-        for name, given in (("out", out), ("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if page_table is not None or split_size is not None or kernel_options:
+            _refuse_keywords(page_table, split_size, kernel_options)
+        for name, given in (("out", out), ("score_mod", bound)):
             if given is not None:
                 raise UnsupportedError(f"{name}: {_UNSUPPORTED_OPERATION[name]}")
         names = validate.aux_names(aux)
@@ -150,15 +159,15 @@ def attention(
         return AttentionOutput(results[0], **{name: others[name] for name in names})
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
-        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
-        split_size, kernel_options, out, aux,
+        causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
+        out, aux,
     ).run()  # fmt: skip
 
 
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
-    unused = dict.fromkeys(("page_table", "score_mod", "mask_mod", "block_mask", "split_size", "kernel_options", "out"))
-    return _bind(q, k, v, causal=False, aux=aux, **unused, **keywords).run()
+    unused = dict.fromkeys(("page_table", "split_size", "kernel_options", "out"))
+    return _bind(q, k, v, causal=False, aux=aux, **unused, **{"bound": None, **keywords}).run()
 
 
 frameworks.calls["attention"] = _attention_below
@@ -169,8 +178,8 @@ class AttentionGrads(NamedTuple):
 
     dq, dk, dv  of q, k and v
     dsink       of the sink; None without one
-    dcaptured   with `captured_grads`, those of the arrays that scores are made with: (dslopes,) where `alibi_slopes`
-                is given; else ()
+    dcaptured   with `captured_grads`, those of the float arrays in `explain(...).captured`, in its order: what the
+                mods captured, then `alibi_slopes`; None for one that only a mask reads
     """
 
     dq: Array
@@ -224,15 +233,14 @@ def attention_backward(
                    [heads_q, total_q]
     dlse           lse's shape, float32: the loss's gradient for lse, where it uses that too
     deterministic  the same gradients to the last bit every time
-    captured_grads also the gradient of alibi_slopes, in `dcaptured`
+    captured_grads also the gradients of the float arrays that mods captured, and of alibi_slopes, in `dcaptured`
     dq, dk, dv     where to write these gradients, strided as they may be: with slices of one array, packed
                    projections get a packed gradient
 
     The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
     sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
 
-    Raises `UnsupportedError` for what `attention` does not serve, and for `score_mod`, whose derivative is not known.
-    Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
+    Raises `UnsupportedError` for what `attention` does not serve. Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
 
     >>> import numpy as np
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 4, 64)).astype(np.float32)
@@ -250,14 +258,28 @@ def attention_backward(
     if dlse is not None:
         given["dlse"] = dlse
     targets = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
+    bound = None
+    if score_mod is not None or mask_mod is not None or block_mask is not None:
+        bound = _traced(score_mod, mask_mod, block_mask)
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
-        causal, window_size, softcap, alibi_slopes, sink, score_mod, mask_mod, block_mask, dropout_p, seed, offset,
-        split_size, kernel_options, None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
+        causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
+        None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
     ).gradients()  # fmt: skip
 
 
-frameworks.calls["attention_backward"] = attention_backward
+def _backward_below(
+    q: Array, k: Array, v: Array, *, given: dict[str, Array], deterministic: bool, grads: tuple[str, ...], **keywords: Any
+) -> AttentionGrads:
+    """`attention_backward` below a framework's operation. `grads`: the arrays beside q, k, v and sink that want one."""
+    unused = dict.fromkeys(("page_table", "split_size", "kernel_options", "out"))
+    backward = _Backward(given, {}, deterministic, grads)
+    return _bind(
+        q, k, v, causal=False, aux=(), backward=backward, **unused, **{"bound": None, **keywords}
+    ).gradients()  # fmt: skip
+
+
+frameworks.calls["attention_backward"] = _backward_below
 
 
 _NEEDED = {
@@ -277,7 +299,7 @@ class _Backward:
     given: dict[str, Array]  # dout, out, lse, dlse
     targets: dict[str, Array]  # of dq, dk and dv those that the caller has memory for
     deterministic: bool
-    captured_grads: bool
+    captured_grads: bool | tuple[str, ...]  # whether of all, or of which: views' names
 
 
 @dataclass(slots=True)
@@ -289,7 +311,7 @@ class _Call:
     uploads: dict[str, np.ndarray]  # host values a device kernel needs
     prepared: _Prepared
     targets: dict[str, Array]  # arrays of the caller's that results are written to, by name
-    mods: dict[str, Callable[..., Any]]
+    scalars: tuple[int | float, ...]  # numbers that mods captured
     random: dict[str, Any]  # ints: seed and offset of dropout, where `views` has no arrays for them
 
     def run(self) -> Any:
@@ -305,8 +327,8 @@ class _Call:
         """attention_backward"""
         self._execute()
         found = {name: self._result(name) for name, _, _ in self.prepared.results}
-        dslopes = found.pop("dslopes", None)
-        return AttentionGrads(**found, dcaptured=() if dslopes is None else (dslopes,))
+        dcaptured = tuple(found.pop(name, None) for name in self.prepared.dcaptured)
+        return AttentionGrads(**found, dcaptured=dcaptured)
 
     def _result(self, name: str) -> Array:
         x = self.targets.get(name)
@@ -330,11 +352,16 @@ class _Call:
         if plan is None:
             self._run_reference()
             return
+        numbers = self.random
+        if prepared.mods is not None:
+            if prepared.slopes_folded:
+                views[f"captured{len(prepared.mods.arrays) - 1}"] = views.pop("alibi_slopes")
+            numbers = {**numbers, "scalars": self.scalars}
         on_device = device[0] == "cuda"
         where: dict[str, Any] = {"backend": "emulator"}
         if on_device:
             where = {"backend": "cuda", "device": device[1], "stream": framework.stream(device[1])}
-        plan.launch(views, **where, **self.random)
+        plan.launch(views, **where, **numbers)
         if "dropout_mask" in prepared.aux:
             from .ops import dropout_mask
 
@@ -348,16 +375,26 @@ class _Call:
         arrays: dict[str, Any] = {name: view.as_numpy() for name, view in self.views.items()}
         targets = {name: arrays.pop(name) for name, _, _ in self.prepared.results}
         prepared = self.prepared
-        arrays |= {"scale": prepared.scale, "window_size": prepared.window, "softcap": prepared.softcap, **self.mods}
+        arrays |= {"scale": prepared.scale, "window_size": prepared.window, "softcap": prepared.softcap}
         arrays |= {"dropout_p": prepared.dropout_p, **self.random}
+        mods = None
+        if prepared.mods is not None:
+            from .trace.host import HostMods
+
+            captured = [arrays.pop(name) for name in _captured_names(prepared.mods, arrays)]
+            wanted = [i for i in range(len(captured)) if f"dcaptured{i}" in targets]
+            mods = HostMods(prepared.mods, captured, self.scalars, wanted)
+            arrays |= mods.functions
         arrays |= {name: int(arrays[name].item()) for name in ("seed", "offset") if name in self.views}
         mask = targets.pop("dropout_mask", None)
         if mask is not None:
             reference.dropout_mask(mask, **arrays)
         if "dout" in arrays:
-            results = zip(_GRADIENTS, reference.attention_backward(**arrays), strict=True)
+            results = [*zip(_GRADIENTS, reference.attention_backward(**arrays), strict=True)]
+            if mods is not None:
+                results += [(f"dcaptured{slot}", values) for slot, values in mods.gradients.items()]
         else:
-            results = zip(("out", "lse", "max_logit"), reference.attention(**arrays), strict=True)
+            results = [*zip(("out", "lse", "max_logit"), reference.attention(**arrays), strict=True)]
         with np.errstate(all="ignore"):  # what overflows in a 16-bit result is infinite there
             for name, values in results:
                 if name in targets:
@@ -380,6 +417,9 @@ class _Prepared:
     window: tuple[int, int]  # causal folded in
     softcap: float
     dropout_p: float
+    mods: Mods | None  # softcap and ALiBi folded in where there is a score_mod
+    slopes_folded: bool
+    dcaptured: tuple[str, ...]  # in the order of `AttentionGrads.dcaptured` names of results, if there is one
 
     def workspace(self) -> dict[str, tuple[tuple[int, ...], DType]]:
         """Scratch arrays that a run on a GPU needs: (shape, dtype) by name."""
@@ -414,9 +454,7 @@ def _bind(
     softcap: Any,
     alibi_slopes: Any,
     sink: Any,
-    score_mod: Any,
-    mask_mod: Any,
-    block_mask: Any,
+    bound: Bound | None,
     dropout_p: Any,
     seed: Any,
     offset: Any,
@@ -426,8 +464,8 @@ def _bind(
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    if page_table is not None or block_mask is not None or split_size is not None or kernel_options:
-        _refuse_keywords(page_table, block_mask, split_size, kernel_options)
+    if page_table is not None or split_size is not None or kernel_options:
+        _refuse_keywords(page_table, split_size, kernel_options)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:
@@ -442,6 +480,14 @@ def _bind(
         targets["out"] = out
     floats |= targets
     views = _views(framework, floats)
+    mods: Mods | None = None
+    scalars: tuple[int | float, ...] = ()
+    if bound is not None:
+        views |= _captured_views(framework, bound, views["q"].device)
+        softcap = validate.softcap(softcap)
+        mods, scalars, softcap = _folded(bound, views, softcap)
+        if backward is not None:
+            floats |= {slot.name: x for slot, x in zip(bound.mods.arrays, bound.arrays, strict=True)}
     if backward is not None:
         framework.refuse_transformed(floats)
 
@@ -486,11 +532,6 @@ def _bind(
     if backward is not None:
         alignment |= views["dout"].ptr | views["out"].ptr
     alignment &= 15
-    mods: dict[str, Callable[..., Any]] = {}
-    if score_mod is not None:
-        mods["score_mod"] = score_mod
-    if mask_mod is not None:
-        mods["mask_mod"] = mask_mod
     if isinstance(window_size, list):
         window_size = tuple(window_size)
     if type(aux) is not tuple:
@@ -506,8 +547,8 @@ def _bind(
     )  # fmt: skip
     if len(views) > 3:
         key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
-    if mods:
-        key += (*mods,)
+    if mods is not None:
+        key += (mods,)
     if backward is not None:
         key += (backward.deterministic, backward.captured_grads)
     try:
@@ -539,7 +580,9 @@ def _bind(
                     f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
                     f"values: copy to the device before the capture and pass that array"
                 )
-    return _Call(framework, views, uploads, prepared, targets, mods, random)
+    if on_device and bound is not None:
+        uploads |= _captured_uploads(framework, bound, views, prepared.device)
+    return _Call(framework, views, uploads, prepared, targets, scalars, random)
 
 
 def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
@@ -613,11 +656,89 @@ def _read_back(framework: Framework, views: dict[str, TensorView], device: Devic
     return {n: cupy.download(views[n], stream) for n in names if views[n].device[0] == "cuda"}
 
 
-def _refuse_keywords(page_table: Any, block_mask: Any, split_size: Any, kernel_options: Any) -> None:
+# Mods -------------------------------------------------------------------------------------------------------------
+
+
+def _traced(score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound:
+    """What a call's mods compute and captured: a `tracer.Bound`. At least one is given."""
+    for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
+        if mod is not None and not callable(mod):
+            raise ArgumentError(f"{name}={mod!r} must be a function")
+    if block_mask is not None:
+        mask_mod = _with_block_mask(mask_mod, block_mask)
+    return tracer.bind(score_mod, mask_mod)
+
+
+def _with_block_mask(mask_mod: Any, block_mask: Any) -> Any:
+    """What keeps a score that both keep."""
+    if not hasattr(block_mask, "_as_mask_mod"):
+        raise ArgumentError(
+            f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, or the "
+            "function it is made of as mask_mod="
+        )
+    own = block_mask._as_mask_mod()
+    if mask_mod is None:
+        return own
+    from .mods import and_masks
+
+    return and_masks(mask_mod, own)
+
+
+def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[str, TensorView]:
+    """Views of captured arrays, "captured0" and so on: of the framework of q, or of one element in host memory."""
+    views = {}
+    for i, (slot, x) in enumerate(zip(bound.mods.arrays, bound.arrays, strict=True)):
+        other = frameworks.of(x, slot.name)
+        if other is not framework and not (slot.ndim == 0 and other is frameworks.numpy):
+            raise ArgumentError(
+                f"{slot.name}, which a mod captured, is a {other.NAME} array and q a {framework.NAME} array: all arrays "
+                "must be of one framework; convert with from_dlpack, which copies nothing"
+            )
+        try:
+            views[f"captured{i}"] = other.view(x)
+        except CuflashError as error:
+            raise type(error)(f"{slot.name}, which a mod captured: {error}") from error
+    return views
+
+
+def _captured_names(mods: Mods, views: Container[str]) -> list[str]:
+    """The names of the views of captured arrays, in slot order: the slopes of ALiBi keep theirs."""
+    names = [f"captured{i}" for i in range(len(mods.arrays))]
+    return [name if name in views else "alibi_slopes" for name in names]
+
+
+def _folded(
+    bound: Bound, views: dict[str, TensorView], softcap: float
+) -> tuple[Mods, tuple[int | float, ...], float]:
+    """Beside a score_mod, softcap and ALiBi become part of it -> mods, their numbers, the softcap that is left."""
+    mods, scalars = bound.mods, bound.scalars
+    slopes = views.get("alibi_slopes")
+    if mods.score is None or not (softcap or slopes is not None):
+        return mods, scalars, softcap
+    alibi = None if slopes is None else "head" if slopes.ndim == 1 else "batch"
+    return fold(mods, softcap > 0, alibi), numbers(mods, scalars, softcap), 0.0
+
+
+def _captured_uploads(
+    framework: Framework, bound: Bound, views: dict[str, TensorView], device: Device
+) -> dict[str, np.ndarray]:
+    """Captured arrays of one element in host memory, which a device kernel cannot read there."""
+    found = {}
+    for i, slot in enumerate(bound.mods.arrays):
+        view = views[f"captured{i}"]
+        if view.device[0] == "cpu":
+            found[f"captured{i}"] = view.as_numpy()
+            if framework.capturing(device[1]):
+                raise ArgumentError(
+                    f"{slot.name}, which a mod captured, lies in host memory and cannot enter a CUDA graph, which would "
+                    "replay this very value: copy it to the device before the capture"
+                )
+    return found
+
+
+def _refuse_keywords(page_table: Any, split_size: Any, kernel_options: Any) -> None:
     if page_table is not None:
         raise UnsupportedError(_UNSUPPORTED["page_table"])
-    if block_mask is not None:
-        raise UnsupportedError(_UNSUPPORTED["block_mask"])
     if split_size is not None:
         raise UnsupportedError(f"split_size={split_size!r}: {_UNSUPPORTED['split_size']}")
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
@@ -629,25 +750,18 @@ _UNSUPPORTED = {
         "no kernel reads paged keys: gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), "
         "and pass seqused_k"
     ),
-    "block_mask": (
-        "no kernel reads a block mask: say the pattern with causal=, window_size=, seqused_k= or cu_seqlens, or pass "
-        "mask_mod with host arrays"
-    ),
     "split_size": "no kernel splits the keys of a row: leave it None",
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
-    "score_mod": (
-        "no kernel calls a Python function: pass softcap= or alibi_slopes= where they say it, or host (NumPy) arrays "
-        "with config.backend='auto', which run on the reference"
-    ),
-    "mask_mod": (
-        "no kernel calls a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens where they say it, or "
-        "host (NumPy) arrays with config.backend='auto', which run on the reference"
-    ),
-    "score_mod_backward": (
-        "the derivative of a Python function is not known: pass softcap= or alibi_slopes= where they say it, or leave "
-        "it to a framework that differentiates, as torch.nn.attention.flex_attention"
-    ),
 }
+
+_KERNELS_TAKE_MODS = False
+_MODS = ("score_mod", "mask_mod", "block_mask")
+if not _KERNELS_TAKE_MODS:
+    _UNSUPPORTED |= dict.fromkeys(
+        _MODS,
+        "no kernel computes a Python function: pass softcap=, alibi_slopes=, causal=, window_size=, seqused_k= or "
+        "cu_seqlens where they say it, or host (NumPy) arrays with config.backend='auto', which run on the reference",
+    )
 
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
@@ -662,14 +776,8 @@ _UNSUPPORTED_OPERATION = {
         "outside of jit and grad"
     ),
     "score_mod": (
-        "no gradient of a Python function is known, and no compiler follows one: pass softcap= or alibi_slopes= where "
-        "they say it, or call without gradients, in PyTorch under torch.no_grad(), in JAX "
-        "outside of jit and grad"
-    ),
-    "mask_mod": (
-        "no operation of a framework carries a Python function: pass causal=, window_size=, seqused_k= or cu_seqlens "
-        "where they say it, or call without gradients, in PyTorch under torch.no_grad(), in JAX "
-        "outside of jit and grad"
+        "no operation of a framework carries a Python function: call without gradients, in PyTorch under "
+        "torch.no_grad(), in JAX outside of jit and grad"
     ),
 }
 
@@ -689,7 +797,7 @@ def _prepare(
     max_seqlen_q: Any,
     max_seqlen_k: Any,
     aux: tuple[str, ...],
-    mods: dict[str, Any],
+    mods: Mods | None,
     dropout_p: float,
     targets: Sequence[str],
     backward: _Backward | None,
@@ -710,21 +818,19 @@ def _prepare(
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     heads_q, heads_kv, q_rows, k_rows = q.shape[-2], k.shape[-2], q.shape[-3], k.shape[-3]
     scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
-    softcap = validate.number("softcap", softcap)
-    require(softcap >= 0, f"softcap={softcap} must be positive, or 0 for none")
+    softcap = validate.softcap(softcap)
     left, right = validate.window(window_size, causal)
     max_seqlen_q = validate.hint("max_seqlen_q", max_seqlen_q)
     max_seqlen_k = validate.hint("max_seqlen_k", max_seqlen_k)
     dropout_p = validate.dropout_p(dropout_p)
     aux = validate.aux_names(aux)
-    for name in mods:
-        if not callable(mods[name]):
-            raise ArgumentError(f"{name}={mods[name]!r} must be a function")
-        if name == "score_mod" and backward is not None:
-            raise UnsupportedError(f"score_mod: {_UNSUPPORTED['score_mod_backward']}")
-        if backend != "reference":
+    if mods is not None:
+        validate.captured([views[name] for name in _captured_names(mods, views)], mods, q.device, backend, framework)
+        if backend != "reference" and not _KERNELS_TAKE_MODS:
+            name = "mask_mod" if mods.score is None else "score_mod"
             raise UnsupportedError(f"{name} with the {backend} backend: {_UNSUPPORTED[name]}")
 
+    dcaptured: dict[str, TensorView | None] = {}
     out_shape = (*q.shape[:-1], head_dim_v)
     lse_shape = (heads_q, q_rows) if packed else (batch, heads_q, q_rows)
     if backward is None:
@@ -743,8 +849,8 @@ def _prepare(
         results = [("dq", q.shape, q.dtype), ("dk", k.shape, q.dtype), ("dv", v.shape, q.dtype)]
         if "sink" in views:
             results.append(("dsink", (heads_q,), views["sink"].dtype))
-        if backward.captured_grads and "alibi_slopes" in views:
-            results.append(("dslopes", views["alibi_slopes"].shape, dtypes.float32))
+        dcaptured = _captured_gradients(views, mods, backward.captured_grads)
+        results += [(name, x.shape, x.dtype) for name, x in dcaptured.items() if x is not None]
     validate.outputs(views, {name: shape for name, shape, _ in results if name in targets}, framework)
 
     plan = None
@@ -768,8 +874,35 @@ def _prepare(
             window=(left, right),
             softcap=softcap,
             dropout_p=dropout_p,
-        ), max_seqlen_k, backward)  # fmt: skip
-    return _Prepared(backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p)
+        ), max_seqlen_k, backward, mods)  # fmt: skip
+    folded = mods is not None and "alibi_slopes" in _captured_names(mods, views)
+    return _Prepared(
+        backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p, mods, folded,
+        (*dcaptured,),
+    )  # fmt: skip
+
+
+def _captured_gradients(
+    views: dict[str, TensorView], mods: Mods | None, wanted: bool | tuple[str, ...]
+) -> dict[str, TensorView | None]:
+    """The results that hold gradients of arrays beside q, k, v and sink, by name: the array each is for, or None where
+    scores are not made with it."""
+    if wanted is False:
+        return {}
+    read = set() if mods is None or mods.score is None else {
+        slot for x in walk(mods.score) if x.op in ("load", "dot") and x.kind == "float"
+        for slot in ((x.value,) if x.op == "load" else x.value[:2])
+    }  # fmt: skip
+    names = [] if mods is None else _captured_names(mods, views)
+    found: dict[str, TensorView | None] = {}
+    for slot, name in enumerate(names):
+        if views[name].dtype.is_float and (wanted is True or name in wanted):
+            found[f"dcaptured{slot}"] = views[name] if slot in read else None
+    if "alibi_slopes" in views and "alibi_slopes" not in names and (wanted is True or "alibi_slopes" in wanted):
+        found["dslopes"] = views["alibi_slopes"]
+    if mods is not None and mods.score is not None:  # what has no derivative is refused here
+        gradients(mods.score, [slot for slot in range(len(names)) if found.get(f"dcaptured{slot}") is not None])
+    return found
 
 
 def _plan(
@@ -780,6 +913,7 @@ def _plan(
     fields: dict[str, Any],
     max_seqlen_k: int | None,
     backward: _Backward | None,
+    mods: Mods | None,
 ) -> Any:
     """The plan of a checked call: `fields` are those of both problems that do not follow from the views."""
     names = ["q", "k", "v", "out"] + ([] if backward is None else ["dout", "dq", "dk", "dv"])
@@ -787,6 +921,10 @@ def _plan(
     strides = {n: views[n].strides if n in views else contiguous_strides(shapes[n]) for n in names}
     packed, itemsize = fields["packed"], views["q"].dtype.itemsize
     slopes, sink = views.get("alibi_slopes"), views.get("sink")
+    if mods is not None:
+        captured = _captured_names(mods, views)
+        slopes = None if "alibi_slopes" in captured else slopes
+        fields |= {"mods": mods, "captured": tuple((views[name].shape, views[name].strides) for name in captured)}
     fields |= {f"{name}_strides": _problem_strides(steps, packed) for name, steps in strides.items()}
     fields |= {
         "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()]),
@@ -801,6 +939,8 @@ def _plan(
         return ops.plan(ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes), arch)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}
+    if mods is not None:
+        fields["dcaptured"] = tuple(f"dcaptured{i}" in shapes for i in range(len(mods.arrays)))
     fields |= {"max_seqlen_k": max_seqlen_k if packed else None, "dlse": "dlse" in views}
     return ops.plan(ops.BackwardProblem(**fields, deterministic=backward.deterministic), arch)
 
@@ -872,21 +1012,26 @@ def _prepare_traced(
     dropout_p: float,
     aux: tuple[str, ...],
     deterministic: bool,
-    slopes_grad: bool,
+    grads: tuple[str, ...],
+    mods: Mods | None,
 ) -> _Prepared:
     """Checks and plans a call (with `dout` among the views: its backward) by views without memory, aligned to 16."""
-    backward = _Backward({}, {}, deterministic, slopes_grad) if "dout" in views else None
+    backward = _Backward({}, {}, deterministic, grads) if "dout" in views else None
+    if mods is not None:
+        mods, _, softcap = _folded(Bound(mods), views, softcap)
     return _prepare(
-        framework, views, (), 0, scale, False, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, {},
+        framework, views, (), 0, scale, False, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, mods,
         dropout_p, (), backward, backend,
     )  # fmt: skip
 
 
-def _execute_traced(framework: Framework, views: dict[str, TensorView], prepared: _Prepared) -> None:
+def _execute_traced(
+    framework: Framework, views: dict[str, TensorView], prepared: _Prepared, scalars: tuple[int | float, ...]
+) -> None:
     """Runs it. The views hold results, and workspace on a GPU, too."""
     if prepared.device[0] == "cpu":
         _check_lengths(views, {name: x.as_numpy() for name, x in views.items() if name in _LENGTHS})
-    _Call(framework, views, uploads={}, prepared=prepared, targets={}, mods={}, random={})._execute()
+    _Call(framework, views, uploads={}, prepared=prepared, targets={}, scalars=scalars, random={})._execute()
 
 
 def _known_lengths(views: dict[str, TensorView], given: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -916,7 +1061,8 @@ class Explanation:
     options          of NVRTC
     shared_bytes     shared memory of a block
     workspace_bytes  device memory needed besides the arrays
-    captured         values captured by mods, by name
+    captured         what scores and masks are made with beside q and k: "name dtype[shape]" of each array, those that
+                     mods captured in the order they were met, then alibi_slopes; "name" of each number
     fallback         why no kernel runs; "" where one does
     """
 
@@ -985,7 +1131,10 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     named = {name: value for name, value in bound.arguments.items() if name != "deterministic"}
     if named["seed"] is None and frameworks.of(q) is frameworks.torch:
         named["seed"] = 0  # any will do: a draw would move the generator on
-    call = _bind(**named)
+    mods = [named.pop(name) for name in ("score_mod", "mask_mod", "block_mask")]
+    traced = None if all(mod is None for mod in mods) else _traced(*mods)
+    call = _bind(**named, bound=traced)
+    captured, notes = _described_mods(call.views, traced), () if traced is None else traced.notes
     prepared = call.prepared
     if backward:
         gradients = _Backward({}, {}, bool(bound.arguments["deterministic"]), captured_grads)
@@ -995,6 +1144,8 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
         return Explanation(
             backend="reference",
             kernel="reference",
+            why=notes,
+            captured=captured,
             fallback="arrays in host memory run in NumPy; cuflash.config.backend = 'emulator' runs the kernel on them, "
             "arrays on a GPU run it there",
         )
@@ -1004,14 +1155,24 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
-        why=(*why, *_reasons(plan.problem)),
+        why=(*why, *_reasons(plan.problem), *notes),
         grid=grid,
         variant=variant.describe(spec.variant),
         source=spec.text("cuda"),
         options=nvrtc.options(),
         shared_bytes=spec.smem_bytes,
         workspace_bytes=plan.workspace_bytes,
+        captured=captured,
     )
+
+
+def _described_mods(views: dict[str, TensorView], bound: Bound | None) -> tuple[str, ...]:
+    """For `Explanation.captured`."""
+    named = [] if bound is None else [(slot.name, views[f"captured{i}"]) for i, slot in enumerate(bound.mods.arrays)]
+    if "alibi_slopes" in views:
+        named.append(("alibi_slopes", views["alibi_slopes"]))
+    arrays = [f"{name} {x.dtype}{list(x.shape)}" for name, x in named]
+    return (*arrays, *(() if bound is None else (slot.name for slot in bound.mods.scalars)))
 
 
 def _prepare_backward_of(call: _Call, named: dict[str, Any], gradients: _Backward) -> _Prepared:
@@ -1030,7 +1191,8 @@ def _prepare_backward_of(call: _Call, named: dict[str, Any], gradients: _Backwar
         longest[side] = _longest(starts.as_numpy()) if known and starts is not None else given
     return _prepare(
         call.framework, views, _LENGTHS, (q.ptr | views["k"].ptr | v.ptr) & 15, named["scale"], named["causal"],
-        named["window_size"], named["softcap"], longest["q"], longest["k"], (), call.mods, named["dropout_p"], (),
+        named["window_size"], call.prepared.softcap, longest["q"], longest["k"], (), call.prepared.mods,
+        named["dropout_p"], (),
         gradients,
     )  # fmt: skip
 
@@ -1075,12 +1237,12 @@ class Support:
 _SERVED = (
     "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
     "causal", "window_size", "softcap", "alibi_slopes", "sink", "dropout_p", "seed", "offset", "deterministic", "out",
-    "lse", "max_logit", "dropout_mask",
+    "lse", "max_logit", "dropout_mask", *(_MODS if _KERNELS_TAKE_MODS else ()),
 )  # fmt: skip
 
 
 # Every feature `supports` knows, served or not.
-FEATURES = (*_SERVED, *(name for name in _UNSUPPORTED if "backward" not in name))
+FEATURES = (*_SERVED, *_UNSUPPORTED)
 
 
 def supports(

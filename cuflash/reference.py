@@ -27,7 +27,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -38,6 +38,22 @@ from . import philox
 _BLOCK_SCORES = 1 << 19
 
 Lengths = np.ndarray | Sequence[int]
+
+
+class ScoreMod(Protocol):
+    """A score_mod that knows its derivative, as `attention_backward` wants it."""
+
+    def __call__(self, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: int, kv_len: int) -> Any: ...
+
+    def backward(
+        self, ds: np.ndarray, score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: int, kv_len: int
+    ) -> np.ndarray:
+        """The gradient of the score that came in, from `ds`, that of the score that went out.
+
+        `ds` is 0 where a score is masked; each element is handed in once. What else the mod has learned from it, such as
+        the gradients of arrays it reads, is its own affair.
+        """
+        ...
 
 
 def attention(
@@ -159,6 +175,7 @@ def attention_backward(
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
     sink: np.ndarray | None = None,
+    score_mod: ScoreMod | None = None,
     mask_mod: Callable[..., Any] | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
@@ -175,6 +192,7 @@ def attention_backward(
         P[i, j]  = exp(s[i, j] - lse[i])                        0 where masked
         dv[j]    = sum_i P[i, j] * dout[i]
         dS[i, j] = P[i, j] * (dot(dout[i], v[j]) - delta[i])    the gradient of the final score
+        dS[i, j] = score_mod.backward(dS[i, j], s, b, h, i, j)  if given; s the score it was given
         dsink    = -sum_i exp(sink - lse[i]) * delta[i]
         dslope   = -sum_ij dS[i, j] * |i + k_len - q_len - j|
         dS[i, j] *= 1 - tanh(scale * dot(q[i], k[j]) / softcap)^2      if softcap > 0
@@ -199,7 +217,7 @@ def attention_backward(
     batch, heads_q = _batch(q, cu_seqlens_q), q.shape[-2]
     rules = _rules(
         q, batch, dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=mask_mod, dropout=(dropout_p, seed, offset),
+        alibi_slopes=alibi_slopes, score_mod=score_mod, mask_mod=mask_mod, dropout=(dropout_p, seed, offset),
     )  # fmt: skip
     dq, dk, dv = (np.zeros(x.shape, x.dtype if compute_dtype is None else dtype) for x in (q, k, v))
     dsink, dslopes = np.zeros(heads_q, dtype), np.zeros((batch, heads_q), dtype)
@@ -246,6 +264,9 @@ def _attend_backward(
         dv[at_kv] += _matmul_summed(p if block.dropout is None else p * block.dropout, d_o, len(block.v))
         ds = p * (dp - delta[at][:, :, None])
         ds = np.where(block.s == -np.inf, rule.dtype.type(0), ds)
+        if rule.score_mod is not None:
+            backward = _with_lengths(rule.score_mod.backward, {"q_len": len(q), "kv_len": len(k)})
+            ds = backward(ds, block.unmodified, *block.index)
         if rule.slopes is not None:
             dslopes[block.heads] -= (ds * np.abs(block.distance).astype(rule.dtype)).sum(axis=(1, 2))
         if block.tanh is not None:
@@ -367,7 +388,7 @@ class _Rule:
     right: float
     softcap: float
     slopes: np.ndarray | None  # [heads_q]
-    score_mod: Callable[..., Any] | None
+    score_mod: Any
     mask_mod: Callable[..., Any] | None
     dropout: tuple[float, int, int]  # p, seed, offset
 
@@ -418,6 +439,7 @@ class _Block(NamedTuple):
     k: np.ndarray  # [heads_kv, keys, d]
     v: np.ndarray  # [heads_kv, keys, d_v]
     s: np.ndarray  # [heads, rows, keys], -inf where masked
+    unmodified: np.ndarray | None  # what score_mod was given, s's shape
     tanh: np.ndarray | None  # the softcap's, s's shape
     distance: np.ndarray  # [rows, keys], 0 on the diagonal
     dropout: np.ndarray | None  # what weights are multiplied by, s's shape: 0 or 1 / (1 - p)
@@ -464,6 +486,7 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
                 np.arange(block.start, block.stop, dtype=np.int32)[:, None],
                 np.arange(seen.start, seen.stop, dtype=np.int32),
             )
+            unmodified = s if score_mod is not None else None
             if score_mod is not None:
                 s = np.broadcast_to(np.asarray(score_mod(s, *index), dtype), s.shape)
             keep = (distance >= -rule.left) & (distance <= rule.right)
@@ -474,8 +497,9 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
             p, seed, offset = rule.dropout
             dropout = philox.dropout_keep(*index, seed, offset, p, heads_q) * dtype.type(1 / (1 - p)) if p else None
             yield _Block(
-                heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, tanh, distance, dropout, index
-            )
+                heads, heads_k, block, seen, queries, keys[:, seen], values[:, seen], s, unmodified, tanh, distance,
+                dropout, index,
+            )  # fmt: skip
 
 
 def _matmul_grouped(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from . import dtypes
-from .array import TensorView, device_name
+from .array import Device, TensorView, device_name
 from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import Framework
+from .trace.expr import Mods
 
 MAX_HEAD_DIM = 256
 AUX = ("lse", "max_logit", "dropout_mask")
@@ -82,7 +83,7 @@ def same_device(views: Views, plain: Sequence[str]) -> None:
     """Every array on the device of q; plain lengths (lists, NumPy arrays) may lie beside device arrays."""
     device = views["q"].device
     for name, view in views.items():
-        if view.device != device and name not in plain:
+        if view.device != device and name not in plain and not name.startswith("captured"):
             raise ArgumentError(
                 f"{name} is on {device_name(view.device)} and q on {device_name(device)}: all arrays must be on one "
                 f"device; move {name} there"
@@ -142,6 +143,35 @@ def _swap_hint(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...]) -> st
         f"; heads and length look swapped: attention takes [batch, len, heads, head_dim], and q.shape={q} looks like "
         "[batch, heads, len, head_dim]; pass q.swapaxes(1, 2), k.swapaxes(1, 2), v.swapaxes(1, 2), which copy nothing"
     )
+
+
+# What a captured array may hold: "int" expressions have 32 bits with their sign.
+_CAPTURED = (
+    dtypes.float16, dtypes.bfloat16, dtypes.float32, dtypes.int8, dtypes.int16, dtypes.int32, dtypes.int64,
+    dtypes.uint8, dtypes.bool_,
+)  # fmt: skip
+
+
+def captured(views: Sequence[TensorView], mods: Mods, device: Device, backend: str, framework: Framework) -> None:
+    """Dtypes and devices of captured arrays, in slot order."""
+    for slot, view in zip(mods.arrays, views, strict=True):
+        name = slot.name
+        if view.dtype is dtypes.float64 and backend != "reference":
+            raise UnsupportedError(
+                f"{name}.dtype=float64, which a mod captured: no kernel reads it; capture "
+                f"{framework.advise('float32', name)}"
+            )
+        if view.dtype not in _CAPTURED and view.dtype is not dtypes.float64:
+            raise ArgumentError(
+                f"{name}.dtype={view.dtype}, which a mod captured, must be one of "
+                f"{', '.join(t.name for t in _CAPTURED)}: capture {framework.advise('int32', name)}"
+            )
+        # NOTE: one number in host memory is uploaded.
+        if view.device != device and not (view.ndim == 0 and view.device[0] == "cpu"):
+            raise ArgumentError(
+                f"{name}, which a mod captured, is on {device_name(view.device)} and q on {device_name(device)}: all "
+                f"arrays must be on one device; move {name} there"
+            )
 
 
 def strides(views: Views, framework: Framework) -> None:
@@ -325,6 +355,13 @@ def number(name: str, value: Any) -> float:
     except OverflowError:  # an int past every float
         value = math.inf
     require(-math.inf < value < math.inf, f"{name}={value} must be finite")  # compilers follow comparisons
+    return value
+
+
+def softcap(value: Any) -> float:
+    """A positive number, or 0 for none."""
+    value = number("softcap", value)
+    require(value >= 0, f"softcap={value} must be positive, or 0 for none")
     return value
 
 

@@ -24,6 +24,8 @@ from .. import dtypes
 from ..array import HOST, Device, TensorView
 from ..errors import ArgumentError, UnsupportedError
 from ..settings import config
+from ..trace import text
+from ..trace.fold import numbers
 from . import calls, jax_ffi
 from . import jax as _adapter
 
@@ -64,7 +66,9 @@ class Static:
     aux: tuple[str, ...]
     backend: str  # config.backend and config.arch when it was traced
     arch: str
-    slopes_grad: bool = False
+    grads: tuple[str, ...] = ()  # of a backward: arrays beside q, k, v and sink that want a gradient
+    mods: str = ""  # as `trace.text` writes them
+    scalars: tuple[int | float, ...] = ()  # that mods captured
 
 
 def attention(
@@ -168,7 +172,7 @@ def _differentiable(static: Static) -> Callable[[Arrays, Arrays], Arrays]:
             arrays["dout"] = cotangents["out"]
         if "lse" in cotangents and "lse" not in zero:
             arrays["dlse"] = cotangents["lse"]
-        keywords = _replaced(static, aux=(), slopes_grad=bool(wanted))
+        keywords = _replaced(static, aux=(), grads=("alibi_slopes",) if wanted else ())
         found = _once_differentiable("attention_backward", keywords)(arrays)
         names = {"q": "dq", "k": "dk", "v": "dv", "sink": "dsink", "alibi_slopes": "dslopes"}
         return {name: _as_typed(found.get(names[name]), x) for name, x in floats.items()}, None
@@ -214,7 +218,7 @@ def _mappable(operation: str, static: Static) -> Callable[[Arrays], Arrays]:
             results = jax.lax.map(lambda element: function(rest | element), over)
         else:
             batch = arrays["q"].shape[1 if mapped["q"] else 0]
-            slopes = static.slopes_grad or mapped.get("alibi_slopes", False)
+            slopes = "alibi_slopes" in static.grads or mapped.get("alibi_slopes", False)
             folded = {}
             for name, x in arrays.items():
                 if "b" in _DIMS[name] and (name != "alibi_slopes" or slopes or x.ndim - mapped[name] == 2):
@@ -362,8 +366,9 @@ def _described(operation: str, static: Static, inputs: tuple[jax_ffi.Spec, ...],
 
 def _prepare(operation: str, static: Static, inputs: tuple[jax_ffi.Spec, ...], device: Device) -> Any:
     keywords = asdict(static)
-    keywords["window_size"], keywords["aux"] = tuple(keywords["window_size"]), tuple(keywords["aux"])
-    del keywords["arch"]
+    keywords |= {name: tuple(keywords[name]) for name in ("window_size", "aux", "grads")}
+    keywords["mods"] = text.loads(static.mods) if static.mods else None
+    del keywords["arch"], keywords["scalars"]
     return calls["prepare"](_Lent(0), {spec.name: spec.at(0, device, True) for spec in inputs}, **keywords)
 
 
@@ -414,9 +419,12 @@ class _Lent:
 
 def _operation(description: jax_ffi.Description, device: Device) -> jax_ffi.Run:
     """An operation of `jax_ffi`: prepared for one device, then run on any memory of it."""
-    prepared = _prepare(description.operation, Static(**description.keywords), description.inputs, device)
-    execute = calls["execute"]
-    return lambda views, stream: execute(_Lent(stream), views, prepared)
+    static = Static(**description.keywords)
+    prepared = _prepare(description.operation, static, description.inputs, device)
+    execute, scalars = calls["execute"], tuple(static.scalars)
+    if static.mods:
+        scalars = numbers(text.loads(static.mods), scalars, static.softcap)
+    return lambda views, stream: execute(_Lent(stream), views, prepared, scalars)
 
 
 jax_ffi.operations |= {"attention": _operation, "attention_backward": _operation}

@@ -199,8 +199,9 @@ def _backward_kernel(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     dlse = None if dlse is None else dlse.contiguous()
     with torch.no_grad():
+        given = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
         grads = calls["attention_backward"](
-            dout, q, k, v, out, lse, dlse=dlse, captured_grads=slopes, **_keywords(tuple(arguments))
+            q, k, v, given=given, grads=("alibi_slopes",) if slopes else (), **_keywords(tuple(arguments))
         )
     dsink = _nothing(q) if grads.dsink is None else grads.dsink
     return grads.dq, grads.dk, grads.dv, dsink, grads.dcaptured[0] if slopes else _nothing(q)
