@@ -129,7 +129,7 @@ def attention(
     """
     bound = None
     if score_mod is not None or mask_mod is not None or block_mask is not None:
-        bound = _traced(score_mod, mask_mod, block_mask)
+        bound = _traced(q, k, score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     captured = () if bound is None else bound.arrays
     operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
@@ -260,7 +260,7 @@ def attention_backward(
     targets = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     bound = None
     if score_mod is not None or mask_mod is not None or block_mask is not None:
-        bound = _traced(score_mod, mask_mod, block_mask)
+        bound = _traced(q, k, score_mod, mask_mod, block_mask)
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
@@ -659,23 +659,26 @@ def _read_back(framework: Framework, views: dict[str, TensorView], device: Devic
 # Mods -------------------------------------------------------------------------------------------------------------
 
 
-def _traced(score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound:
+def _traced(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound:
     """What a call's mods compute and captured: a `tracer.Bound`. At least one is given."""
     for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if mod is not None and not callable(mod):
             raise ArgumentError(f"{name}={mod!r} must be a function")
     if block_mask is not None:
-        mask_mod = _with_block_mask(mask_mod, block_mask)
+        mask_mod = _with_block_mask(q, k, mask_mod, block_mask)
     return tracer.bind(score_mod, mask_mod)
 
 
-def _with_block_mask(mask_mod: Any, block_mask: Any) -> Any:
+def _with_block_mask(q: Array, k: Array, mask_mod: Any, block_mask: Any) -> Any:
     """What keeps a score that both keep."""
     if not hasattr(block_mask, "_as_mask_mod"):
         raise ArgumentError(
-            f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, or the "
-            "function it is made of as mask_mod="
+            f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned; a function "
+            "is passed as mask_mod="
         )
+    shape, keys = getattr(q, "shape", ()), getattr(k, "shape", ())
+    if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
+        block_mask._check(shape[0], shape[2], shape[1], keys[1])
     own = block_mask._as_mask_mod()
     if mask_mod is None:
         return own
@@ -754,14 +757,14 @@ _UNSUPPORTED = {
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
 }
 
-_KERNELS_TAKE_MODS = False
+# NOTE: where kernels of the backward take mods, this is True, and what asks for it goes.
+_BACKWARD_TAKES_MODS = False
 _MODS = ("score_mod", "mask_mod", "block_mask")
-if not _KERNELS_TAKE_MODS:
-    _UNSUPPORTED |= dict.fromkeys(
-        _MODS,
-        "no kernel computes a Python function: pass softcap=, alibi_slopes=, causal=, window_size=, seqused_k= or "
-        "cu_seqlens where they say it, or host (NumPy) arrays with config.backend='auto', which run on the reference",
-    )
+_NO_GRADIENT_OF_MODS = (
+    "no kernel computes the gradients of a Python function: pass softcap=, alibi_slopes=, causal=, window_size=, "
+    "seqused_k= or cu_seqlens where they say it, or host (NumPy) arrays with config.backend='auto', which run on the "
+    "reference"
+)
 
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
@@ -826,9 +829,8 @@ def _prepare(
     aux = validate.aux_names(aux)
     if mods is not None:
         validate.captured([views[name] for name in _captured_names(mods, views)], mods, q.device, backend, framework)
-        if backend != "reference" and not _KERNELS_TAKE_MODS:
-            name = "mask_mod" if mods.score is None else "score_mod"
-            raise UnsupportedError(f"{name} with the {backend} backend: {_UNSUPPORTED[name]}")
+        if backend != "reference" and backward is not None and not _BACKWARD_TAKES_MODS:
+            raise UnsupportedError(f"{'mask' if mods.score is None else 'score'}_mod: {_NO_GRADIENT_OF_MODS}")
 
     dcaptured: dict[str, TensorView | None] = {}
     out_shape = (*q.shape[:-1], head_dim_v)
@@ -922,9 +924,8 @@ def _plan(
     packed, itemsize = fields["packed"], views["q"].dtype.itemsize
     slopes, sink = views.get("alibi_slopes"), views.get("sink")
     if mods is not None:
-        captured = _captured_names(mods, views)
-        slopes = None if "alibi_slopes" in captured else slopes
-        fields |= {"mods": mods, "captured": tuple((views[name].shape, views[name].strides) for name in captured)}
+        slopes = None if "alibi_slopes" in _captured_names(mods, views) else slopes
+        fields["mods"] = mods
     fields |= {f"{name}_strides": _problem_strides(steps, packed) for name, steps in strides.items()}
     fields |= {
         "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()]),
@@ -939,8 +940,6 @@ def _plan(
         return ops.plan(ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes), arch)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}
-    if mods is not None:
-        fields["dcaptured"] = tuple(f"dcaptured{i}" in shapes for i in range(len(mods.arrays)))
     fields |= {"max_seqlen_k": max_seqlen_k if packed else None, "dlse": "dlse" in views}
     return ops.plan(ops.BackwardProblem(**fields, deterministic=backward.deterministic), arch)
 
@@ -1132,7 +1131,7 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     if named["seed"] is None and frameworks.of(q) is frameworks.torch:
         named["seed"] = 0  # any will do: a draw would move the generator on
     mods = [named.pop(name) for name in ("score_mod", "mask_mod", "block_mask")]
-    traced = None if all(mod is None for mod in mods) else _traced(*mods)
+    traced = None if all(mod is None for mod in mods) else _traced(q, k, *mods)
     call = _bind(**named, bound=traced)
     captured, notes = _described_mods(call.views, traced), () if traced is None else traced.notes
     prepared = call.prepared
@@ -1237,7 +1236,7 @@ class Support:
 _SERVED = (
     "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
     "causal", "window_size", "softcap", "alibi_slopes", "sink", "dropout_p", "seed", "offset", "deterministic", "out",
-    "lse", "max_logit", "dropout_mask", *(_MODS if _KERNELS_TAKE_MODS else ()),
+    "lse", "max_logit", "dropout_mask", *_MODS,
 )  # fmt: skip
 
 
@@ -1280,7 +1279,7 @@ def supports(
         except UnsupportedError as error:
             return Support(str(error))
     for name, value in features.items():
-        if name in _SERVED:
+        if name in _SERVED and not (backward and name in _MODS and not _BACKWARD_TAKES_MODS):
             continue
         require(
             name in FEATURES,
@@ -1288,7 +1287,7 @@ def supports(
         )
         unused = value is None or (isinstance(value, (bool, int, float)) and not value)
         if not unused:
-            return Support(f"{name}: {_UNSUPPORTED[name]}")
+            return Support(f"{name}: {_UNSUPPORTED.get(name, _NO_GRADIENT_OF_MODS)}")
     return Support("")
 
 
@@ -1307,7 +1306,8 @@ def warmup(
     Shapes, lengths, head counts and numbers are no part of it; arrays are taken as contiguous (others may load in
     narrower steps, by a kernel of their own). On a GPU the kernel is loaded on `device` (None: the
     current one). With `arch` the kernel is only compiled, which needs no GPU. Under `config.backend = "emulator"` the
-    emulator's is compiled.
+    emulator's is compiled. score_mod, mask_mod and block_mask are given as to `attention`: their code is part of a
+    kernel, what they capture is not.
 
     Raises `UnsupportedError` with the reason of `supports`, or that no GPU is there.
     """
@@ -1338,6 +1338,7 @@ def warmup(
         load_bytes=load_bytes,
         scale=1.0,
         dropout_p=0.5 if features.get("dropout_p") else 0.0,
+        mods=_mods_of_features(features),
     )
     problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields))]
     if backward:
@@ -1359,6 +1360,22 @@ def warmup(
                 module.load(spec, target, where, index).prepare()
             else:
                 module.compile(spec, target)
+
+
+def _mods_of_features(features: dict[str, Any]) -> Mods | None:
+    """The mods among the features of `warmup`, with what is folded into a score_mod."""
+    given = [features.get(name) for name in _MODS]
+    if not any(given):
+        return None
+    for name, mod in zip(_MODS, given, strict=True):
+        require(mod is not True, f"{name}=True: a kernel is made for one function; pass the function itself")
+    mods = _traced(None, None, *(mod or None for mod in given)).mods
+    if mods.score is None:
+        return mods
+    slopes = features.get("alibi_slopes")
+    by_sequence = len(getattr(slopes, "shape", ())) == 2
+    alibi = None if slopes is None or slopes is False else "batch" if by_sequence else "head"
+    return fold(mods, bool(features.get("softcap")), alibi)
 
 
 def _dtype_named(dtype: Any) -> DType:

@@ -231,8 +231,7 @@ def test_the_backward_is_explained_as_it_runs(rng):
     k = v = rng.standard_normal((100, 2, 64)).astype(np.float16)
     keywords = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "sink": np.ones(4, np.float32), "softcap": 3.0}
     assert cuflash.explain(q, k, v, backward=True, **keywords).backend == "reference"
-    with pytest.raises(UnsupportedError, match="score_mod: the derivative"):
-        cuflash.explain(q, k, v, backward=True, score_mod=lambda s, *_: s, **keywords)
+    assert cuflash.explain(q, k, v, backward=True, score_mod=lambda s, *_: s, **keywords).backend == "reference"
     with using("emulator"):
         result = cuflash.attention(q, k, v, **keywords, aux=("lse",))
         explained = cuflash.explain(q, k, v, backward=True, **keywords)
@@ -271,8 +270,8 @@ def test_supported(dtype):
         ({"head_dim_v": 512}, "head_dim_v=512"),
         ({"arch": "sm_75"}, "compute capability 8.0"),
         ({"page_table": True}, "page_table: no kernel reads paged keys"),
-        ({"score_mod": True}, "softcap="),
-        ({"mask_mod": lambda *a: True}, "window_size="),
+        ({"score_mod": True, "backward": True}, "softcap="),
+        ({"mask_mod": lambda *a: True, "backward": True}, "window_size="),
     ],
 )
 def test_unsupported_says_why(changed, reason):
@@ -302,7 +301,8 @@ def test_supports_knows_every_keyword_and_torch_dtypes():
 def test_supports_and_attention_agree():
     """Each keyword that supports refuses, attention refuses too, and the other way round."""
     q = np.ones((1, 2, 1, 64), np.float16)
-    values = {"page_table": np.zeros((1, 1), np.int32), "block_mask": object(), "dropout_p": 0.1, "split_size": 64,
+    block_mask = cuflash.create_block_mask(lambda b, h, i, j: i >= j, 1, 1, 2, 2)
+    values = {"page_table": np.zeros((1, 1), np.int32), "block_mask": block_mask, "dropout_p": 0.1, "split_size": 64,
               "kernel_options": {"a": 1}, "score_mod": lambda s, *a: s, "mask_mod": lambda *a: True, "softcap": 1.0,
               "causal": True, "window_size": (1, 1), "deterministic": True, "scale": 1.0}  # fmt: skip
     with using("emulator"):
