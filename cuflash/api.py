@@ -97,7 +97,12 @@ def attention(
     softcap        > 0: scores become softcap * tanh(score / softcap)
     alibi_slopes   float32 [heads_q] or [batch, heads_q]: adds -slope * |i + k_len - q_len - j|
     sink           [heads_q]: a score without a value, in the softmax's denominator alone
-    score_mod, mask_mod   f(score, b, h, q_idx, kv_idx) and f(b, h, q_idx, kv_idx), on the NumPy reference
+    score_mod      f(score, b, h, q_idx, kv_idx) -> score, and
+    mask_mod       f(b, h, q_idx, kv_idx) -> whether key kv_idx is seen, after softcap and ALiBi: FlexAttention's
+                   functions, in operators and functions of NumPy or PyTorch. h is the query head, q_idx and kv_idx
+                   count within sequence b, whose lengths they get where they name q_len and kv_len. Arrays that they
+                   capture, of q's framework and on its device, and numbers are read anew at every call
+    block_mask     of `create_block_mask`: its mask, beside mask_mod
     dropout_p      from 0 up to 1: the share of softmax weights to drop, in steps of 1/256; those kept are multiplied by
                    1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
     seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
@@ -107,8 +112,8 @@ def attention(
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `page_table`, `block_mask`, `split_size` and `kernel_options` raise `UnsupportedError`, as do mods beside
-    device arrays; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
+    sink). `page_table`, `split_size` and `kernel_options` raise `UnsupportedError`, mods that cannot be followed
+    `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
     launched and written nothing.
 
     Gradients for q, k, v, `alibi_slopes` and `sink` flow through out and lse. In PyTorch: in autograd, torch.func's
@@ -240,7 +245,8 @@ def attention_backward(
     The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
     sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
 
-    Raises `UnsupportedError` for what `attention` does not serve. Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
+    Raises `UnsupportedError` for what `attention` does not serve, and for mods beside arrays on a GPU. Wrong arguments
+    raise `ArgumentError`; a refused call has launched and written nothing.
 
     >>> import numpy as np
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 4, 64)).astype(np.float32)
@@ -269,7 +275,14 @@ def attention_backward(
 
 
 def _backward_below(
-    q: Array, k: Array, v: Array, *, given: dict[str, Array], deterministic: bool, grads: tuple[str, ...], **keywords: Any
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    given: dict[str, Array],
+    deterministic: bool,
+    grads: tuple[str, ...],
+    **keywords: Any,
 ) -> AttentionGrads:
     """`attention_backward` below a framework's operation. `grads`: the arrays beside q, k, v and sink that want one."""
     unused = dict.fromkeys(("page_table", "split_size", "kernel_options", "out"))
@@ -673,10 +686,11 @@ def _with_block_mask(q: Array, k: Array, mask_mod: Any, block_mask: Any) -> Any:
     """What keeps a score that both keep."""
     if not hasattr(block_mask, "_as_mask_mod"):
         raise ArgumentError(
-            f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned; a function "
-            "is passed as mask_mod="
+            f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, "
+            "or a function as mask_mod="
         )
-    shape, keys = getattr(q, "shape", ()), getattr(k, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(q, "shape", ()))
+    keys: tuple[int, ...] = tuple(getattr(k, "shape", ()))
     if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
         block_mask._check(shape[0], shape[2], shape[1], keys[1])
     own = block_mask._as_mask_mod()
@@ -694,8 +708,8 @@ def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[
         other = frameworks.of(x, slot.name)
         if other is not framework and not (slot.ndim == 0 and other is frameworks.numpy):
             raise ArgumentError(
-                f"{slot.name}, which a mod captured, is a {other.NAME} array and q a {framework.NAME} array: all arrays "
-                "must be of one framework; convert with from_dlpack, which copies nothing"
+                f"{slot.name}, which a mod captured, is a {other.NAME} array and q a {framework.NAME} array: all "
+                "arrays must be of one framework; convert with from_dlpack, which copies nothing"
             )
         try:
             views[f"captured{i}"] = other.view(x)
@@ -710,9 +724,7 @@ def _captured_names(mods: Mods, views: Container[str]) -> list[str]:
     return [name if name in views else "alibi_slopes" for name in names]
 
 
-def _folded(
-    bound: Bound, views: dict[str, TensorView], softcap: float
-) -> tuple[Mods, tuple[int | float, ...], float]:
+def _folded(bound: Bound, views: dict[str, TensorView], softcap: float) -> tuple[Mods, tuple[int | float, ...], float]:
     """Beside a score_mod, softcap and ALiBi become part of it -> mods, their numbers, the softcap that is left."""
     mods, scalars = bound.mods, bound.scalars
     slopes = views.get("alibi_slopes")
@@ -733,8 +745,8 @@ def _captured_uploads(
             found[f"captured{i}"] = view.as_numpy()
             if framework.capturing(device[1]):
                 raise ArgumentError(
-                    f"{slot.name}, which a mod captured, lies in host memory and cannot enter a CUDA graph, which would "
-                    "replay this very value: copy it to the device before the capture"
+                    f"{slot.name}, which a mod captured, lies in host memory and cannot enter a CUDA graph, which "
+                    "would replay this very value: copy it to the device before the capture"
                 )
     return found
 

@@ -50,8 +50,8 @@ class ScoreMod(Protocol):
     ) -> np.ndarray:
         """The gradient of the score that came in, from `ds`, that of the score that went out.
 
-        `ds` is 0 where a score is masked; each element is handed in once. What else the mod has learned from it, such as
-        the gradients of arrays it reads, is its own affair.
+        `ds` is 0 where a score is masked; each element is handed in once. What else the mod makes of it, such as the
+        gradients of arrays it reads, is its own affair.
         """
         ...
 

@@ -221,9 +221,10 @@ def no_overlap(views: Views, written: Collection[str]) -> None:
     for target in written:
         for name, view in views.items():
             use = "written too" if name in written else f"still read while {target} is written"
+            known = f"an array a mod captured ({name})" if name.startswith("captured") else name
             require(
                 name == target or not views[target].overlaps(view),
-                f"{target} shares memory with {name}, which is {use}: pass other memory",
+                f"{target} shares memory with {known}, which is {use}: pass other memory",
             )
 
 

@@ -407,7 +407,11 @@ def plan(problem: ForwardProblem, arch: Arch) -> ForwardPlan:
 
 def buffers_of(arrays: Mapping[str, TensorView], written: Sequence[str] = _WRITTEN) -> list[module.Buffer]:
     """The memory each array spans, for the emulator's bounds checks."""
-    return [module.Buffer(name, view.ptr, view.nbytes, name in written) for name, view in arrays.items()]
+    buffers = []
+    for name, view in arrays.items():
+        before, after = view.extent  # captured arrays may step backwards
+        buffers.append(module.Buffer(name, view.ptr - before, before + after, name in written))
+    return buffers
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:

@@ -331,7 +331,7 @@ def test_refused_by_name(rng):
         jax.jvp(f, (q,), (q,))
     with refused("max_logit has no gradient.*stop_gradient"):
         jax.grad(lambda q: cuflash.attention(**floats | {"q": q}, aux=("max_logit",)).max_logit.sum())(q)
-    with refused("mask_mod"):
+    with refused("score_mod"):
         jax.jit(lambda q: cuflash.attention(q, q, q, mask_mod=lambda b, h, i, j: i >= j))(q)
     with refused("cu_seqlens_q|jax is tracing"):
         jax.jit(lambda q: cuflash.attention_backward(q, q, q, q, q, q[..., 0]))(q)
