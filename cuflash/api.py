@@ -689,8 +689,8 @@ def _with_block_mask(q: Array, k: Array, mask_mod: Any, block_mask: Any) -> Any:
             f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, "
             "or a function as mask_mod="
         )
-    shape: tuple[int, ...] = tuple(getattr(q, "shape", ()))
-    keys: tuple[int, ...] = tuple(getattr(k, "shape", ()))
+    shape: Any = tuple(getattr(q, "shape", ()))
+    keys: Any = tuple(getattr(k, "shape", ()))
     if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
         block_mask._check(shape[0], shape[2], shape[1], keys[1])
     own = block_mask._as_mask_mod()
