@@ -77,12 +77,6 @@ class _Operand:
             "torch, or use operators"
         )
 
-    def __jax_array__(self) -> Any:
-        raise TraceError(
-            "this function of JAX cannot be traced here: use operators, np.* (NumPy's functions), or those of "
-            "jax.numpy under their usual names"
-        )
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -92,7 +86,10 @@ class _Operand:
             raise TraceError(f".{name}() would change its tensor, and a mod changes nothing: use .{name[:-1]}()")
         if name in _REMEDIES:
             raise TraceError(f".{name} of {self!r}: {_REMEDIES[name]}")
-        raise TraceError(f".{name} of {self!r} is nothing a mod can use; what it can: {', '.join(sorted(METHODS))}")
+        raise TraceError(
+            f".{name} of {self!r} is nothing a mod can use: write it with operators, or with the "
+            f"methods it knows: {_KNOWN}, and casts (to, float, int, astype)"
+        )
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise TraceError(f"{self!r} is only read by a mod: use where(condition, new, old) for a changed value")
@@ -183,7 +180,7 @@ class Symbol(_Operand):
     def __index__(self) -> int:
         value = self._value(
             "Python needs",
-            "index an array instead of a list, use arithmetic instead of `range`",
+            "index an array that the mod captures (no list, and none made inside), and compute instead of `range`",
         )
         return operator.index(value)
 
@@ -368,8 +365,7 @@ def call(name: str, args: Any, kwargs: Any, shown: str, method: bool = False) ->
     function = (method and METHODS.get(name)) or FUNCTIONS.get(name) or METHODS.get(name)
     if function is None:
         raise TraceError(
-            f"{shown} is not a function mods know: write it with operators and with the known ones, which are "
-            f"{', '.join(sorted(FUNCTIONS))}"
+            f"{shown} is not a function mods know: write it with operators and with the known ones, which are {_KNOWN}"
         )
     kwargs = {key: value for key, value in kwargs.items() if key not in _IGNORED}
     if kwargs.pop("out", None) is not None:
@@ -383,6 +379,12 @@ def call(name: str, args: Any, kwargs: Any, shown: str, method: bool = False) ->
     return result
 
 
+_KNOWN = (
+    "abs, bitwise_*, ceil, clamp, clip, cos, div, dot, eq, exp, exp2, floor, floor_divide, fmod, full_like, ge, gt, "
+    "isnan, le, log, log2, logical_*, lt, matmul, maximum, minimum, ne, pow, reciprocal, relu, remainder, round, "
+    "rsqrt, select, sigmoid, sign, sin, sqrt, square, sum (of a product of rows), tanh, trunc, where, zeros_like and "
+    "ones_like"
+)
 _IGNORED = (
     "device", "requires_grad", "pin_memory", "memory_format", "copy", "non_blocking", "casting", "order", "subok",
     "layout", "keepdims", "keepdim",

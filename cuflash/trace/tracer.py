@@ -416,6 +416,9 @@ class Trace:
         if isinstance(result, tuple | list | dict):
             raise TraceError(f"it returns a {type(result).__name__}: return one number")
         x = lift(result)
+        for leaf in walk(x):
+            if leaf.op == "scalar":
+                _in_range(self.numbers[leaf.value])
         if kind == "score":
             if x.kind == "bool":
                 raise TraceError(
@@ -447,8 +450,6 @@ class Trace:
                     arrays.append(slot)
             if x.op == "scalar" and x.value not in self.bound and x.value not in numbers:
                 numbers.append(x.value)
-        arrays.sort()
-        numbers.sort()
         done: dict[Expr, Expr] = {}
         for x in walk(*roots):
             args = tuple(done[a] for a in x.args)
@@ -468,7 +469,6 @@ class Trace:
         for slot in numbers:
             number = self.numbers[slot]
             if number.kind == "int":
-                _in_range(number)
                 self.unless(f"not -2147483648 <= {number.code} <= 2147483647")
         mods = Mods(
             None if score is None else done[score],
@@ -756,7 +756,7 @@ def _advice(error: Exception) -> str:
     while frame is not None:
         modules.add(frame.tb_frame.f_globals.get("__name__", "").partition(".")[0])
         frame = frame.tb_next
-    if "jax" in modules:
+    if "jax" in modules or "JAX" in str(error):
         return ". This function of JAX takes no symbols: use operators, or np.* (NumPy's functions)"
     if isinstance(error, TypeError) and "Symbol" in str(error):
         return ". Use operators, and functions of NumPy or torch"

@@ -1,4 +1,4 @@
-"""Mods against their traces: the expression says what the Python function computes, and a warm call sees what changed."""
+"""Mods against their traces: an expression says what the Python function computes, and a warm call sees changes."""
 
 from __future__ import annotations
 
@@ -141,7 +141,10 @@ def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
     return q >= k
 
 
-def from_default(b: Any, h: Any, q: Any, k: Any, table: Any = ids(KV_LEN), *, limit: int = 2) -> Any:
+DOCUMENTS = ids(KV_LEN)
+
+
+def from_default(b: Any, h: Any, q: Any, k: Any, table: Any = DOCUMENTS, *, limit: int = 2) -> Any:
     return table[k] < limit
 
 
@@ -219,7 +222,8 @@ def mask_mods() -> dict[str, Callable[..., Any]]:
         "nested Mod": both(mod(causal), mod(lambda b, h, q, k: q - k < window)),
         "object": lambda b, h, q, k: settings.inside(q, k) & (settings.table[k] == 1),
         "bound method": relative.mask,
-        "dictionary": lambda b, h, q, k: (q - k < config["window"]) & config["masks"][0](b, h, q, k) & ("x" not in config),
+        "dictionary": lambda b, h, q, k: (q - k < config["window"]) & config["masks"][0](b, h, q, k),
+        "key in a dictionary": lambda b, h, q, k: q >= k if "x" not in config and "window" in config else q < k,
         "list of arrays": lambda b, h, q, k: rows[0][k] == rows[-1][q],
         "list by a captured int": lambda b, h, q, k: rows[window - 1][k] == 1,
         "all of a list": lambda b, h, q, k: functools.reduce(operator.or_, [row[k] == 2 for row in rows]),
@@ -317,12 +321,13 @@ def torch_masks(torch: Any) -> dict[str, Callable[..., Any]]:
         "documents": lambda b, h, q, k: documents[q] == documents[k],
         "methods": lambda b, h, q, k: (q - k).abs().clamp(1, 3).le(2).logical_and(q.ge(k)).logical_not(),
         "clamped": lambda b, h, q, k: torch.clamp(q, min=1) - torch.clamp(k, 0, max=window) >= 0,
-        "logical": lambda b, h, q, k: torch.logical_or(torch.logical_and(q > k, k < 4), torch.logical_xor(q < 2, k > 5)),
+        "logical": lambda b, h, q, k: torch.logical_or(torch.logical_and(q > k, k < 4), torch.logical_xor(q, k > 5)),
         "bitwise": lambda b, h, q, k: torch.bitwise_and(q, 3).bitwise_xor(torch.bitwise_or(k, 1)) > (~k & q),
         "shifts": lambda b, h, q, k: torch.bitwise_left_shift(q, 1) > torch.bitwise_right_shift(k * 4, 1),
         "division": lambda b, h, q, k: torch.div(q - k, width, rounding_mode="floor")
-        > torch.div(k - q, 2, rounding_mode="trunc") + torch.floor_divide(q, 2) + torch.remainder(k - q, 3) - torch.fmod(q - k, 3),
-        "comparisons": lambda b, h, q, k: torch.eq(q, k) | torch.ne(q, 1) & torch.lt(q, k) | torch.ge(k, 6) ^ torch.gt(q, 3),
+        > torch.div(k - q, 2, rounding_mode="trunc") + torch.floor_divide(q, 2),
+        "remainders": lambda b, h, q, k: torch.remainder(k - q, 3) > torch.fmod(q - k, 3),
+        "comparisons": lambda b, h, q, k: torch.eq(q, k) | torch.ne(q, 1) & torch.lt(q, k) ^ torch.gt(q, 3),
         "minimum": lambda b, h, q, k: torch.minimum(q, k) >= torch.max(q, torch.min(k, q)) - 1,
         "casts": lambda b, h, q, k: (q.float() / 2).to(torch.int32) == k.long().int().type_as(q).bool().to(torch.int64),
         "made inside": lambda b, h, q, k: torch.where(q > k, torch.tensor(True), torch.zeros_like(q, dtype=torch.bool)),
@@ -405,3 +410,511 @@ def test_a_score_written_for_torch(name: str) -> None:
 
     with torch.no_grad():
         agrees(torch_scores(torch)[name], "score", as_torch)
+
+
+# --- What is captured -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every trace."""
+    found: list[int] = []
+    run = tracer.Trace.run
+    monkeypatch.setattr(tracer.Trace, "run", lambda self, *mods: found.append(1) or run(self, *mods))
+    return found
+
+
+def make_score(table: Any, scale: Any, shift: Any) -> Callable[..., Any]:
+    def score_mod(score: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+        return score * scale + table[h] - shift
+
+    return score_mod
+
+
+def test_new_values_are_read_and_never_traced_anew(traces: list[int]) -> None:
+    bind(make_score(f32(3), 1.0, 1))
+    traces.clear()
+    for i in range(1000):
+        table = f32(i + 1)
+        bound = bind(make_score(table, i / 7, i))
+        assert bound.arrays[0] is table and bound.scalars == (i / 7, i)
+    assert not traces
+
+
+def test_a_bool_a_dtype_and_a_rank_are_traced_anew_once(traces: list[int]) -> None:
+    def made(flag: Any, table: Any) -> Callable[..., Any]:
+        return lambda b, h, q, k: (q >= k) if flag else (table[k] == 1)
+
+    def score(table: Any) -> Callable[..., Any]:
+        return lambda s, b, h, q, k: s + table[h]
+
+    for flag in (True, False, True, False):
+        bound = bind(None, made(flag, ids(KV_LEN)))
+        assert len(bound.arrays) == (not flag)
+    assert len(traces) == 2
+    for table in (f32(3), f32(3).astype(np.float64), f32(3), ids(3), np.float64(3.0)):
+        try:
+            kinds = [a.dtype.name for a in bind(score(table)).mods.arrays]
+        except TraceError as error:
+            assert "h" in str(error) and not isinstance(table, np.ndarray)
+        else:
+            assert kinds == [table.dtype.name]
+    assert len(traces) == 2 + 4
+
+
+def test_a_closure_cell_bound_to_another_kind_of_value() -> None:
+    limit: Any = 3
+
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k < (limit(k) if callable(limit) else limit)
+
+    assert bind(None, mask).scalars == (3,)
+    limit = 2.5
+    assert bind(None, mask).scalars == (2.5,)
+    limit = np.array(2)
+    assert bind(None, mask).arrays == (limit,)
+    for function in (lambda k: k // 2, lambda k: k * 2):
+        limit = function
+        agrees(mask, "mask")
+    limit = True
+    assert show(bind(None, mask).mods.mask) == "((q_idx - kv_idx) < 1)"  # type: ignore[arg-type]
+
+
+def test_globals_defaults_and_attributes_are_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def by_global(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return q - k < WINDOW
+
+    monkeypatch.setitem(globals(), "WINDOW", 1)
+    assert bind(None, by_global).scalars == (1,)
+    monkeypatch.setitem(globals(), "WINDOW", 5)
+    assert bind(None, by_global).scalars == (5,)
+
+    def by_default(b: Any, h: Any, q: Any, k: Any, n: Any = 2, *, m: Any = 3) -> Any:
+        return q - k < n + m
+
+    assert bind(None, by_default).scalars == (2, 3)
+    by_default.__defaults__, by_default.__kwdefaults__ = (4,), {"m": 7}
+    assert bind(None, by_default).scalars == (4, 7)
+
+    settings, module = Settings(), types.ModuleType("somewhere")
+    module.limit = 3  # type: ignore[attr-defined]
+    config = {"deep": [settings]}
+
+    def by_attribute(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q - k < config["deep"][0].window) & (k < module.limit)
+
+    assert bind(None, by_attribute).scalars == (2, 3)
+    config["deep"][0].window, module.limit = 9, 8  # type: ignore[attr-defined]
+    assert bind(None, by_attribute).scalars == (9, 8)
+    config["deep"] = [Settings(window=np.int64(4))]  # type: ignore[arg-type]
+    assert bind(None, by_attribute).scalars == (4, 8)
+
+
+def test_a_helper_that_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def mask(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return helper(q, k, 2)
+
+    agrees(mask, "mask")
+    monkeypatch.setitem(globals(), "helper", lambda q, k, width: q % width != k)
+    agrees(mask, "mask")
+
+
+def test_an_attribute_that_appears() -> None:
+    settings = types.SimpleNamespace()
+    mask = lambda b, h, q, k: q - k < getattr(settings, "window", 1)  # noqa: E731
+    assert bind(None, mask).scalars == ()
+    settings.window = 6
+    assert bind(None, mask).scalars == (6,)
+
+
+def test_lists_and_dictionaries_that_grow() -> None:
+    masks, limits = [causal], {"a": 1}
+    every = lambda b, h, q, k: functools.reduce(operator.and_, [m(b, h, q, k) for m in masks])  # noqa: E731
+    sums = lambda b, h, q, k: k < sum(limits[name] for name in limits)  # noqa: E731
+    agrees(every, "mask")
+    assert bind(None, sums).scalars == (1,)
+    masks.append(lambda b, h, q, k: k != 2)
+    limits["b"] = 4
+    agrees(every, "mask")
+    assert bind(None, sums).scalars == (1, 4)
+
+
+def test_the_same_array_has_one_slot() -> None:
+    table, other = f32(HEADS), f32(HEADS)
+    score = lambda s, b, h, q, k: s + table[h] + other[h]  # noqa: E731
+    mask = lambda b, h, q, k: table[h] > 0  # noqa: E731
+    bound = bind(score, mask)
+    assert [a is b for a, b in zip(bound.arrays, (table, other), strict=True)] == [True, True]
+    assert [a.name for a in bound.mods.arrays] == ["table", "other"]
+    other = table
+    shared = bind(score, mask)
+    assert len(shared.arrays) == 1 and shared.arrays[0] is table
+    other = f32(HEADS)
+    assert bind(score, mask).mods == bound.mods
+
+
+def test_equal_structures_are_equal_whatever_they_were_made_of() -> None:
+    one_way, another = make_score(f32(3), 1.0, 2), make_score(f32(5), 7.0, 3)
+    assert bind(one_way).mods == bind(another).mods
+    assert hash(bind(one_way).mods) == hash(bind(another).mods)
+    unused = lambda s, b, h, q, k, big=2**40, extra=BIAS: s + 0 * q  # noqa: E731
+    assert bind(unused).arrays == () and bind(unused).scalars == ()
+
+
+def test_what_python_needs_is_a_constant_and_explained(traces: list[int]) -> None:
+    def made(n: Any, kind: str) -> Callable[..., Any]:
+        def in_range(b: Any, h: Any, q: Any, k: Any) -> Any:
+            return functools.reduce(operator.or_, [q - k == i for i in range(n)])
+
+        table = {2: 5, 3: 6}
+        return {
+            "range": in_range,
+            "if": lambda b, h, q, k: (q >= k) if n == 2 else (q > k),
+            "key": lambda b, h, q, k: k < table[n],
+            "floor": lambda b, h, q, k: k < math.floor(n / 2) + n,
+            "index": lambda b, h, q, k: k < (4, 5, 6, 7)[n],
+            "float": lambda b, h, q, k: k < math.sqrt(n) * float(n),
+        }[kind]
+
+    for kind in ("range", "if", "key", "floor", "index", "float"):
+        for n in (2, 3, 2):
+            bound = agrees(made(n, kind), "mask")
+            assert any(note.startswith(f"n = {n} is a constant of the kernel") for note in bound.notes)
+            assert not any(number.name == "n" for number in bound.mods.scalars)
+        assert len(traces) == 2, kind
+        traces.clear()
+
+
+def test_static_is_the_number_and_a_constant(traces: list[int]) -> None:
+    def made(width: Any, scale: Any) -> Callable[..., Any]:
+        return lambda s, b, h, q, k: s * scale + q // width
+
+    for width, scale in ((static(4), static(0.5)), (static(8), static(0.5)), (static(4), static(np.float32(0.5)))):
+        bound = agrees(made(width, scale), "score")
+        assert bound.scalars == ()
+    assert len(traces) == 2
+    assert static(3) + 1 == 4 and static((2, 3)) == (2, 3) and static(True) is True and static("x") == "x"
+    with pytest.raises(ArgumentError, match=r"static takes numbers.*got a ndarray.*given at run time"):
+        static(np.ones(3))
+
+
+def test_top_left_alignment_is_pointed_out() -> None:
+    (note,) = bind(None, causal).notes
+    assert "q_len and kv_len differ" in note and "FlexAttention" in note
+    assert not bind(None, lambda b, h, q, k, q_len, kv_len: k <= q + kv_len - q_len).notes
+    assert not bind(None, lambda b, h, q, k: k < 3).notes
+
+
+def test_score_and_mask_together() -> None:
+    table = ids(KV_LEN)
+    bound = bind(make_score(f32(HEADS), 2.0, 1), lambda b, h, q, k: table[q] == table[k])
+    assert [a.name for a in bound.mods.arrays] == ["table", "table"]
+    assert values(bound, "score").shape == values(bound, "mask").shape
+    assert bind(None, None) == Bound(bind().mods) and bind().mods.score is None
+
+
+# --- Mod --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mod_is_callable_shows_itself_and_lists_what_it_captures() -> None:
+    table = f32(HEADS)
+    made = mod(make_score(table, 0.5, 1))
+    assert isinstance(made, Mod) and made.kind == "score" and made.__name__ == "score_mod"
+    assert repr(made) == (
+        "<score_mod score_mod(score, b, h, q_idx, kv_idx) = (((score * scale) + table[h]) - float(shift))>"
+    )
+    assert made.arrays[0] is table and made.scalars == (0.5, 1)
+    assert made(np.float32(1), 0, 1, 2, 3) == np.float32(0.5) + table[1] - 1
+    assert made.bind() == bind(made) == bind(made.function)
+    mask = mod(lambda b, h, q, k: (made(1.0, b, h, q, k) > 0) & (q >= k))
+    agrees(mask, "mask")
+    assert mod(mod(causal)).function is causal
+    assert mod(lambda *args: args[-1] > 2, kind="mask").kind == "mask"
+    assert show(made.expr, made.bind().mods.names) in repr(made)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "says"),
+    [
+        (lambda q, k: q >= k, None, r"takes \(q, k\): a score_mod takes .* kind="),
+        (lambda *args: args[0], None, r"takes \(\*args\).*kind="),
+        (3, None, r"a int takes \(\*args\)|is a int"),
+    ],
+)
+def test_a_mod_of_neither_kind(function: Any, kind: Any, says: str) -> None:
+    with pytest.raises(TraceError, match=says):
+        mod(function, kind)
+
+
+def test_a_kind_that_does_not_exist() -> None:
+    with pytest.raises(ArgumentError, match='kind=\'bias\' must be "score" or "mask"'):
+        mod(causal, "bias")
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+
+TABLE = f32(4, 5)
+ROW = f32(5)
+LISTED = [1, 2, 3, 4, 5, 6, 7]
+HUGE = 2**40
+COMPLEX = np.ones(3, np.complex64)
+INTS = ids(4, 5)
+
+
+def branching(b: Any, h: Any, q: Any, k: Any) -> Any:
+    if q >= k:
+        return q > 3
+    return k < 2
+
+
+def assigning(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    global WINDOW
+    WINDOW = 4
+    return s
+
+
+def mutating(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    TABLE[h, q] = 0
+    return s
+
+
+def silent(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    s + 1
+
+
+def endless(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    return endless(s, b, h, q, k)
+
+
+# what -> (mod, what the message must say: what was found, and the remedy, in this order)
+BAD_MASKS: dict[str, tuple[Any, str]] = {
+    "if": (branching, r"a branch needs the value of \(q_idx >= kv_idx\).*write where"),
+    "a if c else b": (lambda b, h, q, k: q if q > k else k, r"a branch needs .*where\(condition, a, b\)"),
+    "and": (lambda b, h, q, k: q > k and k > 1, r"a branch needs .*&, \| and ~ instead of `and`"),
+    "chained": (lambda b, h, q, k: 0 <= q - k < 3, r"\(a <= b\) & \(b < c\) instead of a <= b < c"),
+    "not": (lambda b, h, q, k: not q > k, r"a branch needs .*instead of .*`not`"),
+    "a float": (lambda b, h, q, k: q / 2, r"returns a float, .*mask_mod returns whether .*: compare"),
+    "too few parameters": (lambda h, q, k: q >= k, r"takes \(h, q, k\) and is given \(b, h, q_idx, kv_idx\)"),
+    "a score_mod": (lambda s, b, h, q, k: s, r"takes \(s, b, h, q, k\) .*; with 5 it is a score_mod"),
+    "names exchanged": (lambda b, h, kv_idx, q_idx: q_idx >= kv_idx, r"'kv_idx' where q_idx is given.*in the order"),
+    "unknown keyword": (types.FunctionType((lambda b, h, q, k, *, n: k < n).__code__, {}), r"keyword 'n'.*partial"),
+    "not a function": (ids(3), r"is a ndarray: pass a function of \(b, h, q_idx, kv_idx\)"),
+    "a tuple": (lambda b, h, q, k: (q, k), r"returns a tuple: return one number"),
+    "a string": (lambda b, h, q, k: "yes", r"'yes' \(a str\) is used as a number"),
+    "bits of a float": (lambda b, h, q, k: (q / 2) & 1, r"and of a float: compare it first, or cast it to an int"),
+    "list by a traced index": (lambda b, h, q, k: LISTED[k] > 2, r"list LISTED is indexed by kv_idx.*make it an array"),
+    "an int that is too large": (lambda b, h, q, k: k < HUGE, r"HUGE = 1099511627776 does not fit.*float\(HUGE\)"),
+    "a constant that is too large": (lambda b, h, q, k: k & 0xFFFFFFFF == 1, r"4294967295 does not fit 32 bits"),
+    "range of a position": (lambda b, h, q, k: sum(range(q)) > k, r"Python needs the value of q_idx.*`range`"),
+}  # fmt: skip
+BAD_SCORES: dict[str, tuple[Any, str]] = {
+    "nothing": (silent, r"returns nothing: is a `return` missing"),
+    "a bool": (lambda s, b, h, q, k: q >= k, r"returns a bool, .*return where\(condition, score, -inf\)"),
+    "a mask_mod": (causal, r"causal takes \(b, h, q, k\) .*; with 4 it is a mask_mod"),
+    "an axis is left": (lambda s, b, h, q, k: s + TABLE[h], r"TABLE\[h\] still has 1 axes.*TABLE\[b, h\]"),
+    "a whole array": (lambda s, b, h, q, k: s * TABLE, r"TABLE still has 2 axes.*index all of them first"),
+    "an axis too many": (lambda s, b, h, q, k: s + ROW[h, q], r"ROW has 1 axes .*\(5,\).* 2 indices: leave 1"),
+    "element indexed": (lambda s, b, h, q, k: s + ROW[h][q], r"one number and cannot be indexed"),
+    "a slice": (lambda s, b, h, q, k: s + TABLE[h, :].sum(), r"a slice as an index of TABLE.*every axis one index"),
+    "a slice alone": (lambda s, b, h, q, k: s + ROW[1:][q], r"a slice as an index of ROW"),
+    "None": (lambda s, b, h, q, k: s + ROW[None, h], r"None as an index of ROW"),
+    "a float index": (lambda s, b, h, q, k: s + ROW[q / 2], r"is a float: make it an int"),
+    "a bool index": (lambda s, b, h, q, k: s + ROW[q > k], r"is a bool: write where"),
+    "an array index": (lambda s, b, h, q, k: s + ROW[INTS], r"INTS as an index of ROW has 2 axes: index it first"),
+    "changes an array": (mutating, r"TABLE is only read by a mod"),
+    "changes a global": (assigning, r"assigns to 'WINDOW'.*must not change what it captures"),
+    "changes a list": (lambda s, b, h, q, k: LISTED.append(1) or s, r"append"),
+    "makes an array": (lambda s, b, h, q, k: s + np.arange(4)[h], r"the value of h, .*index an array that the mod"),
+    "reaches an array": (lambda s, b, h, q, k: s + np.arange(4), r"array of shape \(4,\).*make it outside of the mod"),
+    "sums a row": (lambda s, b, h, q, k: s + TABLE[h].sum(), r"the sum of TABLE\[h\]: sum it outside"),
+    "rows of ints": (lambda s, b, h, q, k: s + INTS[h] @ TABLE[h], r"INTS\[h\] is int32 in a dot product.*cast INTS"),
+    "rows of other lengths": (lambda s, b, h, q, k: s + TABLE[h] @ BIAS[h], r"of TABLE, 5 long, and of BIAS, 7 long"),
+    "reshapes": (lambda s, b, h, q, k: s + TABLE.reshape(-1)[h], r"\.reshape of TABLE: .*index with \[i, j\]"),
+    "transposes": (lambda s, b, h, q, k: s + TABLE.T[h, q], r"\.T of TABLE: exchange the indices"),
+    "an unknown function": (lambda s, b, h, q, k: np.cumsum(s), r"cumsum is not a function mods know.*sigmoid"),
+    "an unknown ufunc": (lambda s, b, h, q, k: np.arctan(s), r"np\.arctan is not a function mods know"),
+    "an unknown method": (lambda s, b, h, q, k: s.erf(), r"\.erf of score is nothing a mod can use.*operators"),
+    "in place": (lambda s, b, h, q, k: s.clamp_(0), r"\.clamp_\(\) would change its tensor.*use \.clamp\(\)"),
+    "out=": (lambda s, b, h, q, k: np.exp(s, out=ROW), r"with out=: a mod changes nothing"),
+    "reduces": (lambda s, b, h, q, k: np.add.reduce(s), r"np\.add\.reduce is nothing a mod can do"),
+    "float()": (lambda s, b, h, q, k: s + float(q), r"a Python float needs the value of q_idx.*x \* 1\.0"),
+    "int()": (lambda s, b, h, q, k: s + int(s), r"int\(\) needs the value of score"),
+    "np.array()": (lambda s, b, h, q, k: np.asarray([s])[0], r"an array of traced values|cannot become an array"),
+    "complex": (lambda s, b, h, q, k: s + COMPLEX[h], r"captured COMPLEX has dtype complex64: cast it to one of"),
+    "where of one": (lambda s, b, h, q, k: np.where(s), r"where with 1 arguments: a mod needs where"),
+    "int power": (lambda s, b, h, q, k: s + k**q, r"kv_idx \*\* q_idx of ints: write 1 << n"),
+    "digits": (lambda s, b, h, q, k: round(s, 2), r"rounds to whole numbers only"),
+    "its own mistake": (lambda s, b, h, q, k: s + undefined, r"NameError: name 'undefined' is not defined"),  # type: ignore[name-defined]  # noqa: F821
+    "endless": (endless, r"calls itself without end"),
+    "None added": (lambda s, b, h, q, k: s + None, r"TypeError: unsupported operand"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_MASKS)
+def test_a_bad_mask_is_refused_with_the_remedy(name: str) -> None:
+    function, says = BAD_MASKS[name]
+    with pytest.raises(TraceError, match=f"(?s)^mask_mod .*{says}"):
+        bind(None, function)
+
+
+@pytest.mark.parametrize("name", BAD_SCORES)
+def test_a_bad_score_is_refused_with_the_remedy(name: str) -> None:
+    function, says = BAD_SCORES[name]
+    with pytest.raises(TraceError, match=f"(?s)^score_mod .*{says}"):
+        bind(function)
+
+
+def test_the_line_of_the_mod_is_shown() -> None:
+    line = branching.__code__.co_firstlineno + 1
+    with pytest.raises(TraceError, match=rf"(?s)branching at .*test_tracer\.py:{line}: a branch .*\n    if q >= k:$"):
+        bind(None, branching)
+    with pytest.raises(TraceError, match=rf"(?s)<lambda> at .*test_tracer\.py:{line}: "):  # of the function called
+        bind(None, lambda b, h, q, k: branching(b, h, q, k))
+
+
+def test_a_refused_mod_is_traced_once_it_is_mended() -> None:
+    table = TABLE
+    mask = lambda b, h, q, k: table[h] > 0  # noqa: E731
+    with pytest.raises(TraceError, match="still has 1 axes"):
+        bind(None, mask)
+    table = ROW
+    assert bind(None, mask).arrays[0] is ROW
+
+
+# --- The cache --------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_call_takes_microseconds() -> None:
+    score = make_score(f32(HEADS), 0.5, 1)
+    bind(score)
+    best = min(_timed(lambda: bind(score), 2000) for _ in range(10))
+    assert best < 10e-6, f"{best * 1e6:.1f} us"
+
+
+def _timed(function: Callable[[], Any], count: int) -> float:
+    start = perf_counter()
+    for _ in range(count):
+        function()
+    return (perf_counter() - start) / count
+
+
+def test_the_cache_holds_no_array_and_no_object() -> None:
+    class Holder:
+        def __init__(self) -> None:
+            self.table = np.ones(4, np.float32)
+
+    def call() -> list[weakref.ref]:
+        holder, direct = Holder(), np.ones(3, np.float32)
+        bind(lambda s, b, h, q, k: s + holder.table[h] * direct[h])
+        with pytest.raises(TraceError):
+            bind(lambda s, b, h, q, k: s + holder.table)
+        return [weakref.ref(holder), weakref.ref(holder.table), weakref.ref(direct)]
+
+    found = call()
+    gc.collect()
+    assert [ref() for ref in found] == [None, None, None]
+
+
+def test_many_mods_of_one_code_do_not_push_each_other_out(traces: list[int]) -> None:
+    made = [both(*[causal] * i) for i in range(1, 40)]
+    for _ in range(3):
+        for mask in made:
+            bind(None, mask)
+    assert len(traces) == 39
+
+
+def test_threads_bind_what_is_theirs() -> None:
+    errors: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for i in range(200):
+                table = np.full(4, seed, [np.float32, np.float64][i % 2])
+                bound = bind(make_score(table, float(seed), static(i % 5)))
+                assert bound.arrays[0] is table and bound.scalars == (float(seed),)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_what_counts_as_an_array() -> None:
+    assert is_array(np.zeros(())) and not is_array(np.float32(1)) and not is_array(np.ndarray) and not is_array("x")
+
+
+# --- Frameworks -------------------------------------------------------------------------------------------------------
+
+
+@needs_torch
+def test_tensors_parameters_and_fake_tensors_are_captured() -> None:
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for table in (torch.ones(3), torch.nn.Parameter(torch.ones(3)), torch.ones(3, dtype=torch.bfloat16)):
+        bound = bind(make_score(table, 1.0, 0))
+        assert bound.arrays[0] is table
+        assert bound.mods.arrays[0].dtype.name == str(table.dtype).rpartition(".")[2]
+    with FakeTensorMode():
+        fake = torch.ones(3)
+        assert bind(make_score(fake, 1.0, 0)).arrays[0] is fake
+
+
+@needs_torch
+def test_an_approximate_tanh_is_the_hardwares() -> None:
+    import torch
+
+    if not hasattr(torch.ops.approx, "tanh"):
+        torch.library.define("approx::tanh", "(Tensor x) -> Tensor")
+
+    class Approximate(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Any) -> Any:
+            return torch.ops.approx.tanh(x)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.save_for_backward(output)
+
+    apply, cap = Approximate.apply, 20
+    bound = bind(lambda s, b, h, q, k: cap * apply(s / cap))
+    assert "tanh_approx" in repr(bound.mods.score)
+
+
+@needs_jax
+def test_jax_arrays_tracers_and_functions() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    table, window = jnp.arange(3, dtype=jnp.float32), 2
+    score = lambda s, b, h, q, k: jnp.where(q - k < window, jnp.tanh(s) + table[h], -jnp.inf)  # noqa: E731
+    bound = bind(score)
+    assert bound.arrays[0] is table and bound.scalars == (2,)
+    np.testing.assert_allclose(
+        values(bound, "score"),
+        np.where(GRID[2] - GRID[3] < 2, np.tanh(SCORES) + np.asarray(table)[GRID[1]], -np.inf),
+        rtol=1e-6,
+    )
+
+    def through(x: Any) -> Any:
+        assert bind(make_score(x, 1.0, 0)).arrays[0] is x
+        return x.sum()
+
+    jax.grad(through)(table)
+    jax.jit(through)(table)
+    jax.vmap(through)(table[None])
+
+
+@needs_jax
+def test_functions_of_jax_that_mods_do_not_know() -> None:
+    import jax
+    import jax.numpy as jnp
+
+    with pytest.raises(TraceError, match=r"cumsum is not a function mods know"):
+        bind(lambda s, b, h, q, k: jnp.cumsum(s))
+    with pytest.raises(TraceError, match=r"This function of JAX takes no symbols: use operators, or np\."):
+        bind(lambda s, b, h, q, k: jax.nn.gelu(s))
