@@ -19,6 +19,9 @@ import numpy as np
 from . import frameworks, mods
 from .api import attention
 from .errors import ArgumentError, require
+from .trace.emit_numpy import evaluate
+from .trace.expr import leaves
+from .trace.tracer import bind
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
@@ -582,7 +585,7 @@ def _mod_of_table(table: Array, block: tuple[int, int], mask_mod: Any) -> Callab
         kind = table[0 if one_b else b, 0 if one_h else h, q_idx // q_size, kv_idx // kv_size]
         if all_full:
             return kind != 0
-        return (kind == FULL) | ((kind == PARTIAL) & inner(b, h, q_idx, kv_idx, q_len, kv_len))
+        return (kind == 2) | ((kind == 1) & inner(b, h, q_idx, kv_idx, q_len, kv_len))  # FULL, PARTIAL
 
     return mods._named_as_needed(block_table_mask, (mask_mod,))
 
@@ -648,13 +651,16 @@ def _takes_score(name: str, mod: Any) -> bool:
 
 
 class _Mod:
-    """A mod that can be called on the host, for lengths."""
+    """A mod, traced, to be computed on the host with what it captures now."""
 
     def __init__(self, f: Any, lengths: tuple[int, int]) -> None:
         self.lengths = lengths
         self.is_score = _takes_score("mod_fn", f)
-        self.f = mods._with_lengths("mod_fn", f)
-        self.depends = frozenset("bh")
+        bound = bind(f) if self.is_score else bind(None, f)
+        found = bound.mods.score if self.is_score else bound.mods.mask
+        assert found is not None
+        self.expr, self.depends = found, leaves(found)
+        self.arrays, self.scalars = [_on_host(x) for x in bound.arrays], bound.scalars
 
     def places(self, shape: Sequence[int]) -> list[tuple[int, int]]:
         """The (b, h) that differ."""
@@ -664,11 +670,16 @@ class _Mod:
     def seen(self, b: int, h: int, begin: int, end: int) -> np.ndarray:
         """bool [end - begin, kv_len] of some queries."""
         q_len, kv_len = self.lengths
-        rows, keys = np.arange(begin, end, dtype=np.int32)[:, None], np.arange(kv_len, dtype=np.int32)
-        arguments = np.int32(b), np.int32(h), rows, keys, q_len, kv_len
-        if self.is_score:
-            return np.broadcast_to(self.f(np.float32(0), *arguments) != -np.inf, (end - begin, kv_len))
-        return np.broadcast_to(np.asarray(self.f(*arguments), bool), (end - begin, kv_len))
+        rows, keys = np.arange(begin, end)[:, None], np.arange(kv_len)
+        given = {"b": b, "h": h, "q_idx": rows, "kv_idx": keys, "q_len": q_len, "kv_len": kv_len, "score": 0.0}
+        try:
+            (result,) = evaluate([self.expr], given, self.arrays, self.scalars)
+        except IndexError as error:
+            raise ArgumentError(
+                f"the mod reads a captured array where it has no element, for b={b}, h={h}, {begin} <= q_idx < {end}, "
+                f"0 <= kv_idx < {kv_len}: {error}"
+            ) from error
+        return np.broadcast_to(result != -np.inf if self.is_score else result, (end - begin, kv_len))
 
 
 def _kinds_of_mod(block_mask: BlockMask) -> np.ndarray:

@@ -30,14 +30,12 @@ from typing import Any
 import numpy as np
 
 from .errors import ArgumentError, require
+from .trace.symbols import call, traced
+from .trace.tracer import mod as _mod
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX; or a number where the text says so
 Mask = Callable[..., Any]  # f(b, h, q_idx, kv_idx[, q_len, kv_len]) -> bool
 Score = Callable[..., Any]  # f(score, b, h, q_idx, kv_idx[, q_len, kv_len]) -> score
-
-
-def _mod(f: Any) -> Any:
-    return f
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -244,7 +242,7 @@ def natten_1d(kernel: int) -> Mask:
     half = kernel // 2
 
     def natten_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
-        first = (q_idx - half).clip(0, kv_len - kernel)
+        first = (q_idx - half).clip(0, None).clip(None, kv_len - kernel)
         return (kv_idx >= first) & (kv_idx < first + kernel)
 
     return _mod(natten_mask)
@@ -351,7 +349,7 @@ def tree(bits: Array) -> Mask:
 
     def tree_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         node = kv_idx - (kv_len - q_len)
-        place = node.clip(0, q_len - 1)
+        place = node.clip(0, None).clip(None, q_len - 1)
         words = bits[b, q_idx, place // word] if batched else bits[q_idx, place // word]
         return (node < 0) | ((words >> place % word) & 1 != 0)
 
@@ -554,6 +552,7 @@ def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> 
 
 
 def _parameters(f: Any) -> tuple[str, ...]:
+    f = getattr(f, "function", f)
     try:
         return tuple(inspect.signature(f).parameters)
     except (TypeError, ValueError):  # of C: those have no names to look at
@@ -597,6 +596,8 @@ def _named_as_needed(f: Any, mods: tuple[Any, ...]) -> Any:
 
 
 def _tanh(x: Any, approximate: bool) -> Any:
+    if approximate and traced(x):
+        return call("tanh_approx", (x,), {}, "tanh")
     return x.tanh() if hasattr(x, "tanh") else np.tanh(x)
 
 
