@@ -7,6 +7,7 @@ all end in one table, `FUNCTIONS`, by name. No framework is imported: who brings
 
 from __future__ import annotations
 
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,11 @@ class Tracing(Protocol):
     """What symbols ask of the trace they belong to."""
 
     torch: bool
+
+    @property
+    def names(self) -> dict[tuple[str, int], str]:
+        """Of captured values, for messages."""
+        ...
 
     def concrete(self, x: Expr) -> Any:
         """The value of an expression of captured numbers alone, which become constants of this trace."""
@@ -73,8 +79,8 @@ class _Operand:
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
         raise TraceError(
-            f"{self!r} is known only in the kernel and cannot become an array here: give it to functions of NumPy or "
-            "torch, or use operators"
+            f"{self!r} is known only in the kernel and cannot become an array here: use operators and functions of "
+            "NumPy or torch, and cast with x.astype(np.float32) or x.to(torch.float32)"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -149,7 +155,7 @@ class Symbol(_Operand):
         self.trace, self.expr = trace, expr
 
     def __repr__(self) -> str:
-        return show(self.expr)
+        return show(self.expr, self.trace.names)
 
     def __format__(self, spec: str) -> str:
         return repr(self)
@@ -201,13 +207,9 @@ class Symbol(_Operand):
         return call("int", (call(name, (self,), {}, name),), {}, name)
 
     def __floor__(self) -> Any:
-        import math
-
         return self._rounded(math.floor, "floor")
 
     def __ceil__(self) -> Any:
-        import math
-
         return self._rounded(math.ceil, "ceil")
 
     def __trunc__(self) -> Any:
@@ -256,7 +258,8 @@ class Rows(_Operand):
         self.trace, self.captured, self.indices, self.kind = trace, captured, indices, kind
 
     def __repr__(self) -> str:
-        indices = ", ".join(show(i) for i in self.indices)
+        names = self.trace.names
+        indices = ", ".join(show(i, names) for i in self.indices)
         return self.captured.name + (f"[{indices}]" if indices else "")
 
     def __getitem__(self, index: Any) -> Any:
@@ -290,11 +293,10 @@ class Rows(_Operand):
         x = lift(i)
         if x.kind == "float":
             raise TraceError(
-                f"{show(x)} as an index of {self!r} is a float: make it an int, x.to(torch.int32), x.astype(np.int32) "
-                "or //"
+                f"{i!r} as an index of {self!r} is a float: make it an int, x.to(torch.int32), x.astype(np.int32) or //"
             )
         if x.kind == "bool":
-            raise TraceError(f"{show(x)} as an index of {self!r} is a bool: write where(condition, a, b)")
+            raise TraceError(f"{i!r} as an index of {self!r} is a bool: write where(condition, a, b)")
         if x.op == "const" and x.value < 0:  # known while tracing, so it can count from the end, as in Python
             return make("add", self.trace.extent(self.captured, axis).expr, x)
         return x
@@ -741,6 +743,12 @@ def _infinite(x: Any) -> Expr:
     return make("eq", make("abs", cast(lift(x), "float")), const(float("inf")))
 
 
+def _softplus(x: Expr) -> Expr:
+    """log(1 + exp(x)), whatever the size of x."""
+    small = make("exp", make("neg", make("abs", cast(x, "float"))))
+    return make("add", make("max", x, const(0.0)), make("log", make("add", const(1.0), small)))
+
+
 def _reflected(op: str) -> Callable[..., Expr]:
     return lambda a, b: make(op, lift(b), lift(a))
 
@@ -767,7 +775,14 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "clamp_max": lambda x, max: _clip(x, None, max), "relu": lambda x: make("max", lift(x), const(0)),
     "floor": _whole("floor"), "ceil": _whole("ceil"), "trunc": _trunc, "fix": _trunc, "round": _round, "rint": _round,
     "sign": _sign, "sgn": _sign, "isnan": _nan, "isfinite": _finite, "isinf": _infinite,
-    "where": _where, "select": _select,
+    "where": _where, "select": _select, "positive": lambda x: lift(x),
+    "log10": lambda x: make("mul", make("log", lift(x)), const(1 / math.log(10))),
+    "tan": lambda x: make("div", make("sin", lift(x)), make("cos", lift(x))),
+    "silu": lambda x: make("mul", lift(x), make("sigmoid", lift(x))),
+    "softplus": lambda x: _softplus(lift(x)), "logsigmoid": lambda x: make("neg", _softplus(make("neg", lift(x)))),
+    "log_sigmoid": lambda x: make("neg", _softplus(make("neg", lift(x)))),
+    "hypot": lambda x, y: make("sqrt", make("add", _mul(x, x), _mul(y, y))),
+    "lerp": lambda a, b, weight: make("add", lift(a), make("mul", lift(weight), make("sub", lift(b), lift(a)))),
     "logical_and": _logical("and"), "logical_or": _logical("or"), "logical_xor": _logical("xor"),
     "logical_not": _logical("not"),
     "bitwise_and": _of("and"), "bitwise_or": _of("or"), "bitwise_xor": _of("xor"), "bitwise_not": _of("not"),

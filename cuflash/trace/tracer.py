@@ -159,6 +159,7 @@ class Mod:
         self.function = function
         self.kind: str = kind or _kind_of(function)
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
+        self.__wrapped__ = function
         self.__doc__ = getattr(function, "__doc__", None)
         self.bind()
 
@@ -256,7 +257,9 @@ def _needed(signature: inspect.Signature) -> tuple[list[str], bool]:
 
 
 def _kind_of(function: Any) -> str:
-    signature = _signature(function) if callable(function) else None
+    if not callable(function):
+        raise TraceError(f"mod is given a {type(function).__qualname__}: pass a score_mod or a mask_mod, a function")
+    signature = _signature(function)
     names, open_ended = _needed(signature) if signature else ([], True)
     if not open_ended:
         for kind, expected in PARAMETERS.items():
@@ -269,7 +272,7 @@ def _kind_of(function: Any) -> str:
 
 
 def _called(function: Any) -> str:
-    return getattr(function, "__name__", None) or f"a {type(function).__qualname__}"
+    return getattr(function, "__name__", None) or type(function).__qualname__
 
 
 def _listed(names: list[str], open_ended: bool) -> str:
@@ -278,9 +281,6 @@ def _listed(names: list[str], open_ended: bool) -> str:
 
 def _check_parameters(function: Any, kind: str) -> tuple[str, ...]:
     """The lengths that a mod names. Raises TraceError where it cannot take what it is given."""
-    role = f"{kind}_mod"
-    if not callable(function):
-        raise TraceError(f"{role} is a {type(function).__qualname__}: pass a function of {_wanted(kind)}")
     signature = _signature(function)
     if signature is None:
         return ()
@@ -291,20 +291,18 @@ def _check_parameters(function: Any, kind: str) -> tuple[str, ...]:
     if len(names) > len(expected) or (len(accepted) < len(expected) and not open_ended):
         other = "mask" if kind == "score" else "score"
         hint = f"; with {len(names)} it is a {other}_mod" if len(names) == len(PARAMETERS[other]) else ""
-        raise TraceError(
-            f"{role} {_called(function)} takes {_listed(names, open_ended)} and is given {_wanted(kind)}{hint}"
-        )
+        raise TraceError(f"it takes {_listed(names, open_ended)} and is given {_wanted(kind)}{hint}")
     for place, name in enumerate(accepted[: len(expected)]):
         if name in PARAMETERS["score"] and name != expected[place]:
             raise TraceError(
-                f"{role} {_called(function)} has its parameter {name!r} where {expected[place]} is given: they come "
-                f"in the order {_wanted(kind)}, under any name that is not another's"
+                f"it has its parameter {name!r} where {expected[place]} is given: they come in the order "
+                f"{_wanted(kind)}, under any name that is not another's"
             )
     wanted = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
     unknown = [p.name for p in wanted if p.name not in LENGTHS]
     if unknown:
         raise TraceError(
-            f"{role} {_called(function)} needs the keyword {unknown[0]!r}, which nobody gives: bind it with "
+            f"it needs the keyword {unknown[0]!r}, which nobody gives: bind it with "
             f"functools.partial(f, {unknown[0]}=...), or capture it. Given are {_wanted(kind)}, q_len and kv_len"
         )
     return tuple(n for n in LENGTHS if n in signature.parameters)
@@ -377,10 +375,11 @@ class Trace:
         return self.finish(roots["score"], roots["mask"])
 
     def called(self, function: Any, kind: str, variable: str) -> Expr:
-        lengths = _check_parameters(function, kind)
+        if not callable(function):
+            raise TraceError(f"{kind}_mod is a {type(function).__qualname__}: pass a function of {_wanted(kind)}")
         args = [Symbol(self, SCORE if name == "score" else coordinate(name)) for name in PARAMETERS[kind]]
-        named = {name: Symbol(self, coordinate(name)) for name in lengths}
         try:
+            named = {name: Symbol(self, coordinate(name)) for name in _check_parameters(function, kind)}
             result = self.wrap(function, variable, _called(function))(*args, **named)
             return self.checked(result, kind)
         except TraceError as error:
@@ -396,11 +395,11 @@ class Trace:
 
     def place(self, error: Exception, function: Any) -> tuple[str, str]:
         """(", file:line", the line itself): where in the mod an error arose, else where the mod stands."""
-        found = None
-        frame = error.__traceback__
+        found, frame = None, error.__traceback__
         while frame is not None:
-            if frame.tb_frame.f_code in self.codes:
-                found = frame.tb_frame.f_code.co_filename, frame.tb_lineno
+            code = frame.tb_frame.f_code
+            if code in self.codes and not _is_library(frame.tb_frame.f_globals.get("__name__")):
+                found = code.co_filename, frame.tb_lineno
             frame = frame.tb_next
         if found is None:
             code = getattr(inspect.unwrap(function) if callable(function) else None, "__code__", None)
@@ -499,6 +498,11 @@ class Trace:
 
     # What symbols ask
 
+    @property
+    def names(self) -> dict[tuple[str, int], str]:
+        found = {("load", c.slot): c.name for c in self.captured}
+        return found | {("scalar", i): n.name for i, n in enumerate(self.numbers)}
+
     def concrete(self, x: Expr) -> Any:
         for leaf in walk(x):
             if leaf.op == "scalar":
@@ -591,10 +595,15 @@ class Trace:
             return self.method(value, variable, name)
         if isinstance(value, functools.partial):
             self.is_type(variable, value)
-            args = self.wrap(value.args, self.read(variable, "{}.args"), f"{name}.args")
-            named = self.wrap(value.keywords, self.read(variable, "{}.keywords"), name)
             function = self.wrap(value.func, self.read(variable, "{}.func"), name)
-            return functools.partial(function, *args, **{key: named[key] for key in named})
+            given, named = self.read(variable, "{}.args"), self.read(variable, "{}.keywords")
+            self.unless(f"len({given}) != {len(value.args)}")
+            self.unless(f"tuple({named}) != {self.constant(tuple(value.keywords))}")
+            return functools.partial(
+                function,
+                *[self.wrap(x, self.read(given, f"{{}}[{i}]"), f"argument{i}") for i, x in enumerate(value.args)],
+                **{key: self.wrap(x, self.read(named, f"{{}}[{key!r}]"), key) for key, x in value.keywords.items()},
+            )
         if isinstance(value, tuple | list):
             self.is_type(variable, value)
             if hasattr(value, "_fields"):
@@ -639,6 +648,10 @@ class Trace:
         return rows if captured.ndim else rows[()]
 
     def function(self, value: types.FunctionType, variable: str, name: str) -> Any:
+        compiled = vars(value).get("_torchdynamo_orig_callable")
+        if compiled is not None:  # by torch.compile
+            self.is_type(variable, value)
+            return self.wrap(compiled, self.read(variable, "{}._torchdynamo_orig_callable"), name)
         # A mod itself is followed wherever it was written.
         if _is_library(value.__module__) and not value.__closure__ and variable not in ("s", "m"):
             self.unless(f"{variable} is not {self.constant(value)}")
@@ -651,6 +664,10 @@ class Trace:
         if "torch.autograd.function.Function" in bases and value.__func__.__name__ == "apply":
             self.unless(f"{variable}.__self__ is not {self.constant(owner)}")
             return self.autograd(owner)
+        if _is_library(type(owner).__module__) and _is_library(value.__func__.__module__):
+            if not isinstance(owner, type) and not _is_module_of_torch(type(owner)):  # torch.no_grad's, for one
+                self.unless(f"{variable}.__func__ is not {self.constant(value.__func__)}")
+                return value
         function = self.wrap(value.__func__, self.read(variable, "{}.__func__"), name)
         return functools.partial(function, self.wrap(owner, self.read(variable, "{}.__self__"), name))
 
@@ -690,7 +707,13 @@ class Trace:
             path = self.read(self.read(variable, "{}.__closure__"), f"{{}}[{i}].cell_contents")
             cells.append(types.CellType(self.wrap(value, path, name)))
         space = function.__globals__
-        own: dict[str, Any] = {"__builtins__": builtins, "__name__": function.__module__, "min": _min, "max": _max}
+        own: dict[str, Any] = {
+            "__builtins__": builtins,
+            "__name__": function.__module__,
+            "min": _min,
+            "max": _max,
+            "super": _super,
+        }
         for name in globals_read:
             if name in space:
                 path = self.read(self.read(variable, "{}.__globals__"), f"{{}}[{name!r}]")
@@ -793,7 +816,8 @@ _LIBRARIES = {"numpy", "torch", "jax", "jaxlib", "cupy", "ml_dtypes", *sys.stdli
 
 def _is_library(module: Any) -> bool:
     """Code whose values do not change: it runs as it is, and meets symbols through the frameworks' protocols."""
-    return str(module).partition(".")[0] in _LIBRARIES
+    name = str(module)
+    return name.partition(".")[0] in _LIBRARIES or name.startswith("cuflash.trace.")
 
 
 def _is_module_of_torch(kind: type) -> bool:
@@ -1048,3 +1072,29 @@ class _Callable(_Object):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._special("__call__", *args, **kwargs)
+
+
+class _Super:
+    """super(), as methods that are followed call it."""
+
+    def __init__(self, owner: type, instance: _Object) -> None:
+        self._owner, self._instance = owner, instance
+
+    def __getattr__(self, name: str) -> Any:
+        trace, value, _, own = self._instance._cuflash
+        order = type(value).__mro__
+        for base in order[order.index(self._owner) + 1 :]:
+            if isinstance(found := vars(base).get(name), types.FunctionType):
+                path = trace.read(trace.constant(base), f"{{}}.__dict__[{name!r}]")
+                return functools.partial(trace.wrap(found, path, f"{own}.{name}"), self._instance)
+        raise TraceError(f"super().{name} of {own} is not a method written in Python: call what it does by name")
+
+
+def _super(*args: Any) -> Any:
+    if not args:
+        frame = sys._getframe(1)
+        args = frame.f_locals["__class__"], frame.f_locals[frame.f_code.co_varnames[0]]
+    owner, instance = args
+    if type(instance) not in (_Object, _Callable):
+        return super(owner, instance)
+    return _Super(owner._cuflash[1] if type(owner) in (_Object, _Callable) else owner, instance)

@@ -371,7 +371,8 @@ def torch_scores(torch: Any) -> dict[str, Callable[..., Any]]:
             torch.sigmoid(s) + s.exp().log() + torch.sqrt(s.abs() + 1) + torch.rsqrt(1 + s.square()) + torch.relu(s)
             + torch.floor(s) + s.ceil() + torch.round(s) + torch.trunc(s) + torch.sign(s) + torch.neg(s) + s.pow(2)
             + torch.rsub(s, 1) + torch.add(s, q, alpha=2) + torch.pow(2.0, q - k) + torch.nn.functional.relu(-s)
-            + torch.special.expit(s)
+            + torch.special.expit(s) + torch.nn.functional.silu(s) + torch.nn.functional.softplus(s * 9)
+            + torch.nn.functional.logsigmoid(s * 9) + torch.lerp(s, -s, 0.25) + torch.hypot(s, s + 1)
         ),
         "module": learned,
         "method of a module": learned.forward,
@@ -638,7 +639,7 @@ def test_a_mod_is_callable_shows_itself_and_lists_what_it_captures() -> None:
     [
         (lambda q, k: q >= k, None, r"takes \(q, k\): a score_mod takes .* kind="),
         (lambda *args: args[0], None, r"takes \(\*args\).*kind="),
-        (3, None, r"a int takes \(\*args\)|is a int"),
+        (3, None, r"mod is given a int: pass a score_mod"),
     ],
 )
 def test_a_mod_of_neither_kind(function: Any, kind: Any, says: str) -> None:
@@ -694,7 +695,7 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
     "chained": (lambda b, h, q, k: 0 <= q - k < 3, r"\(a <= b\) & \(b < c\) instead of a <= b < c"),
     "not": (lambda b, h, q, k: not q > k, r"a branch needs .*instead of .*`not`"),
     "a float": (lambda b, h, q, k: q / 2, r"returns a float, .*mask_mod returns whether .*: compare"),
-    "too few parameters": (lambda h, q, k: q >= k, r"takes \(h, q, k\) and is given \(b, h, q_idx, kv_idx\)"),
+    "too few parameters": (lambda h, q, k: q >= k, r"it takes \(h, q, k\) and is given \(b, h, q_idx, kv_idx\)"),
     "a score_mod": (lambda s, b, h, q, k: s, r"takes \(s, b, h, q, k\) .*; with 5 it is a score_mod"),
     "names exchanged": (lambda b, h, kv_idx, q_idx: q_idx >= kv_idx, r"'kv_idx' where q_idx is given.*in the order"),
     "unknown keyword": (types.FunctionType((lambda b, h, q, k, *, n: k < n).__code__, {}), r"keyword 'n'.*partial"),
@@ -710,7 +711,7 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
 BAD_SCORES: dict[str, tuple[Any, str]] = {
     "nothing": (silent, r"returns nothing: is a `return` missing"),
     "a bool": (lambda s, b, h, q, k: q >= k, r"returns a bool, .*return where\(condition, score, -inf\)"),
-    "a mask_mod": (causal, r"causal takes \(b, h, q, k\) .*; with 4 it is a mask_mod"),
+    "a mask_mod": (causal, r"causal at .*it takes \(b, h, q, k\) .*; with 4 it is a mask_mod"),
     "an axis is left": (lambda s, b, h, q, k: s + TABLE[h], r"TABLE\[h\] still has 1 axes.*TABLE\[b, h\]"),
     "a whole array": (lambda s, b, h, q, k: s * TABLE, r"TABLE still has 2 axes.*index all of them first"),
     "an axis too many": (lambda s, b, h, q, k: s + ROW[h, q], r"ROW has 1 axes .*\(5,\).* 2 indices: leave 1"),
@@ -848,6 +849,26 @@ def test_what_counts_as_an_array() -> None:
 
 
 # --- Frameworks -------------------------------------------------------------------------------------------------------
+
+
+@needs_torch
+@pytest.mark.filterwarnings("ignore")
+def test_wrapped_and_compiled_functions_are_followed() -> None:
+    import torch
+
+    table = torch.ones(3)
+
+    class Scaled(torch.nn.Module):
+        def forward(self, s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return s * table[h]
+
+    class Shifted(Scaled):
+        def forward(self, s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+            return super().forward(s, b, h, q, k) + 1
+
+    plain = make_score(table, 0.5, 1)
+    for function in (torch.no_grad()(plain), torch.compile(plain), torch.compile(Scaled()), Shifted()):
+        assert bind(function).arrays[0] is table
 
 
 @needs_torch
