@@ -443,6 +443,7 @@ def lift(x: Any) -> Expr:
         raise TraceError(
             f"{x!r} still has {x.ndim} axes, and a mod computes with single numbers: index all of them first, as in "
             f"{x.captured.name}[{', '.join('bhij'[: x.captured.ndim])}]"
+            + (", or take the dot product of two rows, a[i] @ b[j]" if x.ndim == 1 else "")
         )
     if kind is Product:
         raise TraceError(f"{x!r} is a product of rows: sum it, (a[i] * b[j]).sum(-1)")

@@ -18,9 +18,8 @@ import enum
 import functools
 import inspect
 import linecache
-import sys
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -48,7 +47,21 @@ from .expr import (
     show,
     walk,
 )
-from .symbols import FUNCTIONS, Captured, Rows, Symbol, call, lift, name_of, traced
+from .objects import (
+    CallableObject,
+    Elements,
+    Function,
+    Items,
+    Library,
+    Object,
+    is_library,
+    is_module_of_torch,
+    library_member,
+    max_,
+    min_,
+    super_,
+)
+from .symbols import Captured, Rows, Symbol, lift
 
 PARAMETERS = {"score": ("score", "b", "h", "q_idx", "kv_idx"), "mask": ("b", "h", "q_idx", "kv_idx")}
 LENGTHS = ("q_len", "kv_len")
@@ -398,7 +411,7 @@ class Trace:
         found, frame = None, error.__traceback__
         while frame is not None:
             code = frame.tb_frame.f_code
-            if code in self.codes and not _is_library(frame.tb_frame.f_globals.get("__name__")):
+            if code in self.codes and not is_library(frame.tb_frame.f_globals.get("__name__")):
                 found = code.co_filename, frame.tb_lineno
             frame = frame.tb_next
         if found is None:
@@ -546,7 +559,7 @@ class Trace:
                 return float(value)
             self.unless(f"{variable} != {self.constant(int(value) if kind is _StaticInt else value)}")
             return int(value) if kind is _StaticInt else value
-        if isinstance(value, enum.Enum) or (isinstance(value, type) and _is_library(value.__module__)):
+        if isinstance(value, enum.Enum) or (isinstance(value, type) and is_library(value.__module__)):
             self.unless(f"{variable} is not {self.constant(value)}")
             return value
         if isinstance(value, int | float | np.generic):
@@ -586,9 +599,9 @@ class Trace:
         if is_array(value):
             return self.array(value, variable, name)
         if isinstance(value, types.ModuleType):
-            self.unless(f"{variable} is not {self.constant(value)}") if _is_library(value.__name__) else None
+            self.unless(f"{variable} is not {self.constant(value)}") if is_library(value.__name__) else None
             self.torch |= value.__name__.partition(".")[0] == "torch"
-            return _Library(value) if _is_library(value.__name__) else _Object(self, value, variable, name)
+            return Library(value) if is_library(value.__name__) else Object(self, value, variable, name)
         if isinstance(value, types.FunctionType):
             return self.function(value, variable, name)
         if isinstance(value, types.MethodType):
@@ -607,12 +620,12 @@ class Trace:
         if isinstance(value, tuple | list):
             self.is_type(variable, value)
             if hasattr(value, "_fields"):
-                elements = _Elements(self, value, variable, name)
+                elements = Elements(self, value, variable, name)
                 return kind(*[elements[i] for i in range(len(value))])
-            return _Elements(self, value, variable, name)
+            return Elements(self, value, variable, name)
         if isinstance(value, Mapping):
             self.is_type(variable, value)
-            return _Items(self, value, variable, name)
+            return Items(self, value, variable, name)
         if isinstance(value, set | frozenset):
             self.unless(f"{variable} != {self.constant(frozenset(value))}")
             return value
@@ -628,12 +641,12 @@ class Trace:
         ):
             self.unless(f"{variable}.__name__ != {self.constant(value.__name__)}")
             return getattr(self.wrap(owner, self.read(variable, "{}.__self__"), name), value.__name__)
-        if _is_library(getattr(value, "__module__", None) or kind.__module__) and not _is_module_of_torch(kind):
+        if is_library(getattr(value, "__module__", None) or kind.__module__) and not is_module_of_torch(kind):
             if callable(value) or not hasattr(value, "__dict__"):
                 same = "is not" if callable(value) else "!="
                 self.unless(f"{variable} {same} {self.constant(value)}")
-                return _library_member(value, getattr(value, "__name__", name))
-        return (_Callable if callable(value) else _Object)(self, value, variable, name)
+                return library_member(value, getattr(value, "__name__", name))
+        return (CallableObject if callable(value) else Object)(self, value, variable, name)
 
     def array(self, value: Any, variable: str, name: str) -> Any:
         dtype = BY_NAME.get(str(value.dtype).rpartition(".")[2])
@@ -653,10 +666,10 @@ class Trace:
             self.is_type(variable, value)
             return self.wrap(compiled, self.read(variable, "{}._torchdynamo_orig_callable"), name)
         # A mod itself is followed wherever it was written.
-        if _is_library(value.__module__) and not value.__closure__ and variable not in ("s", "m"):
+        if is_library(value.__module__) and not value.__closure__ and variable not in ("s", "m"):
             self.unless(f"{variable} is not {self.constant(value)}")
-            return _library_member(value, value.__name__)
-        return _Function(self, value, variable, name)
+            return library_member(value, value.__name__)
+        return Function(self, value, variable, name)
 
     def method(self, value: types.MethodType, variable: str, name: str) -> Any:
         owner = value.__self__
@@ -664,8 +677,8 @@ class Trace:
         if "torch.autograd.function.Function" in bases and value.__func__.__name__ == "apply":
             self.unless(f"{variable}.__self__ is not {self.constant(owner)}")
             return self.autograd(owner)
-        if _is_library(type(owner).__module__) and _is_library(value.__func__.__module__):
-            if not isinstance(owner, type) and not _is_module_of_torch(type(owner)):  # torch.no_grad's, for one
+        if is_library(type(owner).__module__) and is_library(value.__func__.__module__):
+            if not isinstance(owner, type) and not is_module_of_torch(type(owner)):  # torch.no_grad's, for one
                 self.unless(f"{variable}.__func__ is not {self.constant(value.__func__)}")
                 return value
         function = self.wrap(value.__func__, self.read(variable, "{}.__func__"), name)
@@ -676,7 +689,7 @@ class Trace:
         forward = owner.forward
         if isinstance(forward, types.FunctionType):
             key = self.constant(owner)
-            forward = _Function(self, forward, self.read(key, "{}.forward"), owner.__name__)
+            forward = Function(self, forward, self.read(key, "{}.forward"), owner.__name__)
         if any(
             "setup_context" in vars(base) for base in owner.__mro__[:-1] if base.__module__ != "torch.autograd.function"
         ):
@@ -707,13 +720,8 @@ class Trace:
             path = self.read(self.read(variable, "{}.__closure__"), f"{{}}[{i}].cell_contents")
             cells.append(types.CellType(self.wrap(value, path, name)))
         space = function.__globals__
-        own: dict[str, Any] = {
-            "__builtins__": builtins,
-            "__name__": function.__module__,
-            "min": _min,
-            "max": _max,
-            "super": _super,
-        }
+        own: dict[str, Any] = {name: space[name] for name in ("__name__", "__package__", "__spec__") if name in space}
+        own["__builtins__"] = {**vars(builtins), "min": min_, "max": max_, "super": super_, "__import__": self.imported}
         for name in globals_read:
             if name in space:
                 path = self.read(self.read(variable, "{}.__globals__"), f"{{}}[{name!r}]")
@@ -739,6 +747,11 @@ class Trace:
                 for name, value in function.__kwdefaults__.items()
             }
         return copy
+
+    def imported(self, *args: Any, **kwargs: Any) -> Any:
+        """What `import` gives inside of a mod."""
+        module = builtins.__import__(*args, **kwargs)
+        return self.wrap(module, self.constant(module), module.__name__)
 
 
 def _in_range(number: _Number) -> None:
@@ -807,294 +820,3 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for value in code.co_consts:
         if isinstance(value, types.CodeType):
             yield from _codes(value)
-
-
-# What stands for objects ------------------------------------------------------------------------------------------
-
-_LIBRARIES = {"numpy", "torch", "jax", "jaxlib", "cupy", "ml_dtypes", *sys.stdlib_module_names} - {"__main__"}
-
-
-def _is_library(module: Any) -> bool:
-    """Code whose values do not change: it runs as it is, and meets symbols through the frameworks' protocols."""
-    name = str(module)
-    return name.partition(".")[0] in _LIBRARIES or name.startswith("cuflash.trace.")
-
-
-def _is_module_of_torch(kind: type) -> bool:
-    return any(f"{base.__module__}.{base.__qualname__}" == "torch.nn.modules.module.Module" for base in kind.__mro__)
-
-
-class _Library:
-    """A module of NumPy, torch, JAX or Python, whose functions take symbols under the names of `FUNCTIONS`."""
-
-    def __init__(self, module: types.ModuleType) -> None:
-        object.__setattr__(self, "_module", module)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        if isinstance(value, types.ModuleType):
-            return _Library(value) if _is_library(value.__name__) else value
-        return _library_member(value, name)
-
-    def __repr__(self) -> str:
-        return repr(self._module)
-
-
-def _library_member(value: Any, name: str) -> Any:
-    """A function of a library as a mod calls it; anything else as it is."""
-    if not callable(value) or isinstance(value, type) or traced(value):
-        return value
-    known = name_of(value) if hasattr(value, "_qualified_op_name") else name
-    if known in FUNCTIONS:
-        return _Named(value, known)
-    if isinstance(value, types.FunctionType):
-        return value  # it may be made of functions that are known
-    return _Named(value, known)
-
-
-class _Named:
-    """A library's function: what the table says where a symbol is among the arguments, else itself."""
-
-    def __init__(self, function: Any, name: str) -> None:
-        self._function, self._name = function, name
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(map(traced, args)) or any(map(traced, kwargs.values())):
-            module = (getattr(self._function, "__module__", None) or "torch").partition(".")[0]
-            of_python = module in sys.stdlib_module_names or module == "builtins"
-            if of_python and (module != "math" or all(_is_captured_number(x) for x in args)):
-                return self._function(*args, **kwargs)  # it uses operators, or the values of captured numbers
-            return call(self._name, args, kwargs, f"{'np' if module == 'numpy' else module}.{self._name}")
-        return self._function(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._function, name)
-
-    def __repr__(self) -> str:
-        return repr(self._function)
-
-
-def _is_captured_number(x: Any) -> bool:
-    return type(x) is not Symbol or leaves(x.expr) <= {"scalar"}
-
-
-def _extreme(op: str, python: Callable[..., Any]) -> Callable[..., Any]:
-    """Python's min and max, which would branch."""
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        found = args if len(args) > 1 else tuple(args[0]) if args and not traced(args[0]) else args
-        if kwargs or not any(traced(x) for x in found):
-            return python(*args, **kwargs)
-        return functools.reduce(lambda a, b: call(op, (a, b), {}, op), found)
-
-    return function
-
-
-_min, _max = _extreme("minimum", min), _extreme("maximum", max)
-
-
-class _Function:
-    """A captured function: its traced copy is made when it is first called."""
-
-    def __init__(self, trace: Trace, function: types.FunctionType, variable: str, name: str) -> None:
-        self._trace, self._function, self._variable, self._name, self._built = trace, function, variable, name, None
-        self.__name__ = function.__name__
-        trace.is_type(variable, function)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self._function)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._built is None:
-            self._built = self._trace.build(self._function, self._variable)
-        return self._built(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._function, name)
-        return self._trace.wrap(value, self._trace.read(self._variable, f"{{}}.{name}"), f"{self._name}.{name}")
-
-    def __repr__(self) -> str:
-        return repr(self._function)
-
-
-class _Elements(Sequence):
-    """A captured tuple or list."""
-
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
-        self._trace, self._value, self._variable, self._name = trace, value, variable, name
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._value)
-
-    def __getitem__(self, index: Any) -> Any:
-        if type(index) is Symbol and not leaves(index.expr) <= {"scalar"}:
-            raise TraceError(
-                f"the {type(self._value).__name__} {self._name} is indexed by {index!r}, which is known only in the "
-                "kernel: make it an array (np.array, torch.tensor) outside of the mod"
-            )
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
-        place = range(len(self._value))[index]  # IndexError as of the list itself
-        i = int(index)
-        path = self._trace.read(self._variable, f"{{}}[{i}]")
-        return self._trace.wrap(self._value[place], path, f"{self._name}[{i}]")
-
-    def __len__(self) -> int:
-        self._trace.unless(f"len({self._variable}) != {len(self._value)}")
-        return len(self._value)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
-
-    def __add__(self, other: Any) -> Any:
-        return [*self, *other] if isinstance(self._value, list) else (*self, *other)
-
-    def __radd__(self, other: Any) -> Any:
-        return [*other, *self] if isinstance(self._value, list) else (*other, *self)
-
-    def __repr__(self) -> str:
-        return repr(list(self))
-
-
-class _Items(Mapping):
-    """A captured dictionary."""
-
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
-        self._trace, self._value, self._variable, self._name = trace, value, variable, name
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(self._value)
-
-    def _key(self, key: Any) -> tuple[Any, str]:
-        if type(key) is Symbol:
-            key = self._trace.concrete(key.expr) if leaves(key.expr) <= {"scalar"} else int(key)
-        return key, repr(key) if type(key) in (int, str, bool, type(None)) else self._trace.constant(key)
-
-    def __getitem__(self, key: Any) -> Any:
-        key, text = self._key(key)
-        if key not in self._value:
-            self._trace.unless(f"{text} in {self._variable}")
-            raise KeyError(key)
-        text = text.replace("{", "{{").replace("}", "}}")
-        return self._trace.wrap(
-            self._value[key], self._trace.read(self._variable, f"{{}}[{text}]"), f"{self._name}[{key!r}]"
-        )
-
-    def __len__(self) -> int:
-        self._trace.unless(f"len({self._variable}) != {len(self._value)}")
-        return len(self._value)
-
-    def __iter__(self) -> Iterator[Any]:
-        keys = tuple(self._value)
-        self._trace.unless(f"tuple({self._variable}) != {self._trace.constant(keys)}")
-        return iter(keys)
-
-
-class _Object:
-    """Any other captured object, or a user's module or class: its attributes are followed."""
-
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
-        object.__setattr__(self, "_cuflash", (trace, value, variable, name))
-        if isinstance(value, type | types.ModuleType):
-            trace.unless(f"{variable} is not {trace.constant(value)}")
-        else:
-            trace.is_type(variable, value)
-
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
-        return type(object.__getattribute__(self, "_cuflash")[1])
-
-    def __getattr__(self, name: str) -> Any:
-        trace, value, variable, own = object.__getattribute__(self, "_cuflash")
-        try:
-            found = getattr(value, name)
-        except AttributeError:
-            trace.unless(f"hasattr({variable}, {name!r})")
-            raise
-        path = trace.read(variable, f"{{}}.{name}" if name.isidentifier() else f"getattr({{}}, {name!r})")
-        if isinstance(found, types.MethodType) and found.__self__ is value:
-            trace.unless(f"{path}.__self__ is not {variable}")
-            function = trace.wrap(found.__func__, trace.read(path, "{}.__func__"), name)
-            return functools.partial(function, self)
-        return trace.wrap(found, path, f"{own}.{name}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise TraceError(f"the mod sets {self._cuflash[3]}.{name}: a mod must not change what it captures")
-
-    def _special(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        trace, value, variable, own = object.__getattribute__(self, "_cuflash")
-        kind = type(value)
-        if name == "__call__":
-            if isinstance(value, type):
-                return value(*args, **kwargs)
-            if _is_module_of_torch(kind):  # its hooks are for tensors
-                return self.forward(*args, **kwargs)
-        function = getattr(kind, name, None)
-        if not isinstance(function, types.FunctionType):
-            raise TraceError(
-                f"{own} is a {kind.__qualname__}, of which a mod can read attributes and call methods written in "
-                f"Python, but not use {name}: take what is needed out of it before the mod captures it"
-            )
-        path = trace.read(variable, f"type({{}}).{name}")
-        return trace.wrap(function, path, f"{own}.{name}")(self, *args, **kwargs)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._special("__getitem__", index)
-
-    def __iter__(self) -> Any:
-        return self._special("__iter__")
-
-    def __contains__(self, item: Any) -> Any:
-        return self._special("__contains__", item)
-
-    def __len__(self) -> int:
-        return self._special("__len__")
-
-    def __bool__(self) -> bool:
-        kind = type(self._cuflash[1])
-        for name in ("__bool__", "__len__"):
-            if hasattr(kind, name):
-                return bool(self._special(name))
-        return True
-
-    def __instancecheck__(self, instance: Any) -> bool:
-        return isinstance(instance, self._cuflash[1])
-
-    def __repr__(self) -> str:
-        return repr(self._cuflash[1])
-
-
-class _Callable(_Object):
-    """One that can be called."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._special("__call__", *args, **kwargs)
-
-
-class _Super:
-    """super(), as methods that are followed call it."""
-
-    def __init__(self, owner: type, instance: _Object) -> None:
-        self._owner, self._instance = owner, instance
-
-    def __getattr__(self, name: str) -> Any:
-        trace, value, _, own = self._instance._cuflash
-        order = type(value).__mro__
-        for base in order[order.index(self._owner) + 1 :]:
-            if isinstance(found := vars(base).get(name), types.FunctionType):
-                path = trace.read(trace.constant(base), f"{{}}.__dict__[{name!r}]")
-                return functools.partial(trace.wrap(found, path, f"{own}.{name}"), self._instance)
-        raise TraceError(f"super().{name} of {own} is not a method written in Python: call what it does by name")
-
-
-def _super(*args: Any) -> Any:
-    if not args:
-        frame = sys._getframe(1)
-        args = frame.f_locals["__class__"], frame.f_locals[frame.f_code.co_varnames[0]]
-    owner, instance = args
-    if type(instance) not in (_Object, _Callable):
-        return super(owner, instance)
-    return _Super(owner._cuflash[1] if type(owner) in (_Object, _Callable) else owner, instance)

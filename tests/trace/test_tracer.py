@@ -175,6 +175,13 @@ def mask_mods() -> dict[str, Callable[..., Any]]:
             return q >= k
         return q < k
 
+    def imports(b: Any, h: Any, q: Any, k: Any) -> Any:
+        import math as m
+
+        from numpy import maximum
+
+        return maximum(q, m.floor(limit)) >= k
+
     def stars(b: Any, h: Any, *positions: Any) -> Any:
         q, k = positions
         return q >= k
@@ -230,6 +237,7 @@ def mask_mods() -> dict[str, Callable[..., Any]]:
         "named tuple": lambda b, h, q, k: (q - k <= pair.left) & (k - q <= pair[1]),
         "NumPy numbers": lambda b, h, q, k: (q - k < numbers) & np.bool_(True),
         "float bound": lambda b, h, q, k: k / 2 < limit,
+        "imports inside": imports,
         "math of captured numbers": lambda b, h, q, k: k < math.floor(limit * 2) + math.isqrt(width),
         "constant": lambda b, h, q, k: True,
         "isinstance": lambda b, h, q, k: q - k < (window if isinstance(window, int) else 9),
@@ -411,6 +419,47 @@ def test_a_score_written_for_torch(name: str) -> None:
 
     with torch.no_grad():
         agrees(torch_scores(torch)[name], "score", as_torch)
+
+
+# --- Programs by chance -----------------------------------------------------------------------------------------------
+
+INTEGER = (operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.and_, operator.or_,
+           operator.xor, np.minimum, np.maximum, lambda a, b: a << (b & 7), lambda a, b: a >> (b & 7))  # fmt: skip
+COMPARE = (operator.lt, operator.le, operator.gt, operator.ge, operator.eq, operator.ne)
+
+
+def program(rng: np.random.Generator, depth: int, numbers: list[int]) -> Callable[..., Any]:
+    """A function of (q, k) made of operators, captured numbers and constants."""
+    kind = rng.integers(0, 8 if depth else 3)
+    if kind == 0:
+        return lambda q, k: q
+    if kind == 1:
+        return lambda q, k: k
+    if kind == 2:
+        number = numbers[rng.integers(len(numbers))]
+        return lambda q, k: number
+    a, b = program(rng, depth - 1, numbers), program(rng, depth - 1, numbers)
+    if kind == 3:
+        return lambda q, k: -a(q, k) + ~b(q, k) + abs(a(q, k))
+    if kind == 4:
+        compare = COMPARE[rng.integers(len(COMPARE))]
+        return lambda q, k: np.where(compare(a(q, k), b(q, k)), a(q, k), b(q, k))
+    op = INTEGER[rng.integers(len(INTEGER))]
+    return lambda q, k: op(a(q, k), b(q, k))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_program_and_its_trace_give_the_same_integers(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    q, k = (x.astype(np.int32) for x in np.ogrid[-9:10, -9:10])
+    for _ in range(15):
+        inner = program(rng, 4, [np.int32(n) for n in rng.integers(-9, 10, 5)])  # type: ignore[misc]
+        with np.errstate(all="ignore"):
+            wanted = np.broadcast_to(inner(q, k) % np.int32(7) < 3, (19, 19))
+        bound = bind(None, lambda b, h, q, k, inner=inner: inner(q, k) % 7 < 3)
+        assert bound.mods.mask is not None
+        (found,) = evaluate([bound.mods.mask], {"q_idx": q, "kv_idx": k}, (), bound.scalars)
+        np.testing.assert_array_equal(np.broadcast_to(found, wanted.shape), wanted)
 
 
 # --- What is captured -------------------------------------------------------------------------------------------------
