@@ -8,3 +8,4 @@ collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES
 if find_spec("torch") is None:
     collect_ignore.append("notebooks/02_training.ipynb")
 collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own
+collect_ignore_glob = ["notebooks/*.py"]  # the notebooks once more, which looking for doctests would run
