@@ -32,6 +32,7 @@ import numpy as np
 from .errors import ArgumentError, require
 from .trace.symbols import call, traced
 from .trace.tracer import mod as _mod
+from .trace.tracer import static
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX; or a number where the text says so
 Mask = Callable[..., Any]  # f(b, h, q_idx, kv_idx[, q_len, kv_len]) -> bool
@@ -345,7 +346,7 @@ def tree(bits: Array) -> Mask:
     """
     bits = _integers("bits", bits, (2, 3), "[nodes, words] or [batch, nodes, words]", ("uint8", "int32"))
     batched = len(bits.shape) == 3
-    word = 8 if "uint8" in str(bits.dtype) else 32
+    word = static(8 if "uint8" in str(bits.dtype) else 32)
 
     def tree_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         node = kv_idx - (kv_len - q_len)

@@ -40,6 +40,7 @@ class Example(NamedTuple):
     score_mod: Any = None
     mask_mod: Any = None
     captured: tuple[Any, ...] = ()  # tensors that receive gradients
+    tolerance: float = 2e-5
     dense: Any = None  # of the whole matrix of scores, where torch.vmap of score_mod has no gradient
 
 
@@ -90,7 +91,7 @@ def _() -> Example:
 
 @example("softcap, approximate")
 def _() -> Example:
-    return Example(score_mod=mods.softcap(2.0, approximate=True))
+    return Example(score_mod=mods.softcap(2.0, approximate=True), tolerance=2e-3)
 
 
 @example("causal as a score")
@@ -302,8 +303,8 @@ def test_forward_is_pytorchs(name: str, backend: str) -> None:
     with torch.no_grad():
         out, found = ours_of(one, backend)(*qkv, return_aux=AuxRequest(lse=True, max_scores=True))
         for expected, lse in (forward_of_pytorch(one, qkv), dense(one, *qkv)):
-            assert_close(out, expected)
-            assert_close(found.lse, lse)
+            assert_close(out, expected, one.tolerance)
+            assert_close(found.lse, lse, one.tolerance)
 
 
 def forward_of_pytorch(one: Example, qkv: Any) -> Any:
@@ -331,10 +332,10 @@ def test_gradients_are_those_of_dense_scores(name: str, backend: str) -> None:
         out, lse, *_ = attention(q, k, v, aux=("lse",), **keywords)
         found = cuflash.attention_backward(d_out, q, k, v, out, lse, dlse=d_lse, captured_grads=True, **keywords)
     for x, y in zip(found[:3], expected[:3], strict=True):
-        assert_close(x.transpose(1, 2), y)
+        assert_close(x.transpose(1, 2), y, one.tolerance)
     assert len(found.dcaptured) == len(one.captured)
     for x, y in zip(found.dcaptured, expected[3:], strict=True):
-        assert_close(x, y)
+        assert_close(x, y, one.tolerance)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from backends import using
 
 import cuflash
 from cuflash import mods
@@ -19,9 +20,10 @@ LENGTHS = [(7, 7), (3, 8), (8, 3), (1, 9)]  # (q_len, kv_len)
 
 
 def shown(mask_mod: Any, q_len: int, kv_len: int, batch: int = 1, heads: int = 1) -> np.ndarray:
-    """bool [batch, heads, q_len, kv_len], the mod called with NumPy arrays."""
-    mask = call(mask_mod, (), batch, heads, q_len, kv_len)
-    return np.broadcast_to(mask, (batch, heads, q_len, kv_len))
+    """bool [batch, heads, q_len, kv_len], the mod called with NumPy arrays; traced it says the same."""
+    mask = np.broadcast_to(call(mask_mod, (), batch, heads, q_len, kv_len), (batch, heads, q_len, kv_len))
+    np.testing.assert_array_equal(cuflash.create_mask(mask_mod, batch, heads, q_len, kv_len), mask)
+    return mask
 
 
 def call(mod: Any, before: tuple[Any, ...], batch: int, heads: int, q_len: int, kv_len: int) -> Any:
@@ -269,6 +271,69 @@ def test_a_mod_names_lengths_only_where_it_needs_them() -> None:
     assert parameters(plain) == ["b", "h", "q_idx", "kv_idx"]
     assert parameters(mods.or_masks(plain, mods.causal())) == ["b", "h", "q_idx", "kv_idx", "q_len", "kv_len"]
     assert parameters(mods.compose(mods.softcap(1.0))) == ["score", "b", "h", "q_idx", "kv_idx"]
+
+
+# On kernels -----------------------------------------------------------------------------------------------------------
+
+
+def together(rng: np.random.Generator) -> dict[str, tuple[Any, Any, int, int]]:
+    """All mods in a few kernels: (mask_mod, score_mod, q_len, kv_len), for 2 sequences and 4 heads."""
+    floats = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    ids = np.sort(rng.integers(0, 5, (2, 70)), axis=1).astype(np.int32)
+    ranges = np.zeros((2, 72, 2), np.int32)
+    ranges[0, 5:40], ranges[1, 50:72] = (5, 40), (50, 72)
+    sees = rng.random((2, 33, 33)) < 0.3
+    return {
+        "chunked, dilated, natten_1d; softcap, relative_bias": (
+            mods.or_masks(mods.and_masks(mods.chunked(24), mods.dilated_window(40, 3)), mods.natten_1d(9)),
+            mods.compose(mods.softcap(2.0), mods.relative_bias(floats(4, 41))),
+            75,
+            90,
+        ),
+        "document, prefix_lm, not, window; alibi, bias": (
+            mods.or_masks(
+                mods.document(ids, mask_mod=mods.prefix_lm(np.array([2, 9]))),
+                mods.and_masks(mods.not_mask(mods.causal()), mods.sliding_window(0, 3)),
+            ),
+            mods.compose(mods.alibi(floats(2, 4)), mods.bias(floats(1, 70, 70))),
+            70,
+            70,
+        ),
+        "natten_2d, image_spans; alibi of heads": (
+            mods.or_masks(mods.natten_2d(6, 12, (3, 4), tile=(3, 4)), mods.image_spans(ranges)),
+            mods.alibi(4),
+            72,
+            72,
+        ),
+        "tree; approximate softcap": (
+            mods.tree(np.packbits(sees, axis=-1, bitorder="little")),
+            mods.softcap(np.array(1.5, np.float32), approximate=True),
+            33,
+            100,
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", together(np.random.default_rng()))
+def test_kernels_do_what_the_reference_does(name: str, rng: np.random.Generator) -> None:
+    mask_mod, score_mod, q_len, kv_len = together(rng)[name]
+    features = dict(score_mod=score_mod, mask_mod=mask_mod)
+    q, dout = rng.standard_normal((2, 2, q_len, 4, 32)).astype(np.float32)
+    k, v = rng.standard_normal((2, 2, kv_len, 2, 32)).astype(np.float32)
+    results = {}
+    for backend in ("reference", "emulator"):
+        with using(backend):
+            result = cuflash.attention(q, k, v, aux=AUX, **features)
+            found = [*result[:3]]
+            if cuflash.supports(dtype="float32", head_dim=32, backward=True, **features):
+                grads = cuflash.attention_backward(
+                    dout, q, k, v, result.out, result.lse, captured_grads=True, **features
+                )
+                found += [*grads[:3], *grads.dcaptured]
+            results[backend] = found
+    tolerance = 2e-3 if "approximate" in name else 2e-5
+    for x, y in zip(*results.values(), strict=True):
+        np.testing.assert_allclose(y, x, rtol=tolerance, atol=tolerance * max(1, float(np.abs(x).max())))
 
 
 # Frameworks -----------------------------------------------------------------------------------------------------------
