@@ -57,9 +57,9 @@ class World:
     max_len: int = 300
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> World:
+    def draw(cls, rng: np.random.Generator, max_len: int = 300) -> World:
         """Int, bool and float arrays of 0 to 3 axes, sorted ones and constant ones among them; two ints, two floats."""
-        n = cls.max_len
+        n = max_len
         sorted_ids = np.sort(rng.integers(0, int(rng.integers(2, 12)), n)).astype(np.int32)
         arrays = (
             sorted_ids,
@@ -67,7 +67,7 @@ class World:
             rng.integers(0, 2, (cls.batch, n)).astype(np.bool_),
             rng.integers(-4, 5, (cls.batch, cls.heads)).astype(np.int8),
             np.asarray(rng.integers(-3, 60), np.int32),
-            np.repeat(rng.integers(0, 2, n // 50), 50).astype(np.bool_),
+            np.repeat(rng.integers(0, 2, -(-n // 50)), 50).astype(np.bool_),
             rng.normal(size=(cls.heads,)).astype(np.float32),
             rng.normal(size=(cls.heads, n)).astype(np.float16),
             np.asarray(rng.normal(), np.float32),
@@ -79,7 +79,7 @@ class World:
             float(rng.normal()),
             float(rng.uniform(0.5, 9)),
         )
-        return cls(arrays, scalars)
+        return cls(arrays, scalars, max_len=max_len)
 
     @property
     def array_slots(self) -> tuple[ArraySlot, ...]:
