@@ -21,6 +21,7 @@ from .api import attention
 from .errors import ArgumentError, require
 from .trace.emit_numpy import evaluate
 from .trace.expr import leaves
+from .trace.intervals import classify
 from .trace.tracer import bind
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -199,13 +200,12 @@ def create_mask(
     shape = _shape((B, H, Q_LEN, KV_LEN))
     mod = _Mod(mod_fn, shape[2:])
     mask = np.empty(shape, bool)
+    keys, together = np.arange(shape[3]), max(1, _STRIP // max(shape[3], 1))
     for b, h in mod.places(shape):
-        rows = max(1, _STRIP // max(shape[3], 1))
-        for begin in range(0, shape[2], rows):
-            mask[b, h, begin : begin + rows] = mod.seen(b, h, begin, min(begin + rows, shape[2]))
-    for axis, name in enumerate("bh"):
-        if name not in mod.depends and shape[axis]:
-            mask[(slice(None),) * axis + (slice(1, None),)] = mask[(slice(None),) * axis + (slice(1),)]
+        for begin in range(0, shape[2], together):
+            rows = np.arange(begin, min(begin + together, shape[2]))
+            mask[b, h, rows] = mod.seen(b, h, rows[:, None], keys)
+    mod.spread(mask)
     return _placed(mask, device)
 
 
@@ -667,38 +667,55 @@ class _Mod:
         batch, heads = (n if name in self.depends else min(n, 1) for name, n in zip("bh", shape[:2], strict=True))
         return [(b, h) for b in range(batch) for h in range(heads)]
 
-    def seen(self, b: int, h: int, begin: int, end: int) -> np.ndarray:
-        """bool [end - begin, kv_len] of some queries."""
+    def spread(self, x: np.ndarray) -> np.ndarray:
+        """What was computed for `places` copied to all of [B, H, ...], in place."""
+        for axis, name in enumerate("bh"):
+            if name not in self.depends and x.shape[axis]:
+                x[(slice(None),) * axis + (slice(1, None),)] = x[(slice(None),) * axis + (slice(1),)]
+        return x
+
+    def seen(self, b: Any, h: Any, q_idx: np.ndarray, kv_idx: np.ndarray) -> np.ndarray:
+        """bool, of the shape to which everything broadcasts."""
         q_len, kv_len = self.lengths
-        rows, keys = np.arange(begin, end)[:, None], np.arange(kv_len)
-        given = {"b": b, "h": h, "q_idx": rows, "kv_idx": keys, "q_len": q_len, "kv_len": kv_len, "score": 0.0}
+        given = {"b": b, "h": h, "q_idx": q_idx, "kv_idx": kv_idx, "q_len": q_len, "kv_len": kv_len, "score": 0.0}
         try:
             (result,) = evaluate([self.expr], given, self.arrays, self.scalars)
         except IndexError as error:
             raise ArgumentError(
-                f"the mod reads a captured array where it has no element, for b={b}, h={h}, {begin} <= q_idx < {end}, "
-                f"0 <= kv_idx < {kv_len}: {error}"
+                f"the mod reads a captured array where it has no element, with q_len={q_len}, kv_len={kv_len}: {error}"
             ) from error
-        return np.broadcast_to(result != -np.inf if self.is_score else result, (end - begin, kv_len))
+        seen = result != -np.inf if self.is_score else result
+        return np.broadcast_to(seen, np.broadcast_shapes(np.shape(b), np.shape(h), q_idx.shape, kv_idx.shape))
 
 
 def _kinds_of_mod(block_mask: BlockMask) -> np.ndarray:
+    """By intervals, whole blocks at once; those that stay undecided key by key."""
     shape, (size_q, size_kv) = block_mask.shape, block_mask.BLOCK_SIZE
-    q_len, kv_len = block_mask.seq_lengths
-    mod = _Mod(block_mask._as_mask_mod(), block_mask.seq_lengths)
-    rows, columns = -(-q_len // size_q), -(-kv_len // size_kv)
-    kinds = np.zeros((*shape[:2], rows, columns), np.uint8)
-    together = max(1, _STRIP // max(1, size_q * kv_len))  # rows of blocks
+    q_len, kv_len = lengths = block_mask.seq_lengths
+    mod = _Mod(block_mask._as_mask_mod(), lengths)
+    q, k = np.arange(0, q_len, size_q), np.arange(0, kv_len, size_kv)
+    kinds = np.zeros((*shape[:2], len(q), len(k)), np.uint8)
+    if not kinds.size:
+        return kinds
+    last_q, last_k = np.minimum(q + size_q, q_len) - 1, np.minimum(k + size_kv, kv_len) - 1
+    rows, keys = np.arange(size_q)[:, None], np.arange(size_kv)
+    together = max(1, _STRIP // (size_q * size_kv))
     for b, h in mod.places(shape):
-        for row in range(0, rows, together):
-            begin, end = row * size_q, min((row + together) * size_q, q_len)
-            count = np.add.reduceat(mod.seen(b, h, begin, end), np.arange(0, kv_len, size_kv), 1, np.int32)
-            count = np.add.reduceat(count, np.arange(0, end - begin, size_q), 0)
-            kinds[b, h, row : row + len(count)] = (count > 0).astype(np.uint8) + (count == size_q * size_kv)
-    for axis, name in enumerate("bh"):
-        if name not in mod.depends and shape[axis]:
-            kinds[(slice(None),) * axis + (slice(1, None),)] = kinds[(slice(None),) * axis + (slice(1),)]
-    return kinds
+        values = {"b": b, "h": h, "q_len": q_len, "kv_len": kv_len}
+        values = {name: value for name, value in values.items() if name in mod.depends}
+        found = classify(mod.expr, (q[:, None], last_q[:, None]), (k, last_k), values, mod.arrays, mod.scalars)
+        kinds[b, h] = found
+        undecided = np.argwhere(kinds[b, h] == PARTIAL)
+        for begin in range(0, len(undecided), together):
+            i, j = undecided[begin : begin + together].T[:, :, None, None]
+            q_idx, kv_idx = q[i] + rows, k[j] + keys
+            inside = (q_idx < q_len) & (kv_idx < kv_len)
+            seen = mod.seen(b, h, np.minimum(q_idx, q_len - 1), np.minimum(kv_idx, kv_len - 1)) & inside
+            count = seen.sum((1, 2))
+            kinds[b, h, i[:, 0, 0], j[:, 0, 0]] = (count > 0).astype(np.uint8) + (count == size_q * size_kv)
+    cut = (last_q - q + 1 < size_q)[:, None] | (last_k - k + 1 < size_kv)
+    kinds[:, :, cut] = np.minimum(kinds[:, :, cut], PARTIAL)
+    return mod.spread(kinds)
 
 
 # Between NumPy and the other frameworks -------------------------------------------------------------------------------

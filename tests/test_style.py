@@ -153,7 +153,8 @@ def test_what_the_readme_quotes_of_the_code_is_what_the_code_says() -> None:
     assert readme.refreshed(README) == README, "write it anew with: python tests/readme.py"
 
 
-def test_the_example_of_the_readme_runs() -> None:
-    example = first_block("Example", "python")
+@pytest.mark.parametrize("heading", ["Example", "Masks and scores in Python"])
+def test_the_examples_of_the_readme_run(heading: str) -> None:
+    example = first_block(heading, "python")
     assert len(example.splitlines()) <= 12
     exec(compile(example, "README.md", "exec"), {})
