@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import numbers
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import TraceError
 from .expr import leaves
@@ -27,6 +30,14 @@ def is_library(module: Any) -> bool:
     """Code whose values do not change: it runs as it is, and meets symbols through the frameworks' protocols."""
     name = str(module)
     return name.partition(".")[0] in _LIBRARIES or name.startswith("cuflash.trace.")
+
+
+def is_constant(x: Any) -> bool:
+    """An object of a library that never changes: what equals it today is it."""
+    return isinstance(x, np.dtype | numbers.Number) or f"{type(x).__module__}.{type(x).__qualname__}" in _CONSTANTS
+
+
+_CONSTANTS = ("torch.dtype", "torch.device", "torch.layout", "torch.memory_format", "jaxlib._jax.Device", "re.Pattern")
 
 
 def is_module_of_torch(kind: type) -> bool:
@@ -150,6 +161,9 @@ class Elements(Sequence):
         path = self._trace.read(self._variable, f"{{}}[{i}]")
         return self._trace.wrap(self._value[place], path, f"{self._name}[{i}]")
 
+    def __getattr__(self, name: str) -> Any:
+        return _attribute(self, name, list)
+
     def __len__(self) -> int:
         self._trace.unless(f"len({self._variable}) != {len(self._value)}")
         return len(self._value)
@@ -165,6 +179,19 @@ class Elements(Sequence):
 
     def __repr__(self) -> str:
         return repr(list(self))
+
+
+def _attribute(stand_in: Any, name: str, builtin: type) -> Any:
+    """Of a list or a dictionary: what its own class adds is followed, what would change it is refused."""
+    value, own = stand_in._value, stand_in._name
+    if name.startswith("__"):
+        raise AttributeError(name)
+    if hasattr(builtin, name):
+        raise TraceError(
+            f".{name} of {own}: a mod reads what it captures and changes nothing; do this before the mod captures it"
+        )
+    path = stand_in._trace.read(stand_in._variable, f"{{}}.{name}")
+    return stand_in._trace.wrap(getattr(value, name), path, f"{own}.{name}")
 
 
 class Items(Mapping):
@@ -191,6 +218,9 @@ class Items(Mapping):
         return self._trace.wrap(
             self._value[key], self._trace.read(self._variable, f"{{}}[{text}]"), f"{self._name}[{key!r}]"
         )
+
+    def __getattr__(self, name: str) -> Any:
+        return _attribute(self, name, dict)
 
     def __len__(self) -> int:
         self._trace.unless(f"len({self._variable}) != {len(self._value)}")

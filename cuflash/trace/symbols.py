@@ -457,7 +457,9 @@ def lift(x: Any) -> Expr:
             f"an array of shape {tuple(x.shape)} is used that the mod made itself, or reached in a way that cannot be "
             "followed: make it outside of the mod and capture it by name"
         )
-    raise TraceError(f"{x!r} (a {kind.__qualname__}) is used as a number: a mod computes with numbers and arrays")
+    raise TraceError(
+        f"{x!r} (a {x.__class__.__qualname__}) is used as a number: a mod computes with numbers and arrays"
+    )
 
 
 def _of(op: str) -> Callable[..., Expr]:

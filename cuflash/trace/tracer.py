@@ -19,7 +19,7 @@ import functools
 import inspect
 import linecache
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ from .objects import (
     Items,
     Library,
     Object,
+    is_constant,
     is_library,
     is_module_of_torch,
     library_member,
@@ -617,7 +618,7 @@ class Trace:
                 *[self.wrap(x, self.read(given, f"{{}}[{i}]"), f"argument{i}") for i, x in enumerate(value.args)],
                 **{key: self.wrap(x, self.read(named, f"{{}}[{key!r}]"), key) for key, x in value.keywords.items()},
             )
-        if isinstance(value, tuple | list):
+        if isinstance(value, Sequence):
             self.is_type(variable, value)
             if hasattr(value, "_fields"):
                 elements = Elements(self, value, variable, name)
@@ -642,9 +643,8 @@ class Trace:
             self.unless(f"{variable}.__name__ != {self.constant(value.__name__)}")
             return getattr(self.wrap(owner, self.read(variable, "{}.__self__"), name), value.__name__)
         if is_library(getattr(value, "__module__", None) or kind.__module__) and not is_module_of_torch(kind):
-            if callable(value) or not hasattr(value, "__dict__"):
-                same = "is not" if callable(value) else "!="
-                self.unless(f"{variable} {same} {self.constant(value)}")
+            if callable(value) or is_constant(value):
+                self.unless(f"{variable} {'is not' if callable(value) else '!='} {self.constant(value)}")
                 return library_member(value, getattr(value, "__name__", name))
         return (CallableObject if callable(value) else Object)(self, value, variable, name)
 
