@@ -134,16 +134,29 @@ def attention(
     """
     bound = None
     if score_mod is not None or mask_mod is not None or block_mask is not None:
-        bound = _traced(q, k, score_mod, mask_mod, block_mask)
+        if frameworks.of(q) is frameworks.torch and frameworks.torch.compiling():
+            bound = _traced_before(q, k, score_mod, mask_mod, block_mask)
+            if bound is None:
+                from .frameworks import torch_autograd
+
+                return torch_autograd.uncompiled(
+                    attention, q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
+                    max_seqlen_k=max_seqlen_k, seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table,
+                    scale=scale, causal=causal, window_size=window_size, softcap=softcap, alibi_slopes=alibi_slopes,
+                    sink=sink, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask, dropout_p=dropout_p,
+                    seed=seed, offset=offset, deterministic=deterministic, split_size=split_size,
+                    kernel_options=kernel_options, out=out, aux=aux,
+                )  # fmt: skip
+        else:
+            bound = _traced(q, k, score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     captured = () if bound is None else bound.arrays
     operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
     if operation is not None:
         if page_table is not None or split_size is not None or kernel_options:
             _refuse_keywords(page_table, split_size, kernel_options)
-        for name, given in (("out", out), ("score_mod", bound)):
-            if given is not None:
-                raise UnsupportedError(f"{name}: {_UNSUPPORTED_OPERATION[name]}")
+        if out is not None:
+            raise UnsupportedError(f"out: {_UNSUPPORTED_OPERATION['out']}")
         names = validate.aux_names(aux)
         if "dropout_mask" in names:
             raise UnsupportedError(f"dropout_mask: {_UNSUPPORTED_OPERATION['dropout_mask']}")
@@ -156,7 +169,7 @@ def attention(
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
             alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
-            deterministic=bool(deterministic), aux=names,
+            deterministic=bool(deterministic), aux=names, bound=bound,
         )  # fmt: skip
         if not names:
             return results[0]
@@ -678,12 +691,35 @@ def _traced(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) 
         if mod is not None and not callable(mod):
             raise ArgumentError(f"{name}={mod!r} must be a function")
     if block_mask is not None:
-        mask_mod = _with_block_mask(q, k, mask_mod, block_mask)
+        own = _mask_of(q, k, block_mask)
+        if mask_mod is None:
+            mask_mod = own
+        else:
+            from .mods import and_masks
+
+            mask_mod = and_masks(mask_mod, own)
     return tracer.bind(score_mod, mask_mod)
 
 
-def _with_block_mask(q: Array, k: Array, mask_mod: Any, block_mask: Any) -> Any:
-    """What keeps a score that both keep."""
+def _traced_before(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound | None:
+    """The same where a compiler of PyTorch follows and tracing is out of the question: of mods that `cuflash.mod` traced
+    outside, by their attributes, `Bound.mods` being text. None for others."""
+    mods = [score_mod, mask_mod]
+    if block_mask is not None:
+        mods.append(_mask_of(q, k, block_mask))
+    text, arrays, scalars = "", (), ()
+    for kind, mod in zip(("score", "mask", "mask"), mods, strict=False):
+        if mod is not None:
+            if type(mod) is not tracer.Mod:
+                return None
+            require(mod.kind == kind, f"{kind}_mod is traced as a {mod.kind}_mod: pass it as that")
+            text += ("\n" if text else "") + mod.text
+            arrays, scalars = (*arrays, *mod.kept_arrays), (*scalars, *mod.kept_scalars)
+    return Bound(text, arrays, scalars)  # type: ignore[arg-type]
+
+
+def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
+    """The mask_mod that a block mask is, once it is known to be for this call."""
     if not hasattr(block_mask, "_as_mask_mod"):
         raise ArgumentError(
             f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, "
@@ -693,12 +729,7 @@ def _with_block_mask(q: Array, k: Array, mask_mod: Any, block_mask: Any) -> Any:
     keys: Any = tuple(getattr(k, "shape", ()))
     if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
         block_mask._check(shape[0], shape[2], shape[1], keys[1])
-    own = block_mask._as_mask_mod()
-    if mask_mod is None:
-        return own
-    from .mods import and_masks
-
-    return and_masks(mask_mod, own)
+    return block_mask._as_mask_mod()
 
 
 def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[str, TensorView]:
@@ -789,10 +820,6 @@ _UNSUPPORTED_OPERATION = {
         "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
         "outside of them, in PyTorch under torch.no_grad(), in JAX "
         "outside of jit and grad"
-    ),
-    "score_mod": (
-        "no operation of a framework carries a Python function: call without gradients, in PyTorch under "
-        "torch.no_grad(), in JAX outside of jit and grad"
     ),
 }
 

@@ -156,6 +156,11 @@ def captured(views: Sequence[TensorView], mods: Mods, device: Device, backend: s
     """Dtypes and devices of captured arrays, in slot order."""
     for slot, view in zip(mods.arrays, views, strict=True):
         name = slot.name
+        if view.dtype is not slot.dtype or view.ndim != slot.ndim:
+            raise ArgumentError(
+                f"{name}, which a mod captured, is {view.dtype} of {view.ndim} dimensions, and was {slot.dtype} of "
+                f"{slot.ndim} when cuflash.mod traced it: trace it anew"
+            )
         if view.dtype is dtypes.float64 and backend != "reference":
             raise UnsupportedError(
                 f"{name}.dtype=float64, which a mod captured: no kernel reads it; capture "

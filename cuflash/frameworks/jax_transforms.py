@@ -73,9 +73,14 @@ class Static:
 
 def attention(
     q: Any, k: Any, v: Any, *, alibi_slopes: Any, sink: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any,
-    seqused_k: Any, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0, **keywords: Any,
+    seqused_k: Any, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0, bound: Any = None,
+    **keywords: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`cuflash.attention` of JAX arrays -> (out, lse, max_logit); gradients flow through out and lse."""
+    if bound is not None:
+        raise UnsupportedError(
+            "score_mod, mask_mod, block_mask: no operation of JAX carries a Python function: call outside of jit and grad"
+        )
     floats = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}
     lengths = dict(zip(_LENGTHS, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), strict=True))
     floats, lengths = ({n: x for n, x in part.items() if x is not None} for part in (floats, lengths))

@@ -62,6 +62,11 @@ def operation(q: Any, *others: Any) -> Callable[..., Any] | None:
     return None
 
 
+def compiling() -> bool:
+    """Whether torch.compile or torch.export follows this code, which then may not look into Python."""
+    return _torch().compiler.is_compiling()
+
+
 def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
         for x in (q, *others):

@@ -10,12 +10,16 @@ Importing this module imports PyTorch; only `torch.py` does so, once a tensor as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import ArgumentError, UnsupportedError
+from ..trace import text
+from ..trace.expr import leaves
+from ..trace.tracer import Bound
 from . import calls
 from .torch import _torch, draw_seed
 
@@ -45,6 +49,11 @@ _SCHEMA = (
     "float? scale, SymInt left, SymInt right, float softcap, float dropout_p, SymInt seed_number, "
     "SymInt offset_number, bool deterministic"
 )
+# Calls with mods are operators of their own, so that others carry nothing along. What they have besides: the mods, as
+# `trace.text` writes them; the numbers they captured; a word on results; the arrays, one by one wherever arguments travel
+# as a tuple, and as a list to the operators.
+_MODS_SCHEMA = "str mods, float[] scalars"
+_WITH_MODS = len(_TENSORS) + len(_NUMBERS)
 _SLOPES, _SINK, _DROPOUT = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink"), _NUMBERS.index("dropout_p")
 
 
@@ -69,6 +78,7 @@ def attention(
     offset: Any,
     deterministic: bool,
     aux: tuple[str, ...],
+    bound: Bound | None,
 ) -> tuple[Any, Any, Any]:
     """`cuflash.attention` of tensors -> (out, lse, max_logit); gradients flow through out and lse."""
     for name, x in (("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
@@ -97,11 +107,53 @@ def attention(
         _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
         alibi_slopes, sink, seed, offset, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
         dropout_p, seed_number, offset_number,
-        deterministic or torch.are_deterministic_algorithms_enabled(), "max_logit" in aux,
+        deterministic or torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
+    if bound is not None:
+        mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)
+        captured = _captured(bound, q)
+        scalars = [float(x) for x in bound.scalars]
+        if _in_torch_func(q, k, v, alibi_slopes, sink, *captured):
+            return _AttentionMods.apply(*arguments, mods, _Whole(scalars), "max_logit" in aux, *captured)
+        return torch.ops.cuflash.attention_mods.default(*arguments, mods, scalars, "max_logit" in aux, captured)
+    arguments += ("max_logit" in aux,)
     if _in_torch_func(q, k, v, alibi_slopes, sink):
         return _Attention.apply(*arguments)
     return torch.ops.cuflash.attention.default(*arguments)
+
+
+def _captured(bound: Bound, q: Any) -> list[Any]:
+    """The arrays that mods captured, as tensors."""
+    found = []
+    for i, x in enumerate(bound.arrays):
+        if isinstance(x, np.ndarray) and x.ndim == 0:
+            x = torch.as_tensor(x)
+        if not isinstance(x, torch.Tensor):
+            name = "an array" if isinstance(bound.mods, str) else bound.mods.arrays[i].name
+            raise ArgumentError(
+                f"{name}, which a mod captured, is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of "
+                "one framework; convert with torch.from_dlpack, which copies nothing"
+            )
+        found.append(x)
+    return found
+
+
+class _Whole(tuple):
+    """A tuple that torch.func takes for one value."""
+
+
+@torch.compiler.disable(
+    reason="torch.compile cannot look into a mod: trace it before, as score_mod = cuflash.mod(score_mod) outside of "
+    "what is compiled, and pass what that returns"
+)
+def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """Calls a function outside of the graph that torch.compile makes, which breaks in two here."""
+    warnings.warn(
+        "torch.compile breaks its graph at this call of attention, for it cannot look into a mod: trace it before, as "
+        "score_mod = cuflash.mod(score_mod) outside of what is compiled, and pass what that returns",
+        stacklevel=3,
+    )
+    return function(*args, **keywords)
 
 
 def _in_torch_func(*tensors: Any) -> bool:
@@ -175,6 +227,12 @@ def _keywords(arguments: tuple[Any, ...]) -> dict[str, Any]:
     return named
 
 
+def _bound(mods: str, scalars: Sequence[float], captured: Sequence[Any]) -> Bound:
+    found = text.loads(mods)
+    numbers = (int(x) if slot.kind == "int" else x for slot, x in zip(found.scalars, scalars, strict=True))
+    return Bound(found, tuple(captured), tuple(numbers))
+
+
 def _attention_kernel(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any, Any]:
     *arguments, max_logit = rest
     keywords = _keywords(tuple(arguments))
@@ -207,6 +265,52 @@ def _backward_kernel(
     return grads.dq, grads.dk, grads.dv, dsink, grads.dcaptured[0] if slopes else _nothing(q)
 
 
+def _attention_mods_kernel(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any, Any]:
+    *arguments, mods, scalars, max_logit, captured = rest
+    keywords = _keywords(tuple(arguments))
+    del keywords["deterministic"]
+    with torch.no_grad():
+        result = calls["attention"](
+            q, k, v, aux=("lse", "max_logit") if max_logit else ("lse",), bound=_bound(mods, scalars, captured),
+            **keywords,
+        )  # fmt: skip
+    return result.out, result.lse, result.max_logit if max_logit else _nothing(q)
+
+
+def _attention_mods_shapes(*arguments: Any) -> tuple[Any, Any, Any]:
+    return _attention_shapes(*arguments[:-1])
+
+
+def _backward_mods_kernel(
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
+) -> tuple[Any, Any, Any, Any, Any, list[Any]]:
+    *arguments, mods, scalars, slopes, wanted, captured = rest
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    given = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse.contiguous()})
+    names = [f"captured{i}" for i, own in enumerate(wanted) if own] + ["alibi_slopes"] * slopes
+    with torch.no_grad():
+        grads = calls["attention_backward"](
+            q, k, v, given=given, grads=tuple(names), bound=_bound(mods, scalars, captured), **_keywords(tuple(arguments))
+        )
+    found = dict(zip(names, grads.dcaptured, strict=True))
+    dcaptured = []
+    for i, x in enumerate(captured):
+        grad = found.get(f"captured{i}")
+        if grad is None:  # nobody asked, or it is read by a mask alone
+            grad = torch.zeros_like(x, memory_format=torch.contiguous_format) if wanted[i] else _nothing(q)
+        dcaptured.append(grad)
+    dsink = _nothing(q) if grads.dsink is None else grads.dsink
+    return grads.dq, grads.dk, grads.dv, dsink, found["alibi_slopes"] if slopes else _nothing(q), dcaptured
+
+
+def _backward_mods_shapes(*arguments: Any) -> tuple[Any, Any, Any, Any, Any, list[Any]]:
+    *others, slopes, wanted, captured = arguments
+    grads = _backward_shapes(*others[:-2], slopes)
+    return *grads, [
+        x.new_empty(x.shape) if own else _nothing(arguments[4]) for x, own in zip(captured, wanted, strict=True)
+    ]
+
+
 def _backward_shapes(
     dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
@@ -236,6 +340,19 @@ for _name, _signature, _kernel, _shapes in (
         "(Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dslopes)",
         _backward_kernel,
         _backward_shapes,
+    ),
+    (
+        "attention_mods",
+        f"({_SCHEMA}, {_MODS_SCHEMA}, bool max_logit, Tensor[] captured) -> (Tensor out, Tensor lse, Tensor max_logit)",
+        _attention_mods_kernel,
+        _attention_mods_shapes,
+    ),
+    (
+        "attention_mods_backward",
+        f"(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_SCHEMA}, {_MODS_SCHEMA}, bool slopes, bool[] wanted, "
+        "Tensor[] captured) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor dslopes, Tensor[] dcaptured)",
+        _backward_mods_kernel,
+        _backward_mods_shapes,
     ),
 ):
     _library.define(_name + _signature, tags=_TAGS)
@@ -292,6 +409,68 @@ torch.library.register_autograd(
 )
 
 
+# With mods: arguments are "flat" where captured arrays are given one by one, as an autograd.Function needs them.
+
+
+def _flat_attention(*flat: Any) -> tuple[Any, ...]:
+    *arguments, mods, scalars, max_logit = flat[: _WITH_MODS + 3]
+    return torch.ops.cuflash.attention_mods.default(
+        *arguments, mods, list(scalars), max_logit, list(flat[_WITH_MODS + 3 :])
+    )
+
+
+def _flat_backward(*flat: Any) -> tuple[Any, ...]:
+    end = _WITH_MODS + 8
+    *arguments, mods, scalars, slopes, wanted = flat[:end]
+    *grads, dcaptured = torch.ops.cuflash.attention_mods_backward.default(
+        *arguments, mods, list(scalars), slopes, list(wanted), list(flat[end:])
+    )
+    return *grads, *dcaptured
+
+
+def _keep_mods(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    out, lse, max_logit = output
+    flat = (*inputs[:-1], *inputs[-1]) if isinstance(inputs[-1], list) else inputs
+    ctx.mark_non_differentiable(max_logit)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(out, lse, *flat[: len(_TENSORS)], *flat[_WITH_MODS + 3 :])
+    ctx.numbers, ctx.mods, ctx.scalars = flat[len(_TENSORS) : _WITH_MODS], flat[_WITH_MODS], flat[_WITH_MODS + 1]
+
+
+def _differentiate_mods(backward: Callable[..., Any], ctx: Any, needed: Sequence[bool], dout: Any, dlse: Any) -> Any:
+    """A gradient, or None, for each of the flat arguments."""
+    if dout is None and dlse is None:
+        return (None,) * len(needed)
+    out, lse, *tensors = ctx.saved_tensors
+    tensors, captured = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
+    if dout is None:
+        dout = torch.zeros_like(out)
+    wanted = _Whole(needed[_WITH_MODS + 3 :])
+    dq, dk, dv, dsink, dslopes, *dcaptured = backward(
+        dout, dlse, out, lse, *tensors, *ctx.numbers, ctx.mods, _Whole(ctx.scalars), needed[_SLOPES], wanted, *captured
+    )
+    grads = [dq, dk, dv, *[None] * _WITH_MODS, *dcaptured]
+    grads[_SINK], grads[_SLOPES] = dsink, dslopes
+    return tuple(grad if own else None for grad, own in zip(grads, needed, strict=True))
+
+
+def _operator_backward_mods(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+    *needed, captured = ctx.needs_input_grad
+    flat = _differentiate_mods(_flat_backward, ctx, (*(x is True for x in needed), *captured), dout, dlse)
+    grads = [*flat[: _WITH_MODS + 3], list(flat[_WITH_MODS + 3 :])]
+    if not ctx.scalars:
+        grads[_WITH_MODS + 1] = []  # an empty list counts as one of tensors
+    return tuple(grads)
+
+
+torch.library.register_autograd(
+    "cuflash::attention_mods", _operator_backward_mods, setup_context=_keep_mods, lib=_library
+)
+torch.library.register_autograd(
+    "cuflash::attention_mods_backward", _refuse_second, setup_context=_keep_nothing, lib=_library
+)
+
+
 class _Attention(torch.autograd.Function):
     """The operator once more, for torch.func."""
 
@@ -325,13 +504,39 @@ class _Backward(torch.autograd.Function):
         return _backward_of_many(_Backward.apply, info.batch_size, in_dims, arguments)
 
 
+class _AttentionMods(torch.autograd.Function):
+    """The operator with mods, for torch.func."""
+
+    setup_context = staticmethod(_keep_mods)
+    forward = staticmethod(_flat_attention)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
+        return _differentiate_mods(_BackwardMods.apply, ctx, ctx.needs_input_grad, dout, dlse)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _attention_of_many(_AttentionMods.apply, info.batch_size, in_dims, arguments)
+
+
+class _BackwardMods(torch.autograd.Function):
+    setup_context = staticmethod(_keep_nothing)
+    backward = staticmethod(_refuse_second)
+    forward = staticmethod(_flat_backward)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        return _backward_of_many(_BackwardMods.apply, info.batch_size, in_dims, arguments)
+
+
 # Vectorising: a batch of calls is one call with a larger batch --------------------------------------------------------
 
 
 def _attention_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
     # Packed, or dropout, which counts sequences within a call, or a sink each.
-    if tensors[3] is not None or numbers[_DROPOUT] or in_dims[_SINK] is not None:
+    apart = _apart(arguments[_WITH_MODS:], in_dims[_WITH_MODS:], 3)
+    if tensors[3] is not None or numbers[_DROPOUT] or in_dims[_SINK] is not None or apart:
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[0], in_dims[0])
     folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
@@ -342,7 +547,8 @@ def _backward_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments
     end = 4 + len(_TENSORS)
     results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
     # Packed, or dropout, or dsink, which is a sum over each call's batch.
-    if tensors[3] is not None or numbers[_DROPOUT] or tensors[_SINK] is not None:
+    apart = _apart(arguments[4 + _WITH_MODS :], in_dims[4 + _WITH_MODS :], 4)
+    if tensors[3] is not None or numbers[_DROPOUT] or tensors[_SINK] is not None or apart:
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[4], in_dims[4])
     slopes = tensors[_SLOPES]
@@ -353,6 +559,16 @@ def _backward_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments
     if rank == 1 and dims[-1] is not None:
         grads = (*grads[:-1], grads[-1].sum(1))
     return grads, dims
+
+
+def _apart(rest: tuple[Any, ...], in_dims: tuple[Any, ...], n: int) -> bool:
+    """Whether mods keep calls from being one: they read b, or what they capture, or its gradient, is each call's own.
+    rest: the arguments from the mods on, n of them before the captured arrays."""
+    if len(rest) < n:
+        return False
+    mods, wanted = text.loads(rest[0]), rest[3] if n == 4 else ()
+    reads = [leaves(root) for root in (mods.score, mods.mask) if root is not None]
+    return any("b" in names for names in reads) or any(dim is not None for dim in in_dims[n:]) or any(wanted)
 
 
 def _batch_size(q: Any, dim: int | None) -> int:
@@ -414,3 +630,26 @@ for _name, _of_many in (("attention", _attention_of_many), ("attention_backward"
         return _of_many(getattr(torch.ops.cuflash, _name).default, info.batch_size, in_dims, arguments)
 
     torch.library.register_vmap(f"cuflash::{_name}", _vmap, lib=_library)
+
+
+def _vmap_attention_mods(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    flat, dims = _flattened(arguments, in_dims)
+    return _attention_of_many(_flat_attention, info.batch_size, dims, flat)
+
+
+def _vmap_backward_mods(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+    flat, dims = _flattened(arguments, in_dims)
+    grads, out_dims = _backward_of_many(_flat_backward, info.batch_size, dims, flat)
+    return (*grads[:5], [*grads[5:]]), (*out_dims[:5], [*out_dims[5:]])
+
+
+def _flattened(arguments: tuple[Any, ...], in_dims: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The operators' arguments with captured arrays one by one, and no other lists."""
+    captured = arguments[-1]
+    dims = in_dims[-1] if isinstance(in_dims[-1], (list, tuple)) else [in_dims[-1]] * len(captured)
+    before = [_Whole(x) if isinstance(x, (list, tuple)) else x for x in arguments[:-1]]
+    return (*before, *captured), (*(d if isinstance(d, int) else None for d in in_dims[:-1]), *dims)
+
+
+torch.library.register_vmap("cuflash::attention_mods", _vmap_attention_mods, lib=_library)
+torch.library.register_vmap("cuflash::attention_mods_backward", _vmap_backward_mods, lib=_library)

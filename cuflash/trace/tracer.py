@@ -28,6 +28,7 @@ import numpy as np
 
 from ..dtypes import BY_NAME
 from ..errors import ArgumentError, TraceError
+from . import text
 from .emit_numpy import evaluate
 from .expr import (
     OPS,
@@ -175,7 +176,9 @@ class Mod:
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
         self.__doc__ = getattr(function, "__doc__", None)
-        self.bind()
+        bound = self.bind()
+        # What a compiler of programs reads instead of calling bind: structure as text, values as they are now.
+        self.text, self.kept_arrays, self.kept_scalars = text.dumps(bound.mods), bound.arrays, bound.scalars
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
