@@ -40,6 +40,7 @@ from .flash import (
 from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
 from .mods import and_masks, noop_mask, not_mask, or_masks
 from .settings import config
+from .trace.tracer import mod, static
 
 if TYPE_CHECKING:
     from . import emulator, integrations, packing
@@ -73,11 +74,13 @@ __all__ = [
     "flash_attn_with_kvcache",
     "flex_attention",
     "integrations",
+    "mod",
     "mods",
     "noop_mask",
     "not_mask",
     "or_masks",
     "packing",
+    "static",
     "supports",
     "warmup",
 ]

@@ -702,7 +702,7 @@ def _traced(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) 
 
 
 def _traced_before(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound | None:
-    """The same where a compiler of PyTorch follows and tracing is out of the question: of mods that `cuflash.mod` traced
+    """The same where a compiler of PyTorch follows and nothing can be traced: of mods that `cuflash.mod` traced
     outside, by their attributes, `Bound.mods` being text. None for others."""
     mods = [score_mod, mask_mod]
     if block_mask is not None:

@@ -250,7 +250,7 @@ class BlockMask:
         self._device = device
         self._table = table  # of one made of blocks: what each is, uint8 [B, H, q blocks, kv blocks]
         self._kinds: np.ndarray | None = None
-        self._mod = mask_mod if table is None else _mod_of_table(table, self.BLOCK_SIZE, mask_mod)
+        self._mod = mods._mod(mask_mod, "mask") if table is None else _mod_of_table(table, self.BLOCK_SIZE, mask_mod)
 
     @classmethod
     def from_kv_blocks(

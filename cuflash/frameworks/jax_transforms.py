@@ -79,7 +79,7 @@ def attention(
     """`cuflash.attention` of JAX arrays -> (out, lse, max_logit); gradients flow through out and lse."""
     if bound is not None:
         raise UnsupportedError(
-            "score_mod, mask_mod, block_mask: no operation of JAX carries a Python function: call outside of jit and grad"
+            "score_mod, mask_mod, block_mask: no operation of JAX carries functions: call outside of jit and grad"
         )
     floats = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}
     lengths = dict(zip(_LENGTHS, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), strict=True))

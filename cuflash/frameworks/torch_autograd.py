@@ -50,8 +50,7 @@ _SCHEMA = (
     "SymInt offset_number, bool deterministic"
 )
 # Calls with mods are operators of their own, so that others carry nothing along. What they have besides: the mods, as
-# `trace.text` writes them; the numbers they captured; a word on results; the arrays, one by one wherever arguments travel
-# as a tuple, and as a list to the operators.
+# `trace.text` writes them; the numbers they captured; which results are wanted; the arrays, as a list.
 _MODS_SCHEMA = "str mods, float[] scalars"
 _WITH_MODS = len(_TENSORS) + len(_NUMBERS)
 _SLOPES, _SINK, _DROPOUT = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink"), _NUMBERS.index("dropout_p")
@@ -131,8 +130,8 @@ def _captured(bound: Bound, q: Any) -> list[Any]:
         if not isinstance(x, torch.Tensor):
             name = "an array" if isinstance(bound.mods, str) else bound.mods.arrays[i].name
             raise ArgumentError(
-                f"{name}, which a mod captured, is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of "
-                "one framework; convert with torch.from_dlpack, which copies nothing"
+                f"{name}, which a mod captured, is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be "
+                "of one framework; convert with torch.from_dlpack, which copies nothing"
             )
         found.append(x)
     return found
@@ -288,10 +287,9 @@ def _backward_mods_kernel(
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     given = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse.contiguous()})
     names = [f"captured{i}" for i, own in enumerate(wanted) if own] + ["alibi_slopes"] * slopes
+    keywords = _keywords(tuple(arguments)) | {"bound": _bound(mods, scalars, captured)}
     with torch.no_grad():
-        grads = calls["attention_backward"](
-            q, k, v, given=given, grads=tuple(names), bound=_bound(mods, scalars, captured), **_keywords(tuple(arguments))
-        )
+        grads = calls["attention_backward"](q, k, v, given=given, grads=tuple(names), **keywords)
     found = dict(zip(names, grads.dcaptured, strict=True))
     dcaptured = []
     for i, x in enumerate(captured):

@@ -665,13 +665,6 @@ def test_forward_mode_is_refused_in_autograd():
         assert cuflash.attention(x, x, x).shape == x.shape
 
 
-@pytest.mark.parametrize("name", ["score_mod", "mask_mod"])
-def test_functions_have_no_gradient(name):
-    q, k, v, _, _ = inputs()
-    with pytest.raises(UnsupportedError, match="^score_mod: "):
-        cuflash.attention(q, k, v, **{name: lambda *x: x[0]})
-
-
 @pytest.mark.parametrize(
     "change, error, match",
     [
