@@ -100,8 +100,8 @@ def bind(score_mod: Any = None, mask_mod: Any = None) -> Bound:
     if type(mask_mod) is Mod:
         mask_mod = mask_mod.function
     key = (
-        score_mod.__code__ if type(score_mod) is types.FunctionType else _root(score_mod),
-        mask_mod.__code__ if type(mask_mod) is types.FunctionType else _root(mask_mod),
+        id(score_mod.__code__) if type(score_mod) is types.FunctionType else _root(score_mod),
+        id(mask_mod.__code__) if type(mask_mod) is types.FunctionType else _root(mask_mod),
     )
     readers = _readers.get(key, ())
     for read in readers:
@@ -124,9 +124,12 @@ _ROOTS, _TRACES = 4096, 256
 
 
 def _root(mod: Any) -> Any:
-    """What of a mod finds its traces: code, never a value."""
+    """What of a mod finds its traces: code, never a value. By its id, as hashing code takes microseconds: readers keep
+    theirs alive, and compare."""
+    if mod is None:
+        return None
     if isinstance(mod, types.FunctionType):
-        return mod.__code__
+        return id(mod.__code__)
     if isinstance(mod, functools.partial):
         return functools.partial, _root(mod.func)
     if isinstance(mod, types.MethodType):
