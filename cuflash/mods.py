@@ -315,11 +315,12 @@ def image_spans(ranges: Array, mask_mod: Mask | None = None) -> Mask:
         f"ranges.shape={tuple(ranges.shape)} must be [q_len, 2] or [batch, q_len, 2]: one range for each query",
     )
     batched = len(ranges.shape) == 3
+    firsts, behinds = ranges[..., 0], ranges[..., 1]  # along whose last axis queries go: so tiles are told apart
     other = _with_lengths("mask_mod", causal() if mask_mod is None else mask_mod)
 
     def image_spans_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
-        first = ranges[b, q_idx, 0] if batched else ranges[q_idx, 0]
-        behind = ranges[b, q_idx, 1] if batched else ranges[q_idx, 1]
+        first = firsts[b, q_idx] if batched else firsts[q_idx]
+        behind = behinds[b, q_idx] if batched else behinds[q_idx]
         return other(b, h, q_idx, kv_idx, q_len, kv_len) | ((kv_idx >= first) & (kv_idx < behind))
 
     return _mod(image_spans_mask)

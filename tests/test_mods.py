@@ -14,6 +14,9 @@ from backends import using
 import cuflash
 from cuflash import mods
 from cuflash.errors import ArgumentError
+from cuflash.trace.expr import leaves
+from cuflash.trace.intervals import classify
+from cuflash.trace.tracer import bind
 
 AUX = ("lse", "max_logit")
 LENGTHS = [(7, 7), (3, 8), (8, 3), (1, 9)]  # (q_len, kv_len)
@@ -211,6 +214,51 @@ def test_tree(dtype: Any, nodes: int, rng: np.random.Generator) -> None:
     expected = np.concatenate([np.ones((2, nodes, 11), bool), sees], axis=2)
     np.testing.assert_array_equal(shown(mods.tree(bits), nodes, nodes + 11, batch=2)[:, 0], expected)
     np.testing.assert_array_equal(shown(mods.tree(bits[1]), nodes, nodes + 11)[0, 0], expected[1])
+
+
+EDGES = np.array([0, 37, 38, 121, 160, 256])
+OF_TOKEN = np.repeat(np.arange(5), np.diff(EDGES)).astype(np.int32)
+SPANS = np.zeros((256, 2), np.int32)
+SPANS[40:100], SPANS[150:250] = (40, 100), (150, 250)
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (130, 256)], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        mods.causal,
+        lambda: mods.sliding_window(40, 9),
+        lambda: mods.and_masks(mods.causal(), mods.sliding_window(40)),
+        lambda: mods.not_mask(mods.causal()),
+        lambda: mods.prefix_lm(50),
+        lambda: mods.prefix_lm(np.array([50])),
+        lambda: mods.document(OF_TOKEN),
+        lambda: mods.document(OF_TOKEN, mask_mod=mods.causal()),
+        lambda: mods.document(cu_seqlens=EDGES, mask_mod=mods.prefix_lm(9)),
+        lambda: mods.and_masks(mods.chunked(50), mods.causal()),
+        lambda: mods.dilated_window(120, 40),
+        lambda: mods.natten_1d(33),
+        lambda: mods.natten_2d(16, 16, 5),
+        lambda: mods.natten_2d(16, 16, 5, tile=(4, 4)),
+        lambda: mods.image_spans(SPANS),
+    ],
+)
+def test_tiles_that_are_empty_or_full_are_known_as_such(make: Callable[[], Any], lengths: tuple[int, int]) -> None:
+    """What kernels skip, and where they need no mask: exactly as looking at every key would tell."""
+    mask_mod, (q_len, kv_len), size = make(), lengths, 16
+    (q_first, q_last), (k_first, k_last) = (
+        (first, np.minimum(first + size, n) - 1) for n in lengths for first in [np.arange(0, n, size)]
+    )
+    bound = bind(None, mask_mod)
+    assert bound.mods.mask is not None
+    places = {"b": 0, "h": 0, "q_len": q_len, "kv_len": kv_len}
+    places = {name: x for name, x in places.items() if name in leaves(bound.mods.mask)}
+    queries = q_first[:, None], q_last[:, None]
+    found = classify(bound.mods.mask, queries, (k_first, k_last), places, bound.arrays, bound.scalars)
+    mask = shown(mask_mod, q_len, kv_len)[0, 0]
+    for (i, j), kind in np.ndenumerate(np.broadcast_to(found, (len(q_first), len(k_first)))):
+        tile = mask[q_first[i] : q_last[i] + 1, k_first[j] : k_last[j] + 1]
+        assert kind == (2 if tile.all() else 1 if tile.any() else 0), (i, j)
 
 
 # Scores ---------------------------------------------------------------------------------------------------------------
