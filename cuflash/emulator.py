@@ -142,8 +142,9 @@ class Schedule:
     seed        draws the order of blocks, and between barriers of warps and lanes
     landing     "late": an asynchronous copy lands in the wait that covers it; "early": when it is issued
     step_limit  a block that takes more steps (accesses to memory, meetings of threads) is stopped
-    os_threads  threads of this machine that blocks are spread over. Nothing but time depends on it. None: one for each
-                processor, or CUFLASH_EMULATOR_THREADS; one in a worker of pytest-xdist
+    os_threads  threads of this machine that blocks are spread over. Nothing but time depends on it, and, with more than
+                one, the order in which blocks add to a number by atomics. None: one for each processor, or
+                CUFLASH_EMULATOR_THREADS; one in a worker of pytest-xdist
     """
 
     seed: int = DEFAULT_SEED

@@ -81,6 +81,10 @@ HW_DEVICE void store_global(T* pointer, T value) {
   *pointer = value;
 }
 
+// *pointer += value, one of many that do so at a time, in no order. Denormals are flushed. (PTX ISA, "red")
+HW_DEVICE void atomic_add(float* pointer, float value) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
 
 // An index into an axis of `size` elements (at least 1), from Python code that nobody has checked: one that is outside is
 // brought inside, and the emulator reports it.

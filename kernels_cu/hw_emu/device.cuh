@@ -52,6 +52,9 @@ HW_DEVICE void store_global(T* pointer, T value, Site site = Site::here()) {
   cuflash_emu_store_global(&value, pointer, sizeof(T), site);
 }
 
+HW_DEVICE void atomic_add(float* pointer, float value, Site site = Site::here()) {
+  cuflash_emu_atomic_add(pointer, value, site);
+}
 
 HW_DEVICE i32 checked_index(i32 index, i32 size, Site site = Site::here()) {
   if (index < 0 || index >= size) cuflash_emu_bad_index(index, size, site);

@@ -918,6 +918,12 @@ ALWAYS_INLINE void check_global(Fiber* f, u64 address, u32 size, u32 alignment, 
   }
 }
 
+// A denormal becomes a zero of its sign.
+ALWAYS_INLINE float flush_denormal(float x) {
+  const u32 bits = __builtin_bit_cast(u32, x);
+  return (bits & 0x7f800000u) == 0 ? __builtin_bit_cast(float, bits & 0x80000000u) : x;
+}
+
 // ---- Asynchronous copies ----
 
 void move_bytes(Block* b, const Copy& copy) {
@@ -1449,6 +1455,19 @@ void cuflash_emu_store_global(const void* value, void* pointer, u32 bytes, Site 
   step(f, site);
   check_global(f, reinterpret_cast<u64>(pointer), bytes, bytes, true, "store_global", site);
   memcpy(pointer, value, bytes);
+}
+
+// Atomic for this machine's threads, too, over which the blocks are spread.
+void cuflash_emu_atomic_add(float* pointer, float value, Site site) {
+  Fiber* f = this_fiber();
+  step(f, site);
+  check_global(f, reinterpret_cast<u64>(pointer), 4, 4, true, "atomic_add", site);
+  u32* word = reinterpret_cast<u32*>(pointer);
+  u32 before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
+  do {
+    const float sum = flush_denormal(__builtin_bit_cast(float, before)) + flush_denormal(value);
+    after = __builtin_bit_cast(u32, flush_denormal(sum));
+  } while (!__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
 }
 
 void cuflash_emu_bad_index(i32 index, i32 size, Site site) {

@@ -111,9 +111,10 @@ def test_bytes_instructions_and_barriers(toy):
         }
         hw::sync_threads();
         hw::store_global(out<u16>() + thread, static_cast<u16>(hw::load_shared<u16>(smem + 2 * thread)));
+        hw::atomic_add(out<float>() + 32, 1.0f);
     """
     kernel = toy(body, threads=64, smem_bytes=4096)
-    arrays = {"a": aligned(64, np.uint32), "b": aligned(256, np.uint32), "out": aligned(64, np.uint16)}
+    arrays = {"a": aligned(64, np.uint32), "b": aligned(256, np.uint32), "out": aligned(66, np.uint16)}
     counters = count(kernel, **arrays, n=3, grid=(2, 1, 1))
     assert counters.launches == 1
     assert counters.matrix_instructions == {"mma_m16n8k16_f16": 12, "mma_m16n8k16_bf16": 24, "mma_m16n8k8_tf32": 12}
@@ -121,7 +122,7 @@ def test_bytes_instructions_and_barriers(toy):
     assert counters.matrix_moves == {"ldmatrix_x4": 4}
     assert counters.barriers == 4
     assert counters.global_bytes_read == {"a": 2 * 256, "b": 2 * 160}
-    assert counters.global_bytes_written == {"out": 2 * 128}
+    assert counters.global_bytes_written == {"out": 2 * (128 + 64 * 4)}
     assert counters.shared_bytes == 2 * (256 + 64 * 16 + 64 * 16 + 128)
 
 

@@ -255,6 +255,11 @@ FAULTS = {
         "hw::cp_async_16(smem + 16 * thread, a<u8>() + 16 * thread, thread == 63 ? FAULT : 16);  // access\n",
         "16", "12", ("access",), ("cp_async_16", "the last 4 past the end of a"), words={"a": 255, "out": 1},
     ),
+    "an addition past the end": Fault(
+        "out of bounds",
+        "hw::atomic_add(out<float>() + 448 + thread + FAULT, 1.0f);  // access\n",
+        "1", "0", ("access",), ("atomic_add", "0 bytes past the end of out", "thread 63 "),
+    ),
     "a write to an input": Fault(
         "out of bounds",
         "hw::store_global(FAULT + thread, 1u);  // access\n",

@@ -56,6 +56,11 @@ BODIES = {
       hw::store_global(out<u64>() + 64 + thread, hw::load_global(a<u64>() + 64 + thread));
       hw::store_global(out<u32x4>() + 64 + thread, hw::load_global(a<u32x4>() + 64 + thread));
     """, 32, 0),
+    "atomic_add": ("""
+      // Every thread of every block adds to one of n sums; neighbours to neighbours.
+      const float mine = hw::load_global(a<float>() + hw::block_idx_x() * 64 + thread);
+      hw::atomic_add(out<float>() + thread % n, mine);
+    """, 64, 0),
     "sync_warp": ("""
       hw::store_shared(smem + 4 * lane, static_cast<u32>(lane * lane));
       hw::sync_warp();
@@ -241,6 +246,24 @@ def test_global_memory(run, rng, backend):
     for begin, size in ((0, 1), (32, 2), (128, 4), (512, 8), (1024, 16)):
         moved[begin : begin + 32 * size] = True
     np.testing.assert_array_equal(found, np.where(moved, x, 0))
+
+
+@each_backend
+@pytest.mark.parametrize("sums", [1, 8, 64])
+def test_atomic_add(run, rng, backend, sums):
+    """No addition is lost. Small integers: any order gives the same sum."""
+    x = rng.integers(-50, 50, (300, 64)).astype(np.float32)
+    before = rng.integers(-50, 50, sums).astype(np.float32)
+    found = run("atomic_add", backend, a=x, out=before, n=sums, grid=(300, 1, 1))
+    np.testing.assert_array_equal(found, before + x.reshape(-1, sums).sum(axis=0))
+
+
+@each_backend
+def test_atomic_add_keeps_infinity_and_nan(run, backend):
+    x = np.zeros((1, 64), np.float32)
+    x[0, :3] = np.inf, -np.inf, np.nan
+    found = run("atomic_add", backend, a=x, out=np.ones(64, np.float32), n=64)
+    np.testing.assert_array_equal(found[:4], np.array([np.inf, -np.inf, np.nan, 1], np.float32))
 
 
 @each_backend
