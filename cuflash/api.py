@@ -107,7 +107,8 @@ def attention(
                    1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
     seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
                    in PyTorch seed=None draws both from the device's default generator
-    deterministic  makes gradients bitwise reproducible; the forward is so either way
+    deterministic  makes gradients bitwise reproducible, at the price of seven matrix products instead of five; the
+                   forward is so either way
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -250,7 +251,8 @@ def attention_backward(
     out, lse       what `attention` returned with `aux=("lse",)`; lse float32 [batch, heads_q, q_len] or
                    [heads_q, total_q]
     dlse           lse's shape, float32: the loss's gradient for lse, where it uses that too
-    deterministic  the same gradients to the last bit every time
+    deterministic  the same gradients to the last bit every time; else dq, summed by atomics in no order, may differ in
+                   its last bits. `explain(..., backward=True)` says which way a call takes
     captured_grads also the gradients of the float arrays that mods captured, and of alibi_slopes, in `dcaptured`
     dq, dk, dv     where to write these gradients, strided as they may be: with slices of one array, packed
                    projections get a packed gradient

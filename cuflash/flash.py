@@ -2,7 +2,8 @@
 
 Each is a thin layer over `cuflash.attention`, whose docstring defines shapes, dtypes and masks. What differs from
 flash-attn: float32 and every head dim from 1 to 256 are served, k and v may have different head dims, a fully masked
-row has lse -inf, and a non-contiguous last dimension is refused instead of copied.
+row has lse -inf, and a non-contiguous last dimension is refused instead of copied. `deterministic` is as there: without
+it the last bits of dq may differ from run to run.
 
 With `dropout_p`, PyTorch tensors draw from their device's default generator. Other arrays have none, and flash-attn's
 functions no seed: for them, `cuflash.attention`.

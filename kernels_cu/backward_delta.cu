@@ -40,11 +40,17 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_delta(HW_GRID_CONSTANT BackwardPar
   constexpr i32 kUnits = V::kHeadDimV * kBytes / 16;
   constexpr i32 kRows = V::kThreads / kLanes;
 
-  // The tiles of the main kernel add to some of these, the others stay 0.
+  // Blocks of the main kernel add to all of this.
   const i64 line = static_cast<i64>(hw::block_idx_z()) * hw::grid_dim_y() + hw::block_idx_y();
   const i64 block = line * hw::grid_dim_x() + hw::block_idx_x();
   const i64 threads = static_cast<i64>(hw::grid_dim_x()) * hw::grid_dim_y() * hw::grid_dim_z() * V::kThreads;
-  for (i64 i = block * V::kThreads + hw::thread_idx(); i < p.partials * p.heads_q; i += threads) {
+  const i64 thread = block * V::kThreads + hw::thread_idx();
+  if (p.dq_accum != nullptr) {
+    u32x4* units = reinterpret_cast<u32x4*>(p.dq_accum);
+    for (i64 i = thread; i < p.dq_accum_units; i += threads) hw::store_global(units + i, u32x4{{0, 0, 0, 0}});
+  }
+  // Tiles of queries write some of these, the others stay 0.
+  for (i64 i = thread; i < p.partials * p.heads_q; i += threads) {
     if (p.sink_partials != nullptr) hw::store_global(p.sink_partials + i, 0.0f);
     if (p.slope_partials != nullptr) hw::store_global(p.slope_partials + i, 0.0f);
   }

@@ -5,11 +5,15 @@
 //
 // With dropout Z (0, or 1 / (1 - p) where kept): dv = (Z P)^T dout, dS = P (Z dP - delta).
 //
-// One text, two kernels. A block holds the tiles of one side and moves over the other side's:
+// One text, three kernels. A block holds the tiles of one side and moves over the other side's:
 //   kKeysHeld      holds k and v, moves over q and dout     S^T, dP^T: rows are keys      gives dk and dv
 //   else           holds q and dout, moves over k and v     S, dP: rows are queries       gives dq
-// Each gradient is summed in registers by the one block that owns its rows, in an order that depends on nothing else: no
-// atomics, the same bits every time. Scores are computed in both kernels; nothing of their size leaves registers.
+// These two together are deterministic. Each gradient is summed in registers by the one block that owns its rows, in an
+// order that depends on nothing else: no atomics, the same bits every time. Scores are computed in both kernels, seven
+// products in all; nothing of their size leaves registers.
+//   kAccumulateDq  with the keys held, alone: also what its keys add to dq, dS k, which needs dS^T of all warps and so
+//                  passes through shared memory. It goes to dq_accum by atomics, in no order: five products, and bits
+//                  that differ from run to run. backward_cast.cu makes dq of it
 //
 //   grid    (tile, head, sequence) or (slot, head) of the held side: tile/schedule.cuh. Keys: one key head, whose query
 //           heads follow each other in the loop; wide heads have kSlices blocks a tile, each for a part of the columns of
@@ -22,11 +26,14 @@
 //           moved[2]     kMoved   kHeadDim     8 KB each: q or k
 //           moved_v      kMoved   kHeadDimV    8 KB     dout or v
 //           rows[2]      kMoved   2 floats     lse_base2 and delta of the moved queries
+//           ds           kHeld    kMoved       8 KB     dS^T, where dq is accumulated
 //
 //   barrier, per moved tile   what it separates
 //   moved landed              every thread's copies of this tile | the reads of S
 //                             the reads of the previous tile     | the copies of moved_v and of the next tile
 //   moved_v landed            every thread's copies of moved_v   | the reads of dP
+//                             the reads of ds for dq             | the next tile's ds
+//   ds written                every warp's rows of ds            | the reads of dq
 #include <base.cuh>
 #include <hw/async_copy.cuh>
 #include <hw/device.cuh>
@@ -66,7 +73,24 @@ struct BackwardPlan {
   static constexpr i32 kMovedBytes = V::kMoved * Tile::kRowBytes;
   static constexpr i32 kMovedVBytes = V::kMoved * TileV::kRowBytes;
   static constexpr i32 kRowsBytes = V::kKeysHeld ? V::kMoved * 8 : 0;
-  static_assert(kHeldBytes + kHeldVBytes + 2 * kMovedBytes + kMovedVBytes + 2 * kRowsBytes <= V::kSharedBytes,
+
+  // dS^T. Rows no shorter than what is exchanged without bank conflicts: of float32, all of the banks.
+  using DsTile = SharedTile<max_of(V::kMoved * kBytes, kBytes == 2 ? 64 : 128)>;
+  static constexpr i32 kDsBytes = V::kAccumulateDq ? V::kHeld * DsTile::kRowBytes : 0;
+
+  // dq of a moved tile is shared out among the warps: 16 rows and so many columns to each, at most 64 bytes of them, for
+  // registers are few.
+  static constexpr i32 kWarps = kThreads / 32;
+  static constexpr i32 kDqRowTiles = V::kMoved / 16;
+  static constexpr i32 dq_columns(i32 columns) {
+    const i32 whole = kSliceBytes / kBytes;
+    const bool enough = kDqRowTiles * (whole / columns) <= kWarps;
+    return enough || columns * kBytes == 64 || whole % (2 * columns) != 0 ? columns : dq_columns(2 * columns);
+  }
+  static constexpr i32 kDqColumns = dq_columns(16);
+  static constexpr i32 kDqParts = kDqRowTiles * (kSliceBytes / kBytes / kDqColumns);
+
+  static_assert(kHeldBytes + kHeldVBytes + 2 * kMovedBytes + kMovedVBytes + 2 * kRowsBytes + kDsBytes <= V::kSharedBytes,
                 "the host asks for as much shared memory as is used");
 };
 
@@ -77,6 +101,32 @@ HW_DEVICE float cap_derivative(float weight, float lse_base2, float bias, float 
   return weight == 0.0f ? 0.0f : hw::fma(-t, t, 1.0f);
 }
 
+// Adds what the held keys contribute to dq of the moved tile at row `first` of q_len: dS k, from dS^T of all warps.
+// column: the first one of k_smem.
+template <class V>
+HW_DEVICE void accumulate_dq(const BackwardParams& p, u32 ds_smem, u32 k_smem, i32 sequence, i32 head, i32 first,
+                             i32 q_len, i32 column) {
+  using Plan = BackwardPlan<V>;
+  using Dq = Fragment<1, Plan::kDqColumns / 8>;
+  HW_NO_UNROLL
+  for (i32 part = hw::warp_idx(); part < Plan::kDqParts; part += Plan::kWarps) {
+    const i32 row = part % Plan::kDqRowTiles * 16;
+    const i32 part_column = part / Plan::kDqRowTiles * Plan::kDqColumns;
+    if (first + row >= q_len) continue;
+    Dq dq;
+    dq.fill(0.0f);
+    multiply_ptv<typename V::Element, V::kHeld, typename Plan::DsTile, typename Plan::Tile>(dq, ds_smem, row, k_smem,
+                                                                                            part_column);
+    const i64 line = head * p.dq_blocks + slot_begin<16>(p.cu_seqlens_q, p.q_len, sequence) + (first + row) / 16;
+    float* to = p.dq_accum + (line * (V::kHeadDim / 8) + (column + part_column) / 8) * 128 + hw::lane_idx();
+    HW_UNROLL
+    for (i32 c = 0; c < Dq::kColTiles; ++c) {
+      HW_UNROLL
+      for (i32 i = 0; i < 4; ++i) hw::atomic_add(to + 128 * c + 32 * i, dq.x[0][c][i]);
+    }
+  }
+}
+
 template <class V>
 HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   using Plan = BackwardPlan<V>;
@@ -85,6 +135,8 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   using Gradient = Fragment<Plan::kRowTiles, Plan::kSliceBytes / Plan::kBytes / 8>;    // of k or q
   using GradientV = Fragment<Plan::kRowTiles, Plan::kSliceVBytes / Plan::kBytes / 8>;  // of v
   constexpr bool kKeysHeld = V::kKeysHeld;
+  constexpr bool kAccumulateDq = V::kAccumulateDq;
+  static_assert(kKeysHeld || !kAccumulateDq, "the blocks that hold queries own their dq");
 
   // Roles
   const i32 lane = hw::lane_idx();
@@ -101,6 +153,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const u32 moved_smem = held_v_smem + Plan::kHeldVBytes;
   const u32 moved_v_smem = moved_smem + 2 * Plan::kMovedBytes;
   const u32 rows_smem = moved_v_smem + Plan::kMovedVBytes;
+  const u32 ds_smem = rows_smem + 2 * Plan::kRowsBytes;
 
   // This tile
   const Sequence seq = read_sequence(p, sequence);
@@ -217,6 +270,14 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     if (moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end) {
       mask_scores(s, center, left, right, moved_len - moved_first);
     }
+    if constexpr (kAccumulateDq) {
+      // Of keys past the end dk and dv are not stored, but dq adds up all rows. How many there are is read anew: kept
+      // through the loop it would cost a register.
+      if (from_end == 0 || p.seqused_k != nullptr) {
+        const i32 used = read_sequence(p, sequence).k_len - held_first - warp_row;
+        s.for_each([&](float& x, i32 row, i32) { x = S::row_of(row) < used ? x : -kInfinity; });
+      }
+    }
 
     // P = 2^(S - lse)
     const u32 rows_stage = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes + 4 * S::first_col());
@@ -298,11 +359,24 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
 
     // Gradients
+    if constexpr (kAccumulateDq) {
+      const u32 own_rows = ds_smem + static_cast<u32>(warp_row * Plan::DsTile::kRowBytes);
+      if (has_gradient) store_fragment<Element, typename Plan::DsTile>(ds, own_rows);
+    }
     if constexpr (kKeysHeld) {
       if constexpr (V::kDropout) {
         s.for_each([&](float& x, i32, i32) { x = x > 0.0f ? x * p.keep_scale : 0.0f; });
       }
       if (has_gradient_v) multiply_pv<Element, GradientV, S, typename Plan::TileV>(gradient_v, s, moved_v_smem + slice_v);
+    }
+    if constexpr (kAccumulateDq) {
+      // NOTE: dq before dk. The additions are on their way meanwhile, and after it registers spill.
+      if (has_gradient) {
+        // sync   ds written <-> all warps: it is whole
+        hw::sync_threads();
+        accumulate_dq<V>(p, ds_smem, held_smem + slice_k, sequence, head, moved_first, moved_len,
+                         static_cast<i32>(slice_k) / Plan::kBytes);
+      }
     }
     if (has_gradient) multiply_pv<Element, Gradient, S, typename Plan::Tile>(gradient, ds, moved_stage + slice_k);
     n = next_n;
@@ -310,6 +384,10 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   }
 
   // Finish
+  if constexpr (kAccumulateDq) {
+    // sync   held free <-> all warps: nobody reads k for dq any more; gradients are gathered there
+    hw::sync_threads();
+  }
   gradient.for_each([&](float& x, i32, i32) { x *= p.scale; });
 
   // Store. What it needs is read anew: kept through the loop it would cost registers there.

@@ -47,14 +47,14 @@ class Emulator:
         return inputs.out, result.lse, result.max_logit
 
     def run_backward(
-        self, inputs: Inputs, given: Gradients, arch: str = "sm_80", **hints: Any
+        self, inputs: Inputs, given: Gradients, arch: str = "sm_80", captured_grads: bool = True, **hints: Any
     ) -> cuflash.AttentionGrads:
         """The gradients of a case whose `run` is done: those of out and lse are in `given`, where dq, dk, dv go too."""
         with using("emulator", arch):
             lse = cuflash.attention(inputs.q, inputs.k, inputs.v, aux=AUX, **inputs.keywords).lse
             grads = cuflash.attention_backward(
-                given.dout, inputs.q, inputs.k, inputs.v, inputs.out, lse, dlse=given.dlse, captured_grads=True,
-                **given.targets, **inputs.keywords, **hints,
+                given.dout, inputs.q, inputs.k, inputs.v, inputs.out, lse, dlse=given.dlse,
+                captured_grads=captured_grads, **given.targets, **inputs.keywords, **hints,
             )  # fmt: skip
         given.check_guards()
         return grads
@@ -76,7 +76,9 @@ class Cuda:
         inputs.check_guards()
         return inputs.out, result.lse.get(), result.max_logit.get()
 
-    def run_backward(self, inputs: Inputs, given: Gradients, arch: str = "", **hints: Any) -> cuflash.AttentionGrads:
+    def run_backward(
+        self, inputs: Inputs, given: Gradients, arch: str = "", captured_grads: bool = True, **hints: Any
+    ) -> cuflash.AttentionGrads:
         import cupy
 
         _, arrays = on_device(inputs.guards)
@@ -86,8 +88,9 @@ class Cuda:
         lse = cuflash.attention(q, k, v, aux=AUX, **keywords).lse
         dlse = None if given.dlse is None else cupy.asarray(given.dlse)
         grads = cuflash.attention_backward(
-            gradients.pop("dout"), q, k, v, out, lse, dlse=dlse, captured_grads=True, **gradients, **keywords, **hints
-        )
+            gradients.pop("dout"), q, k, v, out, lse, dlse=dlse, captured_grads=captured_grads, **gradients,
+            **keywords, **hints,
+        )  # fmt: skip
         for name, buffer in buffers.items():
             given.guards[name].buffer[...] = buffer.get()
         given.check_guards()

@@ -245,8 +245,12 @@ def test_the_backward_is_explained_as_it_runs(rng):
         == plan.workspace_bytes
         == sum(dtype.itemsize * int(np.prod(shape)) for shape, dtype in plan.workspace.values())
     )
-    assert len(explained.why) == len(plan.steps) == 4 and "queries held" in explained.why[2]
-    assert explained.source.count("kKeysHeld = true")
+    assert len(explained.why) - 1 == len(plan.steps) == 4 and "backward_cast" in explained.why[2]
+    assert explained.source.count("kKeysHeld = true") and explained.source.count("kAccumulateDq = true")
+    with using("emulator"):
+        apart = cuflash.explain(q, k, v, backward=True, **keywords, deterministic=True)
+    assert "queries held" in apart.why[2] and "deterministic=True" in apart.why[-1]
+    assert apart.workspace_bytes < explained.workspace_bytes
 
 
 # --- supports and warmup ------------------------------------------------------------------------------------------

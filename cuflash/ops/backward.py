@@ -1,8 +1,17 @@
-"""Attention backward: three launches around kernels_cu/backward_sm80.cu, and the workspace between them.
+"""Attention backward: the launches around kernels_cu/backward_sm80.cu, and the workspace between them.
 
     backward_delta   a number or two of every query row
-    backward_sm80    with the keys held: dk and dv; with the queries held: dq. Scores are computed in both, so that each
-                     gradient is summed by the block that owns it: no atomics, the same bits every time
+    backward_sm80    with the keys held: dk, dv, and dq summed in float32 by atomics
+    backward_cast    dq of that sum, and what dsink needs of every row
+    backward_sum     dsink, where it is wanted
+
+That is five matrix products, and a dq whose last bits differ from run to run. For a deterministic call, where the
+slopes' gradient is wanted, and in TWO_KERNELS, it is seven:
+
+    backward_delta   as above
+    backward_sm80    with the keys held: dk and dv; with the queries held: dq, and what dsink and the slopes' gradient
+                     need. Scores are computed in both, so that each gradient is summed by the block that owns it: no
+                     atomics, the same bits every time
     backward_sum     dsink and the slopes' gradient, where they are wanted
 
 As in `forward`, what is compiled depends on `BackwardVariant` alone.
@@ -11,6 +20,7 @@ As in `forward`, what is compiled depends on `BackwardVariant` alone.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,30 +91,33 @@ class Tile:
     slices: int = 1
 
 
-# (bytes an element, head-dim class) -> tile. Shared memory: two held tiles, three moved ones; all fit 99 KB.
+# (bytes an element, head-dim class) -> tile. Shared memory: two held tiles, three moved ones; where dq is accumulated
+# also dS, one row for each that is held. All fit 99 KB.
 TILES: dict[tuple[int, int], Tile] = {
-    (2, 32): Tile(128, 64, 8),  # 28 KB
-    (2, 64): Tile(128, 64, 8),  # 56 KB
-    (2, 96): Tile(128, 32, 8),  # 66 KB
-    (2, 128): Tile(128, 32, 8),  # 88 KB
-    (2, 192): Tile(64, 16, 4, slices=3),  # 66 KB
-    (2, 256): Tile(64, 16, 4, slices=2),  # 88 KB
-    (4, 32): Tile(64, 32, 4),  # 28 KB
-    (4, 64): Tile(64, 16, 4),  # 44 KB
-    (4, 96): Tile(64, 16, 4),  # 66 KB
-    (4, 128): Tile(64, 16, 4),  # 88 KB
-    (4, 192): Tile(32, 16, 2, slices=2),  # 84 KB
-    (4, 256): Tile(16, 16, 1, slices=4),  # 80 KB
+    (2, 32): Tile(128, 64, 8),  # 28 KB and 16
+    (2, 64): Tile(128, 64, 8),  # 56 KB and 16
+    (2, 96): Tile(128, 32, 8),  # 66 KB and 8
+    (2, 128): Tile(128, 32, 8),  # 88 KB and 8
+    (2, 192): Tile(64, 16, 4, slices=3),  # 66 KB and 4
+    (2, 256): Tile(64, 16, 4, slices=2),  # 88 KB and 4
+    (4, 32): Tile(64, 32, 4),  # 28 KB and 8
+    (4, 64): Tile(64, 16, 4),  # 44 KB and 8
+    (4, 96): Tile(64, 16, 4),  # 66 KB and 8
+    (4, 128): Tile(64, 16, 4),  # 88 KB and 8
+    (4, 192): Tile(32, 16, 2, slices=2),  # 84 KB and 4
+    (4, 256): Tile(16, 16, 1, slices=4),  # 80 KB and 2
 }
 # The same where rows are not aligned to 16 bytes and these would spill.
 NARROW_TILES: dict[tuple[int, int], Tile] = {
-    (2, 128): Tile(128, 16, 8),  # 76 KB; 128 x 32 spills on compute capability 10.0
+    (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
 }
+# Rows of TILES that are always computed by two kernels: with dq too, one would spill, or compute scores twice.
+TWO_KERNELS = {(4, 128)}
 
 
 @dataclass(frozen=True, slots=True)
 class BackwardVariant:
-    """All that the two main kernels' machine code depends on, beside the architecture."""
+    """All that the main kernels' machine code depends on, beside the architecture."""
 
     element: DType
     head_dim: int
@@ -112,14 +125,17 @@ class BackwardVariant:
     tile: Tile
     load_bytes: int
     keys_held: bool
+    accumulate_dq: bool
     dropout: bool = False
 
     @property
     def smem_bytes(self) -> int:
-        tile, row = self.tile, self.head_dim + self.head_dim_v
+        tile, row, itemsize = self.tile, self.head_dim + self.head_dim_v, self.element.itemsize
         rows = tile.held * row + tile.moved * (row + self.head_dim)
         # With keys held, lse and delta of the moved queries besides, in two stages.
-        return rows * self.element.itemsize + (16 * tile.moved if self.keys_held else 0)
+        stats = 16 * tile.moved if self.keys_held else 0
+        scores = tile.held * max(tile.moved * itemsize, 64 if itemsize == 2 else 128) if self.accumulate_dq else 0
+        return rows * itemsize + stats + scores
 
     def members(self) -> dict[str, str | int | bool]:
         return {
@@ -133,6 +149,7 @@ class BackwardVariant:
             "kLoadBytes": self.load_bytes,
             "kSharedBytes": self.smem_bytes,
             "kKeysHeld": self.keys_held,
+            "kAccumulateDq": self.accumulate_dq,
             "kDropout": self.dropout,
         }
 
@@ -155,45 +172,76 @@ class DeltaVariant:
 
 
 @dataclass(frozen=True, slots=True)
-class SumVariant:
-    """All that backward_sum depends on."""
+class CastVariant:
+    """All that backward_cast depends on."""
 
     element: DType
-    tile: Tile
+    head_dim: int
+    load_bytes: int
+
+    @property
+    def smem_bytes(self) -> int:
+        return CAST_ROWS * self.head_dim * self.element.itemsize
+
+    def members(self) -> dict[str, str | int | bool]:
+        return {
+            "Element": self.element.element,
+            "kHeadDim": self.head_dim,
+            "kRows": CAST_ROWS,
+            "kThreads": CAST_THREADS,
+            "kLoadBytes": self.load_bytes,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class SumVariant:
+    """All that backward_sum depends on. held, warps: of the blocks that wrote the partial sums."""
+
+    element: DType
+    held: int
+    warps: int
 
     def members(self) -> dict[str, str | int | bool]:
         packed = dtypes.float16 if self.element is dtypes.float32 else self.element
         return {
             "Element": self.element.element,
             "Packed": packed.element,
-            "kHeld": self.tile.held,
-            "kWarps": self.tile.warps,
+            "kHeld": self.held,
+            "kWarps": self.warps,
         }
 
 
 DELTA_THREADS = 128
+CAST_THREADS = 128
+CAST_ROWS = CAST_THREADS // 2  # of a block: a warp has 16
 
 
 def choose_variants(
-    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, *, dropout: bool = False
-) -> tuple[BackwardVariant, BackwardVariant]:
-    """(keys held, queries held) for a dtype, head dims, alignment, and dropout or none. Nothing else enters."""
+    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, *, deterministic: bool, dropout: bool = False
+) -> tuple[BackwardVariant, ...]:
+    """The main kernels for a dtype, head dims, alignment, and dropout or none: one that holds the keys and accumulates
+    dq; where deterministic and in TWO_KERNELS, one that holds the keys and one that holds the queries. Nothing else
+    enters.
+    """
     d, d_v = forward.head_dim_class(head_dim), forward.head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
     tile = NARROW_TILES.get(row, TILES[row]) if load_bytes < 16 else TILES[row]
     load_bytes = max(load_bytes, min(dtype.itemsize, 4))
-    keys, queries = (BackwardVariant(dtype, d, d_v, tile, load_bytes, held, dropout) for held in (True, False))
-    return keys, queries
+    # (keys held, dq accumulated)
+    sides = ((True, False), (False, False)) if deterministic or row in TWO_KERNELS else ((True, True),)
+    return tuple(BackwardVariant(dtype, d, d_v, tile, load_bytes, *side, dropout) for side in sides)
 
 
 @functools.cache
-def kernel_spec(variant: BackwardVariant | DeltaVariant | SumVariant) -> module.KernelSpec:
+def kernel_spec(variant: BackwardVariant | DeltaVariant | CastVariant | SumVariant) -> module.KernelSpec:
     """Where a variant's kernel is written and how a block of it is launched."""
     match variant:
         case BackwardVariant():
             source, name, threads, smem = "backward_sm80.cu", "sm80", 32 * variant.tile.warps, variant.smem_bytes
         case DeltaVariant():
             source, name, threads, smem = "backward_delta.cu", "delta", DELTA_THREADS, 0
+        case CastVariant():
+            source, name, threads, smem = "backward_cast.cu", "cast", CAST_THREADS, variant.smem_bytes
         case SumVariant():
             source, name, threads, smem = "backward_sum.cu", "sum", 32, 0
     return module.KernelSpec(
@@ -209,11 +257,11 @@ def kernel_spec(variant: BackwardVariant | DeltaVariant | SumVariant) -> module.
 # Pointers of BackwardParams and the name of the array each is taken from.
 POINTERS = (
     "q", "k", "v", "out", "dout", "lse", "dlse", "dq", "dk", "dv", "dsink", "dslopes", "lse_base2", "delta",
-    "sink_partials", "slope_partials", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes", "sink",
-    "seed", "offset",
+    "dq_accum", "sink_partials", "slope_partials", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
+    "alibi_slopes", "sink", "seed", "offset",
 )  # fmt: skip
 _WRITTEN = (
-    "dq", "dk", "dv", "dsink", "dslopes", "lse_base2", "delta", "sink_partials", "slope_partials",
+    "dq", "dk", "dv", "dsink", "dslopes", "lse_base2", "delta", "dq_accum", "sink_partials", "slope_partials",
 )  # fmt: skip
 
 
@@ -236,11 +284,16 @@ class BackwardPlan:
     def __init__(self, problem: BackwardProblem, arch: Arch) -> None:
         p = self.problem = problem
         self.arch = arch
-        keys, queries = choose_variants(p.dtype, p.head_dim, p.head_dim_v, p.load_bytes, dropout=p.dropout_p > 0)
-        tile = queries.tile
-        slots = forward.slots_of(packed=p.packed, batch=p.batch, rows=p.q_rows, block=tile.held)
+        # The gradient of a slope is summed over the queries of one head, which blocks that hold queries do as they go.
+        two_kernels = p.deterministic or p.dslopes
+        keys, *queries = choose_variants(
+            p.dtype, p.head_dim, p.head_dim_v, p.load_bytes, deterministic=two_kernels, dropout=p.dropout_p > 0
+        )
+        cast = CastVariant(p.dtype, keys.head_dim, keys.load_bytes)
         sums = p.dsink or p.dslopes
-        partials = slots * tile.warps if sums else 0
+        held, warps = (keys.tile.held, keys.tile.warps) if queries else (CAST_ROWS, CAST_THREADS // 32)
+        slots = forward.slots_of(packed=p.packed, batch=p.batch, rows=p.q_rows, block=held)
+        partials = slots * warps if sums else 0
         rows = (p.heads_q, p.q_rows) if p.packed else (p.batch, p.heads_q, p.q_rows)
         self.workspace: dict[str, tuple[tuple[int, ...], DType]] = {
             "lse_base2": (rows, dtypes.float32),
@@ -249,11 +302,18 @@ class BackwardPlan:
         for name, wanted in (("sink_partials", p.dsink), ("slope_partials", p.dslopes)):
             if wanted:
                 self.workspace[name] = (p.heads_q, partials), dtypes.float32
+        dq_blocks = dq_accum_units = 0
+        if keys.accumulate_dq:
+            dq_blocks = forward.slots_of(packed=p.packed, batch=p.batch, rows=p.q_rows, block=16)
+            shape = (p.heads_q, dq_blocks, keys.head_dim // 8, 4, 32)
+            self.workspace["dq_accum"] = shape, dtypes.float32
+            dq_accum_units = math.prod(shape) // 4
 
         values = (
             forward.strides_of(p, "q", "k", "v", "out", "dout", "dq", "dk", "dv")
             | forward.score_values(p)
-            | {"heads_q": p.heads_q, "partials": partials, "scale": p.scale}
+            | {"heads_q": p.heads_q, "partials": partials, "dq_blocks": dq_blocks, "dq_accum_units": dq_accum_units}
+            | {"scale": p.scale}
         )
         names = [*values, "packed_grid"]
         self._pack = layout.load("BackwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *names)
@@ -262,25 +322,29 @@ class BackwardPlan:
         def step(variant: Any, grid: tuple[int, int, int], slots: bool, why: str) -> Step:
             return Step(kernel_spec(variant), grid, why, (*values.values(), int(slots)))
 
+        def step_over(variant: Any, rows: int, longest: int | None, heads: int, block: int) -> Step:
+            return step(
+                variant,
+                *forward.choose_grid(
+                    packed=p.packed, batch=p.batch, rows=rows, longest=longest, heads=heads, block=block
+                ),
+            )
+
         delta = DeltaVariant(p.dtype, keys.head_dim_v, keys.load_bytes)
         unit_lanes = 8 if delta.head_dim_v * p.dtype.itemsize % 128 == 0 else 4
         blocks = -(-p.q_rows // (DELTA_THREADS // unit_lanes))
         # Where q is empty there may still be partial sums to clear.
         grid = (max(blocks, int(sums)), p.heads_q, 1 if p.packed else min(p.batch, forward.MAX_HEADS))
-        self.steps = [step(delta, grid, False, "query rows")]
-        sides = (
-            (keys, p.k_rows, p.max_seqlen_k, p.heads_kv * keys.tile.slices),
-            (queries, p.q_rows, p.max_seqlen_q, p.heads_q),
-        )
-        for variant, side_rows, longest, heads in sides:
-            chosen = forward.choose_grid(
-                packed=p.packed, batch=p.batch, rows=side_rows, longest=longest, heads=heads, block=tile.held
-            )
-            self.steps.append(step(variant, *chosen))
+        self.steps = [
+            step(delta, grid, False, "query rows"),
+            step_over(keys, p.k_rows, p.max_seqlen_k, p.heads_kv * keys.tile.slices, keys.tile.held),
+        ]
+        for variant, block in [(side, side.tile.held) for side in queries] or [(cast, CAST_ROWS)]:
+            self.steps.append(step_over(variant, p.q_rows, p.max_seqlen_q, p.heads_q, block))
         if sums:
             sequences = min(p.batch, forward.MAX_HEADS) if p.dslopes and p.alibi == "batch" else 1
             grid = (p.heads_q, max(sequences, 1), 1)
-            self.steps.append(step(SumVariant(p.dtype, tile), grid, False, "(head, sequence)"))
+            self.steps.append(step(SumVariant(p.dtype, held, warps), grid, False, "(head, sequence)"))
 
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
@@ -288,21 +352,31 @@ class BackwardPlan:
         return tuple(step.spec for step in self.steps)
 
     def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
-        """For people: the spec and grid of the kernel that computes dk and dv, and a line for each launch."""
+        """For people: the spec and grid of the kernel that computes dk and dv, and a line for each launch and for what
+        decided between them."""
         lines = []
         for step in self.steps:
             name, held = step.spec.source.removesuffix(".cu"), ""
             if isinstance(step.spec.variant, BackwardVariant):
                 held = " with the keys held" if step.spec.variant.keys_held else " with the queries held"
+                held += ", dq added up by atomics" * step.spec.variant.accumulate_dq
             x, y, z = step.grid
             lines.append(f"{name}{held}: {x} x {y} x {z} blocks, {step.why}")
+        apart = "dq is computed apart, in seven matrix products instead of five, the same bits every time"
         keys = self.steps[1]
+        if "dq_accum" in self.workspace:
+            lines.append("deterministic=False: five matrix products; the last bits of dq differ from run to run")
+        elif self.problem.deterministic:
+            lines.append(f"deterministic=True: {apart}")
+        elif self.problem.dslopes:
+            lines.append(f"the gradient of alibi_slopes is wanted: {apart}")
+        else:
+            lines.append(f"registers are too few for {self.problem.dtype.name} with head dim 128: {apart}")
         return keys.spec, keys.grid, lines
 
     @property
     def workspace_bytes(self) -> int:
-        sizes = [dtype.itemsize * functools.reduce(int.__mul__, shape, 1) for shape, dtype in self.workspace.values()]
-        return sum(sizes)
+        return sum(dtype.itemsize * math.prod(shape) for shape, dtype in self.workspace.values())
 
     def launch(
         self,
@@ -354,8 +428,12 @@ def representative(arch: Arch) -> list[module.KernelSpec]:
     ]
     specs = []
     for dtype, d, d_v, load_bytes, dropout in calls:
-        specs += [kernel_spec(v) for v in choose_variants(dtype, d, d_v, load_bytes, dropout=dropout)]
+        for deterministic in (True, False):
+            chosen = choose_variants(dtype, d, d_v, load_bytes, deterministic=deterministic, dropout=dropout)
+            specs += [kernel_spec(variant) for variant in chosen]
     for dtype in dtypes.KERNEL:
         specs.append(kernel_spec(DeltaVariant(dtype, 128, 16)))
-        specs.append(kernel_spec(SumVariant(dtype, TILES[dtype.itemsize, 64])))
+        specs.append(kernel_spec(SumVariant(dtype, CAST_ROWS, CAST_THREADS // 32)))
+        specs += [kernel_spec(CastVariant(dtype, d, 16)) for d in (64, 256)]
+    specs.append(kernel_spec(CastVariant(dtypes.float16, 256, 2)))
     return specs

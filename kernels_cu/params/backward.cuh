@@ -19,6 +19,8 @@ struct BackwardParams {
   float* dslopes;             // alibi_slopes' shape; null: not wanted
   float* lse_base2;           // [batch, heads_q, q_len] or [heads_q, total_q]: lse log2(e); +inf: the row keeps nothing
   float* delta;               // likewise: sum of dout out, less dlse
+  float* dq_accum;            // [heads_q, dq_blocks, class of head_dim / 8, 4, 32]: sums of dq, before scale, as mma.sync
+                              // leaves 16 rows and 8 columns in 4 registers of 32 lanes; null: no atomics
   float* sink_partials;       // [heads_q, partials]; null where dsink is
   float* slope_partials;      // [heads_q, partials]; null where dslopes is
   const i32* cu_seqlens_q;    // [batch + 1]; null: dense
@@ -58,6 +60,8 @@ struct BackwardParams {
   i64 lse_stride_head;
   i64 alibi_stride_batch;  // 0: the same slopes for every sequence
   i64 partials;            // of one head
+  i64 dq_blocks;           // of 16 queries, of one head: those of a sequence begin at slot_begin<16>
+  i64 dq_accum_units;      // dq_accum's size in units of 16 bytes
 
   i32 batch;
   i32 q_len;       // dense: rows of q in each sequence; packed: rows of q in all

@@ -1,4 +1,4 @@
-// The two products of attention for one warp, operands in shared memory or registers, by mma.sync.
+// The products of attention for one warp, operands in shared memory or registers, by mma.sync.
 // 16-bit elements take m16n8k16. float32 takes tf32 m16n8k8 three times, each operand split into a rounded tf32 and the
 // remainder: high*low + low*high + high*high keeps about 22 bits of each product, float32's accuracy.
 #pragma once
@@ -130,6 +130,62 @@ HW_DEVICE void multiply_pv(O& o, const P& p, u32 tile) {
         const SplitTf32 b0(hw::load_shared<float>(at)), b1(hw::load_shared<float>(below));
         HW_UNROLL
         for (i32 r = 0; r < P::kRowTiles; ++r) mma_3xtf32(o.x[r][c], a_high[r], a_low[r], b0, b1);
+      }
+    }
+  }
+}
+
+// O += P^T V    P [kDepth, ..] and V [kDepth, ..] both in shared memory. O [16, 8 kColTiles] takes the columns of P from
+// first_row on, a multiple of 16 within the 128 bytes of a row of P, and those of V from first_column on, a multiple of
+// O's columns: a power of two of them, 128 bytes at most. The depth index of tf32 as in multiply_pv.
+template <class Element, i32 kDepth, class PTile, class VTile, class O>
+HW_DEVICE void multiply_ptv(O& o, u32 p_tile, i32 first_row, u32 v_tile, i32 first_column) {
+  static_assert(O::kRowTiles == 1 && PTile::kRowBytes <= 128, "one row tile, and rows of P that exchange all units");
+  constexpr i32 kUnit = 16 / static_cast<i32>(sizeof(Element));  // elements
+  constexpr i32 kColumns = 8 * O::kColTiles;
+  static_assert((kColumns & (kColumns - 1)) == 0 && kColumns / kUnit <= VTile::kPeriod, "columns exchanged together");
+  const i32 lane = hw::lane_idx();
+  const i32 p_unit = first_row / kUnit;
+  // A group of columns begins at whole periods of V's units, and some units on, whose bits no column of O has.
+  const i32 v_unit = first_column / kUnit;
+  const i32 v_inside = v_unit % VTile::kPeriod;
+  const u32 v_group = v_tile + static_cast<u32>((v_unit - v_inside) * 16);
+  if constexpr (sizeof(Element) == 2) {
+    const LaneRows<PTile> p_rows(p_tile, lane % 8 + 8 * (lane / 16), p_unit | lane / 8 % 2);
+    const LaneRows<VTile> v_rows(v_group, lane % 16, v_inside | lane / 16);
+    HW_UNROLL
+    for (i32 step = 0; step < kDepth / 16; ++step) {
+      u32 a[4];
+      hw::ldmatrix_x4_trans(a, p_rows.at(16 * step, 0));
+      HW_UNROLL
+      for (i32 c = 0; c < O::kColTiles; c += 2) {
+        u32 v[4];
+        hw::ldmatrix_x4_trans(v, v_rows.at(16 * step, c));
+        hw::mma_m16n8k16(Element{}, o.x[0][c], a, v[0], v[1]);
+        hw::mma_m16n8k16(Element{}, o.x[0][c + 1], a, v[2], v[3]);
+      }
+    }
+  } else {
+    static_assert(PTile::kPeriod == 8 && VTile::kPeriod == 8, "of two rows, the lower one has the neighbouring unit");
+    const i32 g = lane / 4, t = lane % 4;
+    const LaneRows<PTile> p_rows(p_tile + static_cast<u32>(4 * (g % 4)), 2 * t, p_unit | g / 4);
+    const LaneRows<VTile> v_rows(v_group + static_cast<u32>(4 * (g % 4)), 2 * t, v_inside | g / 4);
+    HW_NO_UNROLL
+    for (i32 step = 0; step < kDepth / 8; ++step) {
+      u32 a[4], a_high[4], a_low[4];
+      HW_UNROLL
+      for (i32 i = 0; i < 2; ++i) {
+        const u32 at = p_rows.at(8 * step, 2 * i);
+        a[i] = hw::load_shared<u32>(at);
+        a[2 + i] = hw::load_shared<u32>((at ^ 16u) + static_cast<u32>(PTile::kRowBytes));
+      }
+      split_tf32(a, a_high, a_low);
+      HW_UNROLL
+      for (i32 c = 0; c < O::kColTiles; ++c) {
+        const u32 at = v_rows.at(8 * step, 2 * c);
+        const u32 below = (at ^ 16u) + static_cast<u32>(VTile::kRowBytes);
+        const SplitTf32 b0(hw::load_shared<float>(at)), b1(hw::load_shared<float>(below));
+        mma_3xtf32(o.x[0][c], a_high, a_low, b0, b1);
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <base.cuh>
 #include <hw/async_copy.cuh>
 #include <hw/device.cuh>
+#include <hw/math.cuh>
 
 // A row has kRowBytes, a multiple of 64. Unit u of a row stands at place u ^ (row % 8); where rows are an odd multiple of
 // 64 bytes, two of them share the banks' 128 bytes and u ^ (row / 2 % 4) does. It also serves the 4-byte reads of tf32
@@ -50,6 +51,30 @@ struct LaneRows {
     return base + static_cast<u32>(row * Tile::kRowBytes) + Tile::offset(unit, flip);
   }
 };
+
+// A warp's fragment, rounded to Element, into the tile's first rows and columns.
+template <class Element, class Tile, class S>
+HW_DEVICE void store_fragment(const S& s, u32 tile) {
+  const i32 lane = hw::lane_idx();
+  const LaneRows<Tile> rows(tile + static_cast<u32>(4 * (lane % 4)), lane / 4, 0);
+  HW_UNROLL
+  for (i32 i = 0; i < S::kRows; ++i) {
+    HW_UNROLL
+    for (i32 c = 0; c < S::kColTiles; ++c) {
+      const float low = s.x[i / 2][c][2 * (i % 2)], high = s.x[i / 2][c][2 * (i % 2) + 1];
+      if constexpr (sizeof(Element) == 2) {
+        hw::store_shared(rows.at(8 * i, c), hw::pack2<Element>(low, high));
+      } else {
+        // Two neighbouring words of every lane: rows whose lanes meet in a unit take turns with them.
+        const LaneRows<Tile> words(tile + static_cast<u32>(8 * (lane % 2)), lane / 4, lane / 2 % 2);
+        const u32 at = words.at(8 * i, 2 * c);
+        const u32 turn = 4 * (Tile::key(lane / 4) & 1);
+        hw::store_shared(at + turn, turn == 0 ? low : high);
+        hw::store_shared(at + (turn ^ 4), turn == 0 ? high : low);
+      }
+    }
+  }
+}
 
 // 16 bytes of global memory through registers: those from `left` on are zeros and are not read.
 template <i32 kLoadBytes>

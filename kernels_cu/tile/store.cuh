@@ -31,22 +31,7 @@ HW_DEVICE void store_unit(u8* to, u32x4 bits, i32 left) {
 template <class Element, class Tile, i32 kLoadBytes, class O>
 HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 used, i32 owned, i32 row_bytes) {
   constexpr i32 kUnits = 8 * O::kColTiles * static_cast<i32>(sizeof(Element)) / 16;
-  HW_UNROLL
-  for (i32 i = 0; i < O::kRows; ++i) {
-    HW_UNROLL
-    for (i32 c = 0; c < O::kColTiles; ++c) {
-      const float low = o.x[i / 2][c][2 * (i % 2)], high = o.x[i / 2][c][2 * (i % 2) + 1];
-      if constexpr (sizeof(Element) == 2) {
-        const u32 at = Tile::address(warp_tile, O::row_of(i), c) + static_cast<u32>(2 * O::first_col());
-        hw::store_shared(at, hw::pack2<Element>(low, high));
-      } else {
-        const u32 unit = Tile::address(warp_tile, O::row_of(i), 2 * c + O::first_col() / 4);
-        const u32 at = unit + static_cast<u32>(4 * (O::first_col() % 4));
-        hw::store_shared(at, low);
-        hw::store_shared(at + 4, high);
-      }
-    }
-  }
+  store_fragment<Element, Tile>(o, warp_tile);
   hw::sync_warp();
   constexpr i32 kGroup = Tile::kPeriod;  // lanes that share a row
   const i32 first_row = hw::lane_idx() / kGroup, first_unit = hw::lane_idx() % kGroup;

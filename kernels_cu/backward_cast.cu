@@ -1,0 +1,74 @@
+// After a backward that added up dq by atomics: dq = scale dq_accum, rounded to its type. Also what dsink needs of each
+// query row.
+//
+//   grid    (tile, head, sequence) or (slot, head) of the queries: tile/schedule.cuh
+//   roles   every warp has 16 rows
+//
+//   shared  name   rows    row         bytes for d = 128, 16 bits
+//           rows   kRows   kHeadDim    16 KB    dq is gathered here, each warp in its own rows
+#include <base.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+#include <hw/warp.cuh>
+#include <params/backward.cuh>
+#include <tile/fragment.cuh>
+#include <tile/schedule.cuh>
+#include <tile/score.cuh>
+#include <tile/sequence.cuh>
+#include <tile/shared_tile.cuh>
+#include <tile/store.cuh>
+#include <variant.cuh>
+
+template <class V>
+HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
+  using Element = typename V::Element;
+  using Tile = SharedTile<V::kHeadDim * static_cast<i32>(sizeof(Element))>;
+  using Dq = Fragment<1, V::kHeadDim / 8>;
+  const i32 lane = hw::lane_idx(), warp = hw::warp_idx(), head = hw::block_idx_y();
+  const Sequence seq = read_sequence(p, sequence);
+  const i32 tile = ceil_div(seq.q_rows, V::kRows) - 1 - from_end;
+  const i32 first = tile * V::kRows + 16 * warp;
+
+  Dq dq;
+  dq.fill(0.0f);
+  if (first < seq.q_len) {
+    const i64 block = head * p.dq_blocks + slot_begin<16>(p.cu_seqlens_q, p.q_len, sequence) + first / 16;
+    const float* from = p.dq_accum + block * (V::kHeadDim / 8) * 128 + lane;
+    HW_UNROLL
+    for (i32 c = 0; c < Dq::kColTiles; ++c) {
+      HW_UNROLL
+      for (i32 i = 0; i < 4; ++i) dq.x[0][c][i] = hw::load_global(from + 128 * c + 32 * i) * p.scale;
+    }
+  }
+  u8* to = at_row(p.dq, seq, p.dq_stride_batch, seq.q_begin + first, p.dq_stride_row) + head * p.dq_stride_head;
+  const u32 warp_tile = hw::smem_base() + static_cast<u32>(16 * warp * Tile::kRowBytes);
+  store_rows<Element, Tile, V::kLoadBytes>(dq, warp_tile, to, p.dq_stride_row, seq.q_len - first, seq.q_rows - first,
+                                           p.head_dim * static_cast<i32>(sizeof(Element)));
+
+  // One partial sum a warp: backward_sum.cu adds them up.
+  if (p.sink_partials == nullptr) return;
+  float sink_sum = 0.0f;
+  if (lane < 16 && first + lane < seq.q_len) {
+    const i64 at = row_offset(seq, p.lse_stride_batch, seq.q_begin + first + lane, 1) + head * p.lse_stride_head;
+    const float weight = hw::exp2_approx(read_sink<Element>(p, head) - hw::load_global(p.lse_base2 + at));
+    sink_sum = -weight * hw::load_global(p.delta + at);
+  }
+  HW_UNROLL
+  for (i32 mask = 1; mask < 32; mask *= 2) sink_sum += hw::shfl_xor(sink_sum, mask);
+  if (lane == 0) {
+    const i64 slot = slot_begin<V::kRows>(p.cu_seqlens_q, p.q_len, sequence) + tile;
+    hw::store_global(p.sink_partials + head * p.partials + slot * (V::kThreads / 32) + warp, sink_sum);
+  }
+}
+
+HW_KERNEL(Variant::kThreads) cuflash_backward_cast(HW_GRID_CONSTANT BackwardParams p) {
+  using V = Variant;
+  static_assert(V::kRows == V::kThreads / 2, "every warp has 16 rows");
+  const TileRange range = tiles_of_block<V::kRows>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+  const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kRows); };
+  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
+    // sync   rows free <-> this warp's lanes: this tile may replace the one before
+    hw::sync_warp();
+    cast_tile<V>(p, range.sequence, i);
+  }
+}
