@@ -371,7 +371,7 @@ def test_backward_shapes_and_numbers_compile_nothing(rng):
         try:
             call(2, 7, 140, 3, causal=True, scale=0.0)
             call(1, 9, 3, 2, window_size=(3, 1), softcap=9.0, dropout_p=0.7, seed=2**60, offset=4)
-            call(1, 1, 1, 1, scale=-2.0, alibi_slopes=np.ones(1, np.float32), deterministic=True)
+            call(1, 1, 1, 1, scale=-2.0, alibi_slopes=np.ones(1, np.float32))
         finally:
             cuflash.config.on_compile = before
     assert not compiled
