@@ -111,6 +111,10 @@ TILES: dict[tuple[int, int], Tile] = {
 NARROW_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
 }
+# The same where dq is accumulated and weights are dropped.
+DROPOUT_TILES: dict[tuple[int, int], Tile] = {
+    (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 9.0
+}
 # Rows of TILES that are always computed by two kernels: with dq too, one would spill, or compute scores twice.
 TWO_KERNELS = {(4, 128)}
 
@@ -225,10 +229,13 @@ def choose_variants(
     """
     d, d_v = forward.head_dim_class(head_dim), forward.head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
+    accumulate = not deterministic and row not in TWO_KERNELS
     tile = NARROW_TILES.get(row, TILES[row]) if load_bytes < 16 else TILES[row]
+    if accumulate and dropout:
+        tile = DROPOUT_TILES.get(row, tile)
     load_bytes = max(load_bytes, min(dtype.itemsize, 4))
     # (keys held, dq accumulated)
-    sides = ((True, False), (False, False)) if deterministic or row in TWO_KERNELS else ((True, True),)
+    sides = ((True, True),) if accumulate else ((True, False), (False, False))
     return tuple(BackwardVariant(dtype, d, d_v, tile, load_bytes, *side, dropout) for side in sides)
 
 
