@@ -13,14 +13,15 @@ import ctypes
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from expressions import World
 
 from cuflash import emulator
 from cuflash.jit import hostcxx, source
-from cuflash.trace.emit_c import Words, mods_text
-from cuflash.trace.expr import COORDINATES, Mods
+from cuflash.trace.emit_c import Words, Writer, mods_text
+from cuflash.trace.expr import COORDINATES, SCORE, Mods, cast, coordinate
 
 HEAD = """
 #include <base.cuh>
@@ -48,7 +49,7 @@ HW_DEVICE i64 axis_offset(i32 index, u64 extent, u64 stride) {
 }
 """
 
-CLASSIFY = """
+CLASSIFY_TEXT = """
 EXPORT void classify_{i}(const Params* p, const i32* t, i32 count, const i32* r, i32* out) {{
   using M = mods_{i}::Mods;
   const auto tile = M::tile(*p, t[0], t[1], t[2], t[3]);
@@ -66,13 +67,13 @@ TERMS = """
     const auto q = M::q_terms(*p, t, q_idx);
     const auto k = M::k_terms(*p, t, kv_idx);
 """
-SCORE = """
+SCORE_TEXT = """
 EXPORT void score_{i}(const Params* p, i32 count, const i32* c, const float* s, float* out) {{{terms}
     out[n] = M::score(*p, t, q, k, s[n]);
   }}
 }}
 """
-MASK = """
+MASK_TEXT = """
 EXPORT void mask_{i}(const Params* p, i32 count, const i32* c, u8* by_query, u8* by_key) {{{terms}
     const Interval columns = M::bounds_q(*p, t, q_idx), rows = M::bounds_k(*p, t, kv_idx);
     bool keep_q = kv_idx >= columns.begin && kv_idx < columns.end, keep_k = q_idx >= rows.begin && q_idx < rows.end;
@@ -85,8 +86,23 @@ EXPORT void mask_{i}(const Params* p, i32 count, const i32* c, u8* by_query, u8*
 """
 
 
+VALUE_TEXT = """
+struct Integer_{i} : mods_{i}::Mods {{
+  HW_DEVICE static i32 value(const Params& p, float score, i32 b, i32 h, i32 q_idx, i32 kv_idx, i32 q_len,
+                             i32 kv_len) {{
+{body}  }}
+}};
+EXPORT void value_{i}(const Params* p, i32 count, const i32* c, const float* s, i32* out) {{
+  for (i32 n = 0; n < count; ++n) {{
+    out[n] = Integer_{i}::value(*p, s[n], c[n], c[count + n], c[2 * count + n], c[3 * count + n], c[4 * count + n],
+                                c[5 * count + n]);
+  }}
+}}
+"""
+
+
 class Library:
-    """parts: which functions to compile, of "classify", "score" and "mask"."""
+    """parts: what to compile, of "classify", "score", "mask", and "value", of the int that a score is cast from."""
 
     def __init__(self, mods: Sequence[Mods], parts: Sequence[str]) -> None:
         self.mods = mods
@@ -95,15 +111,28 @@ class Library:
             body = mods_text(m).replace("hw::load_global(", "read(")
             texts.append(f"namespace mods_{i} {{\n{body}}}\n")
             for part in parts:
-                form = {"classify": CLASSIFY, "score": SCORE, "mask": MASK}[part]
+                if part == "value":
+                    texts.append(self._integer(i))
+                    continue
+                form = {"classify": CLASSIFY_TEXT, "score": SCORE_TEXT, "mask": MASK_TEXT}[part]
                 texts.append(form.format(i=i, terms=TERMS.format(i=i)))
         emulator._runtime()  # whose functions the wrappers name
         with tempfile.TemporaryDirectory() as folder:
             head = Path(folder, "head.cuh")
             head.write_text(HEAD)
             text = source.flatten(str(head), "emu")
-        self.library = ctypes.CDLL(str(hostcxx.compile(text + "".join(texts))))
+        flags = [flag for flag in hostcxx._KERNEL_FLAGS if flag != "-O1"]
+        with mock.patch.object(hostcxx, "_KERNEL_FLAGS", ("-O0", *flags)):  # compiling takes longer than running
+            self.library = ctypes.CDLL(str(hostcxx.compile(text + "".join(texts))))
         self._outside = ctypes.c_int32.in_dll(self.library, "outside")
+
+    def _integer(self, i: int) -> str:
+        score = self.mods[i].score
+        assert score is not None
+        x = score.args[0] if score.op == "float" else cast(score, "int")
+        writer = Writer(Words(self.mods[i]), {SCORE: "score"} | {coordinate(name): name for name in COORDINATES})
+        writer.statement(f"return {writer.value(x)};")
+        return VALUE_TEXT.format(i=i, body=writer.text())
 
     def classify(
         self, i: int, world: World, values: Mapping[str, int], q: tuple[np.ndarray, ...], k: tuple[np.ndarray, ...]
@@ -119,6 +148,12 @@ class Library:
         s = np.asarray(points["score"], np.float32)
         out = np.empty(s.size, np.float32)
         self._call(f"score_{i}", i, world, out.size, _coordinates(points), s, out)
+        return out
+
+    def value(self, i: int, world: World, points: Mapping[str, np.ndarray]) -> np.ndarray:
+        s = np.asarray(points["score"], np.float32)
+        out = np.empty(s.size, np.int32)
+        self._call(f"value_{i}", i, world, out.size, _coordinates(points), s, out)
         return out
 
     def mask(self, i: int, world: World, points: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -73,12 +73,8 @@ class World:
             np.asarray(rng.normal(), np.float32),
             rng.integers(0, 200, n).astype(np.uint8),
         )
-        scalars = (
-            int(rng.integers(1, 70)),
-            int(rng.integers(-40, 40)),
-            float(rng.normal()),
-            float(rng.uniform(0.5, 9)),
-        )
+        floats = (float(x) for x in np.float32((rng.normal(), rng.uniform(0.5, 9))))
+        scalars = (int(rng.integers(1, 70)), int(rng.integers(-40, 40)), *floats)
         return cls(arrays, scalars, max_len=max_len)
 
     @property

@@ -8,10 +8,11 @@ from typing import Any
 import expressions
 import numpy as np
 import pytest
+from compiled import Library
 from expressions import World
 
 from cuflash.trace.emit_numpy import evaluate
-from cuflash.trace.expr import Expr, const, coordinate, load, make, scalar
+from cuflash.trace.expr import COORDINATES, Expr, Mods, const, coordinate, load, make, scalar
 from cuflash.trace.intervals import EMPTY, FULL, MIXED, classify
 
 B, H, Q, K, Q_LEN, KV_LEN = (coordinate(name) for name in ("b", "h", "q_idx", "kv_idx", "q_len", "kv_len"))
@@ -52,7 +53,7 @@ def sweep(seed: int, count: int) -> None:
     claims = 0
     for i in range(count):
         world = World.draw(rng, max_len=150)
-        mask = world.expression(rng, "bool", 1 + i % 8, leaves=("b", "h", "q_idx", "kv_idx", "q_len", "kv_len"))
+        mask = world.expression(rng, "bool", 1 + i % 8, COORDINATES)
         values = {
             "b": int(rng.integers(world.batch)), "h": int(rng.integers(world.heads)),
             "q_len": int(rng.integers(1, 151)), "kv_len": int(rng.integers(1, 151)),
@@ -200,3 +201,105 @@ def test_exact(name: str) -> None:
                     )
             if "number0" not in repr(mask):
                 break
+
+
+# --- C --------------------------------------------------------------------------------------------------------------
+
+
+def compare_with_text(seed: int, count: int) -> None:
+    """The text says what NumPy says, tile by tile, for random masks and for the families."""
+    rng = expressions.generator(seed)
+    worlds = [World.draw(rng, max_len=150) for _ in range(4)]
+    masks = [worlds[0].expression(rng, "bool", 1 + i % 8, COORDINATES) for i in range(count)]
+    slots = worlds[0].array_slots, worlds[0].scalar_slots
+    families = [World(ARRAYS, (number, -7), 4, 3, 500) for number in (1, 37, 1000)]
+    of_family = families[0].array_slots, families[0].scalar_slots
+    mods = [Mods(None, mask, *slots) for mask in masks]
+    mods += [Mods(None, mask, *of_family) for mask in FAMILIES.values()]
+    library = Library(mods, ["classify"])
+    for i, m in enumerate(mods):
+        for world in worlds[i % 4 : i % 4 + 1] if i < count else families:
+            values = {
+                "b": int(rng.integers(world.batch)), "h": int(rng.integers(world.heads)),
+                "q_len": int(rng.integers(1, world.max_len + 1)), "kv_len": int(rng.integers(1, world.max_len + 1)),
+            }  # fmt: skip
+            q, k = tiles(rng, 200, values["q_len"], values["kv_len"])
+            assert m.mask is not None
+            expected = classify(m.mask, q, k, values, world.arrays, world.scalars)
+            np.testing.assert_array_equal(library.classify(i, world, values, q, k), expected, err_msg=repr(m.mask))
+
+
+def test_c_says_what_numpy_says() -> None:
+    compare_with_text(13, 150)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(4))
+def test_c_says_what_numpy_says_of_many(part: int) -> None:
+    compare_with_text(14 + part, 600)
+
+
+# --- By hand --------------------------------------------------------------------------------------------------------
+
+
+def one(mask: Expr, q: tuple[int, int], k: tuple[int, int], *captured: Any, **values: int) -> str:
+    arrays = [np.asarray(a) for a in captured if not isinstance(a, int | float)]
+    return NAMES[int(classify(mask, q, k, values, arrays, [a for a in captured if isinstance(a, int | float)]))]
+
+
+def test_what_may_wrap_is_not_known() -> None:
+    far = make("lt", plus(Q, NUMBER), K)  # q_idx + 2^31 - 1 is negative but for q_idx 0
+    assert one(far, (0, 0), (64, 127), 2**31 - 1) == "EMPTY"
+    assert one(far, (0, 63), (64, 127), 2**31 - 1) == "MIXED"
+    assert one(far, (1, 63), (64, 127), 2**31 - 1) == "MIXED"
+    assert one(make("ge", make("abs", NUMBER), const(0)), (0, 1), (0, 1), -(2**31)) == "EMPTY"
+    # What comes back into 32 bits is what it is.
+    assert one(make("lt", make("sub", plus(Q, NUMBER), NUMBER), K), (0, 63), (64, 127), 2**31 - 1) == "FULL"
+
+
+def test_divisors_of_any_sign() -> None:
+    for c, said in ((16, "FULL"), (0, "MIXED"), (-16, "MIXED")):
+        assert one(chunked(NUMBER), (32, 40), (33, 41), c) == said
+
+
+def test_floats_are_known_as_far_as_ints_are() -> None:
+    slope = load(0, "float", (H,))
+    near = make("lt", make("mul", slope, make("abs", D)), const(4.0))
+    slopes = np.array([0.5, 0.25, np.nan, np.inf], np.float32)
+    assert one(near, (0, 3), (0, 3), slopes, h=0) == "FULL"
+    assert one(near, (0, 15), (64, 79), slopes, h=0) == "EMPTY"
+    assert one(near, (0, 15), (16, 31), slopes, h=1) == "MIXED"
+    assert one(near, (0, 3), (0, 3), slopes, h=2) == one(near, (64, 65), (0, 3), slopes, h=3) == "MIXED"
+    chosen = make("gt", load(0, "float", (K,)), const(0.5))
+    weights = np.repeat(np.float32([0.1, 0.9, 0.2]), 64)
+    assert [one(chosen, (0, 63), (k, k + 63), weights) for k in (0, 64, 96, 128)] == ["EMPTY", "FULL", "MIXED", "EMPTY"]
+    weights[70] = np.nan
+    assert one(chosen, (0, 63), (64, 127), weights) == "MIXED"
+
+
+def test_captured_arrays_are_looked_at_where_few_elements_decide() -> None:
+    ids = np.zeros(4096, np.int32)
+    same = same_document()
+    assert one(same, (0, 255), (512, 767), ids) == "FULL"
+    assert one(same, (0, 256), (512, 767), ids) == "MIXED"  # more than are looked at
+    ids[700] = 1  # contents are read anew, whatever was said before
+    assert one(same, (0, 255), (512, 767), ids) == "MIXED"
+    dense = load(0, "bool", (H, Q, K))
+    table = np.ones((2, 8, 64), np.bool_)
+    assert one(dense, (3, 3), (0, 63), table, h=1) == "FULL"
+    assert one(dense, (3, 4), (0, 63), table, h=1) == "MIXED"
+    # Indices outside of the array are errors of the mask: what is inside decides.
+    assert one(make("lt", load(0, "int", (plus(K, -4),)), const(1)), (0, 1), (0, 63), np.zeros(32, np.int8)) == "FULL"
+    assert one(make("lt", load(0, "int", (K,)), const(1)), (0, 1), (0, 63), np.zeros(0, np.int8)) == "MIXED"
+
+
+def test_grids_of_tiles() -> None:
+    q, k = np.arange(0, 512, 64), np.arange(0, 256, 32)
+    found = classify(CAUSAL, (q[:, None], q[:, None] + 63), (k, k + 31), {})
+    assert found.shape == (8, 8) and found.dtype == np.int8
+    lengths = np.array([64, 512])[:, None, None]
+    both_lengths = classify(
+        BOTTOM_RIGHT, (q[:, None], q[:, None] + 63), (k, k + 31), {"q_len": lengths, "kv_len": lengths}
+    )
+    np.testing.assert_array_equal(both_lengths, np.broadcast_to(found, (2, 8, 8)))
+    assert classify(CAUSAL, (5, 4), (0, 3), {}) == EMPTY  # no query
