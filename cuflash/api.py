@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -802,15 +803,7 @@ _UNSUPPORTED = {
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
 }
 
-# NOTE: where kernels of the backward take mods, this is True, and what asks for it goes.
-_BACKWARD_TAKES_MODS = False
 _MODS = ("score_mod", "mask_mod", "block_mask")
-_NO_GRADIENT_OF_MODS = (
-    "no kernel computes the gradients of a Python function: pass softcap=, alibi_slopes=, causal=, window_size=, "
-    "seqused_k= or cu_seqlens where they say it, or host (NumPy) arrays with config.backend='auto', which run on the "
-    "reference"
-)
-
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
@@ -870,8 +863,6 @@ def _prepare(
     aux = validate.aux_names(aux)
     if mods is not None:
         validate.captured([views[name] for name in _captured_names(mods, views)], mods, q.device, backend, framework)
-        if backend != "reference" and backward is not None and not _BACKWARD_TAKES_MODS:
-            raise UnsupportedError(f"{'mask' if mods.score is None else 'score'}_mod: {_NO_GRADIENT_OF_MODS}")
 
     dcaptured: dict[str, TensorView | None] = {}
     out_shape = (*q.shape[:-1], head_dim_v)
@@ -982,6 +973,8 @@ def _plan(
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}
     fields |= {"max_seqlen_k": max_seqlen_k if packed else None, "dlse": "dlse" in views}
+    dcaptured = [(int(n.removeprefix("dcaptured")), math.prod(s)) for n, s in shapes.items() if "dcaptured" in n]
+    fields["dcaptured"] = tuple(dcaptured)
     return ops.plan(ops.BackwardProblem(**fields, deterministic=backward.deterministic), arch)
 
 
@@ -1320,7 +1313,7 @@ def supports(
         except UnsupportedError as error:
             return Support(str(error))
     for name, value in features.items():
-        if name in _SERVED and not (backward and name in _MODS and not _BACKWARD_TAKES_MODS):
+        if name in _SERVED:
             continue
         require(
             name in FEATURES,
@@ -1328,7 +1321,7 @@ def supports(
         )
         unused = value is None or (isinstance(value, (bool, int, float)) and not value)
         if not unused:
-            return Support(f"{name}: {_UNSUPPORTED.get(name, _NO_GRADIENT_OF_MODS)}")
+            return Support(f"{name}: {_UNSUPPORTED[name]}")
     return Support("")
 
 

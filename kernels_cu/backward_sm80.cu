@@ -3,6 +3,9 @@
 //   P  = 2^(score(q k^T) - lse)    dP = dout v^T    dS = P (dP - delta)
 //   dq = scale dS k                dk = scale dS^T q                dv = P^T dout
 //
+// Scores go through the user's mods (tile/mods.cuh): dS is then multiplied by the slope of score_mod, and the gradients of
+// what it captured are added up by the kernel that holds the keys.
+//
 // With dropout Z (0, or 1 / (1 - p) where kept): dv = (Z P)^T dout, dS = P (Z dP - delta).
 //
 // One text, three kernels. A block holds the tiles of one side and moves over the other side's:
@@ -43,6 +46,7 @@
 #include <tile/fragment.cuh>
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
+#include <tile/mods.cuh>
 #include <tile/schedule.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
@@ -127,7 +131,7 @@ HW_DEVICE void accumulate_dq(const BackwardParams& p, u32 ds_smem, u32 k_smem, i
   }
 }
 
-template <class V>
+template <class V, class M>
 HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   using Plan = BackwardPlan<V>;
   using Element = typename V::Element;
@@ -181,7 +185,36 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const i32 first_tile = moved.any.begin / V::kMoved;
   const bool meets_any = last_row >= 0 && moved.any.begin < moved.any.end;
   const i32 tiles = meets_any ? ceil_div(moved.any.end, V::kMoved) - first_tile : 0;
-  const i32 steps = kKeysHeld ? tiles * p.head_group : tiles;
+  const i32 heads = kKeysHeld ? p.head_group : 1;
+  i32 steps = tiles * heads;
+
+  // Where mask_mod may leave nothing of a tile: the first from tile n of the head first_head + group on that it leaves
+  // something of; false if there is none.
+  TileWalk<1> walk(first_tile);
+  const auto find_tile = [&](i32& n, i32& group) {
+    if constexpr (M::kMask) {
+      const i32 end = first_tile + tiles;
+      HW_NO_UNROLL
+      while (true) {
+        const typename M::Tile t = M::tile(p, sequence, first_head + group, seq.q_len, seq.k_len);
+        n = walk.find(n, end, [&](i32 tile) {
+          const i32 first = tile * V::kMoved;
+          const i32 last = min_of(first + V::kMoved, moved_len) - 1, held_last = held_first + last_row;
+          if constexpr (kKeysHeld) return M::classify(p, t, first, last, held_first, held_last);
+          return M::classify(p, t, held_first, held_last, first, last);
+        });
+        if (n < end || group + 1 == heads) return n < end;
+        ++group;
+        n = first_tile;
+        walk = TileWalk<1>(first_tile);
+      }
+    }
+    return true;
+  };
+  i32 n = first_tile, group = 0;
+  if constexpr (M::kMask) {
+    if (steps > 0 && !find_tile(n, group)) steps = 0;
+  }
 
   const i64 moved_stride = kKeysHeld ? p.q_stride_row : p.k_stride_row;
   const i64 moved_v_stride = kKeysHeld ? p.dout_stride_row : p.v_stride_row;
@@ -236,17 +269,23 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
         held_v_smem, kKeysHeld ? v : dout, held_v_stride);
     held_loader.load(held_first, held_len, row_bytes, held_stride);
     held_v_loader.load(held_first, held_len, row_bytes_v, held_v_stride);
-    load_moved(first_tile, 0, 0);
+    load_moved(n, group, 0);
     hw::cp_async_commit();
   }
 
   // Loop over the moved side
-  i32 n = first_tile, group = 0;
   HW_NO_UNROLL
   for (i32 step = 0; step < steps; ++step) {
     const i32 stage = step % 2;
-    const i32 next_n = n + 1 < first_tile + tiles ? n + 1 : first_tile;
-    const i32 next_group = next_n == first_tile ? group + 1 : group;
+    i32 next_n = n + 1, next_group = group;
+    bool unmasked = true;
+    if constexpr (M::kMask) {
+      unmasked = walk.is_full(n);
+      if (!find_tile(next_n, next_group)) steps = step + 1;
+    } else if (next_n == first_tile + tiles) {
+      next_n = first_tile;
+      ++next_group;
+    }
     // wait   moved landed <- own copies of this tile and, the first time, of the held ones
     hw::cp_async_wait<0>();
     // sync   moved landed <-> all warps: the tile is whole; nobody reads the previous one any more
@@ -266,12 +305,28 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     const i32 moved_first = n * V::kMoved;
     const i32 center = diagonal + warp_row - moved_first;  // the moved column on the diagonal of this warp's row 0
     const i32 head = first_head + group;
-    score<Element>(p, sequence, head, s, center);
-    if (moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end) {
+    const i32 row_first = held_first + warp_row;
+    bool mixed = moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end;
+    S before;  // the scores that score_mod gets
+    if constexpr (M::kScore) {
+      s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
+      before = s;
+      score_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first);
+    } else {
+      score<Element>(p, sequence, head, s, center);
+    }
+    if constexpr (M::kMask) {
+      mixed |= !unmasked;
+      if (mixed) {
+        mask_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
+                                   center, left, right, moved_len - moved_first);
+      }
+    } else if (mixed) {
       mask_scores(s, center, left, right, moved_len - moved_first);
     }
-    if constexpr (kAccumulateDq) {
-      // Of keys past the end dk and dv are not stored, but dq adds up all rows. How many there are is read anew: kept
+    if constexpr (kAccumulateDq || (kKeysHeld && M::kGradients > 0)) {
+      // Of keys past the end dk and dv are not stored, but dq adds up all rows, and so do the gradients of what mods
+      // captured. How many there are is read anew: kept
       // through the loop it would cost a register.
       if (from_end == 0 || p.seqused_k != nullptr) {
         const i32 used = read_sequence(p, sequence).k_len - held_first - warp_row;
@@ -333,7 +388,20 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
         }
       }
     }
-    if (!p.raw_scores) {
+    if constexpr (M::kScore) {
+      const typename M::Tile t = M::tile(p, sequence, head, seq.q_len, seq.k_len);
+      if constexpr (kKeysHeld) {
+        if (slice == 0) add_gradients<M, false, V::kFixedSums>(p, t, before, ds, row_first, moved_first);
+      }
+      if constexpr (M::kSlope) {
+        visit_terms<M, !kKeysHeld>(
+            p, t, before, row_first, moved_first,
+            [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
+              float& d = ds.at(row, column);
+              d = d == 0.0f ? 0.0f : d * M::slope(p, t, q, k, x);
+            });
+      }
+    } else if (!p.raw_scores) {
       const float slope = p.alibi_slopes != nullptr ? read_slope(p, sequence, head) : 0.0f;
       HW_UNROLL
       for (i32 r = 0; r < S::kRowTiles; ++r) {
@@ -449,6 +517,6 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_sm80(HW_GRID_CONSTANT BackwardPara
   for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
     // sync   shared memory <-> all warps: this tile may replace the one before
     if (i > range.first) hw::sync_threads();
-    backward_tile<V>(p, range.sequence, i);
+    backward_tile<V, Mods>(p, range.sequence, i);
   }
 }

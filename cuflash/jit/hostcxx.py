@@ -38,6 +38,7 @@ _RUNTIME_FLAGS = ("-O3",)
 # A large frame touches its pages in order, so that it meets the guard below a thread's stack and not what lies beyond.
 _KERNEL_FLAGS = (
     "-O1", "-ffp-contract=off", "-fno-math-errno", "-fno-exceptions", "-fvisibility=hidden", "-fstack-clash-protection",
+    "-fwrapv",  # ints of mods wrap
 )  # fmt: skip
 
 _KERNEL = re.compile(r"^HW_KERNEL\((?P<threads>.+)\)\s*(?P<name>\w+)\s*\(", re.MULTILINE)

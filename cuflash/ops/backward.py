@@ -30,6 +30,7 @@ from ..arch import Arch
 from ..array import TensorView
 from ..dtypes import DType
 from ..jit import layout, module
+from ..trace import emit_c
 from ..trace.expr import Mods
 from . import forward
 from .forward import Strides
@@ -42,6 +43,7 @@ class BackwardProblem:
     load_bytes       16, 4 or 2: what bases and strides of q, k, v, out, dout, dq, dk and dv are all aligned to
     dlse             the gradient of lse is given (contiguous, as lse itself)
     dsink, dslopes   are wanted
+    dcaptured        (slot, size) of the captured arrays whose gradients are
     """
 
     dtype: DType
@@ -78,6 +80,7 @@ class BackwardProblem:
     dropout_p: float = 0.0
     seed: DType | None = None
     mods: Mods | None = None
+    dcaptured: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,13 @@ TILES: dict[tuple[int, int], Tile] = {
 NARROW_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
 }
+# The same for a mask_mod alone and for a score_mod, whose terms take registers.
+MASK_TILES: dict[tuple[int, int], Tile] = {
+    (2, 128): Tile(128, 16, 8),
+}
+SCORE_TILES: dict[tuple[int, int], Tile] = MASK_TILES | {
+    (2, 64): Tile(128, 32, 8),
+}
 # The same where dq is accumulated and weights are dropped.
 DROPOUT_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 9.0
@@ -131,6 +141,8 @@ class BackwardVariant:
     keys_held: bool
     accumulate_dq: bool
     dropout: bool = False
+    fixed_sums: bool = False  # of the gradients of captured arrays
+    mods: str = emit_c.NO_MODS
 
     @property
     def smem_bytes(self) -> int:
@@ -155,6 +167,7 @@ class BackwardVariant:
             "kKeysHeld": self.keys_held,
             "kAccumulateDq": self.accumulate_dq,
             "kDropout": self.dropout,
+            "kFixedSums": self.fixed_sums,
         }
 
 
@@ -215,13 +228,40 @@ class SumVariant:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class CapturedGradientVariant:
+    """All that captured_gradient depends on."""
+
+    element: DType
+    clear: bool
+    fixed: bool
+
+    def members(self) -> dict[str, str | int | bool]:
+        return {
+            "Element": self.element.element,
+            "kThreads": GRADIENT_THREADS,
+            "kClear": self.clear,
+            "kFixed": self.fixed,
+        }
+
+
 DELTA_THREADS = 128
+GRADIENT_THREADS = 256
 CAST_THREADS = 128
 CAST_ROWS = CAST_THREADS // 2  # of a block: a warp has 16
 
 
 def choose_variants(
-    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, *, deterministic: bool, dropout: bool = False
+    dtype: DType,
+    head_dim: int,
+    head_dim_v: int,
+    load_bytes: int,
+    *,
+    deterministic: bool,
+    dropout: bool = False,
+    mods: Mods | None = None,
+    dcaptured: tuple[int, ...] = (),
+    fixed_sums: bool = False,
 ) -> tuple[BackwardVariant, ...]:
     """The main kernels for a dtype, head dims, alignment, and dropout or none: one that holds the keys and accumulates
     dq; where deterministic and in TWO_KERNELS, one that holds the keys and one that holds the queries. Nothing else
@@ -233,16 +273,35 @@ def choose_variants(
     tile = NARROW_TILES.get(row, TILES[row]) if load_bytes < 16 else TILES[row]
     if accumulate and dropout:
         tile = DROPOUT_TILES.get(row, tile)
+    if mods is not None:
+        tile = (MASK_TILES if mods.score is None else SCORE_TILES).get(row, tile)
     load_bytes = max(load_bytes, min(dtype.itemsize, 4))
     # (keys held, dq accumulated)
     sides = ((True, True),) if accumulate else ((True, False), (False, False))
-    return tuple(BackwardVariant(dtype, d, d_v, tile, load_bytes, *side, dropout) for side in sides)
+    texts = {True: emit_c.NO_MODS, False: emit_c.NO_MODS}  # by whether keys are held
+    if mods is not None:
+        texts = {held: emit_c.mods_text(mods, backward=True, wanted=dcaptured if held else ()) for held in texts}
+    return tuple(
+        BackwardVariant(dtype, d, d_v, tile, load_bytes, *side, dropout, fixed_sums and side[0], texts[side[0]])
+        for side in sides
+    )
 
 
 @functools.cache
-def kernel_spec(variant: BackwardVariant | DeltaVariant | CastVariant | SumVariant) -> module.KernelSpec:
+def kernel_spec(
+    variant: BackwardVariant | DeltaVariant | CastVariant | SumVariant | CapturedGradientVariant,
+) -> module.KernelSpec:
     """Where a variant's kernel is written and how a block of it is launched."""
     match variant:
+        case CapturedGradientVariant():
+            return module.KernelSpec(
+                source="captured_gradient.cu",
+                entry="cuflash_captured_gradient",
+                params="CapturedGradientParams",
+                variant=variant,
+                threads=GRADIENT_THREADS,
+                smem_bytes=0,
+            )
         case BackwardVariant():
             source, name, threads, smem = "backward_sm80.cu", "sm80", 32 * variant.tile.warps, variant.smem_bytes
         case DeltaVariant():
@@ -269,6 +328,7 @@ POINTERS = (
 )  # fmt: skip
 _WRITTEN = (
     "dq", "dk", "dv", "dsink", "dslopes", "lse_base2", "delta", "dq_accum", "sink_partials", "slope_partials",
+    *(f"{name}{slot}" for name in ("dcaptured", "sums") for slot in range(emit_c.WORDS)),
 )  # fmt: skip
 
 
@@ -294,7 +354,15 @@ class BackwardPlan:
         # The gradient of a slope is summed over the queries of one head, which blocks that hold queries do as they go.
         two_kernels = p.deterministic or p.dslopes
         keys, *queries = choose_variants(
-            p.dtype, p.head_dim, p.head_dim_v, p.load_bytes, deterministic=two_kernels, dropout=p.dropout_p > 0
+            p.dtype,
+            p.head_dim,
+            p.head_dim_v,
+            p.load_bytes,
+            deterministic=two_kernels,
+            dropout=p.dropout_p > 0,
+            mods=p.mods,
+            dcaptured=tuple(slot for slot, _ in p.dcaptured),
+            fixed_sums=p.deterministic and bool(p.dcaptured),
         )
         cast = CastVariant(p.dtype, keys.head_dim, keys.load_bytes)
         sums = p.dsink or p.dslopes
@@ -337,6 +405,10 @@ class BackwardPlan:
                 ),
             )
 
+        self.gradients = [CapturedGradient(p, slot, size) for slot, size in p.dcaptured]
+        for gradient in self.gradients:
+            self.workspace |= gradient.workspace
+
         delta = DeltaVariant(p.dtype, keys.head_dim_v, keys.load_bytes)
         unit_lanes = 8 if delta.head_dim_v * p.dtype.itemsize % 128 == 0 else 4
         blocks = -(-p.q_rows // (DELTA_THREADS // unit_lanes))
@@ -356,7 +428,8 @@ class BackwardPlan:
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
         """The kernels a launch runs."""
-        return tuple(step.spec for step in self.steps)
+        gradients = [spec for gradient in self.gradients for spec in gradient.specs]
+        return (*(step.spec for step in self.steps), *gradients)
 
     def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
         """For people: the spec and grid of the kernel that computes dk and dv, and a line for each launch and for what
@@ -398,15 +471,58 @@ class BackwardPlan:
     ) -> None:
         """Computes dq, dk, dv (and dsink, dslopes where the problem wants them) in place.
 
-        arrays: all of POINTERS that the problem has, the workspace among them.
+        arrays: all of POINTERS that the problem has, the workspace among them; "captured<slot>" and "dcaptured<slot>".
+        scalars: numbers that the mods captured.
         """
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = forward.buffers_of(arrays, _WRITTEN) if backend == "emulator" else ()
         captured = self._captured.pack(arrays, scalars)
+        where = dict(arch=self.arch, backend=backend, device=device, stream=stream, buffers=buffers)
+        for gradient in self.gradients:
+            gradient.clear(arrays, **where)
         for step in self.steps:
             params = self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *step.values)
             kernel = module.load(step.spec, self.arch, backend, device)
             kernel.launch(step.grid, params, stream=stream, buffers=buffers)
+        for gradient in self.gradients:
+            gradient.finish(arrays, **where)
+
+
+class CapturedGradient:
+    """The gradient of one captured array: sums that are cleared before the backward and brought to its dtype after it.
+
+    Where they are float32 and so is the array, they are the gradient itself, "dcaptured<slot>".
+    """
+
+    def __init__(self, problem: BackwardProblem, slot: int, size: int) -> None:
+        assert problem.mods is not None
+        dtype = problem.mods.arrays[slot].dtype
+        fixed = problem.deterministic
+        self.size = size
+        self.out = f"dcaptured{slot}"
+        self.sums = f"sums{slot}" if fixed or dtype is not dtypes.float32 else self.out
+        self.workspace: dict[str, tuple[tuple[int, ...], DType]] = {}
+        if self.sums != self.out:
+            self.workspace[self.sums] = ((size, 3), dtypes.uint64) if fixed else ((size,), dtypes.float32)
+        self.specs = [kernel_spec(CapturedGradientVariant(dtype, True, fixed))]
+        if self.sums != self.out:
+            self.specs.append(kernel_spec(CapturedGradientVariant(dtype, False, fixed)))
+        self._pack = layout.load("CapturedGradientParams").packer("sums", "out", "size")
+
+    def clear(self, arrays: Mapping[str, TensorView], **where: Any) -> None:
+        self._launch(self.specs[0], arrays[self.sums].ptr, 0, **where)
+
+    def finish(self, arrays: Mapping[str, TensorView], **where: Any) -> None:
+        for spec in self.specs[1:]:
+            self._launch(spec, arrays[self.sums].ptr, arrays[self.out].ptr, **where)
+
+    def _launch(
+        self, spec: module.KernelSpec, sums: int, out: int, *, arch: Arch, backend: str, device: int | None,
+        stream: int | None, buffers: Sequence[module.Buffer],
+    ) -> None:  # fmt: skip
+        blocks = min(-(-self.size // GRADIENT_THREADS), 1024)
+        kernel = module.load(spec, arch, backend, device)
+        kernel.launch((blocks, 1, 1), self._pack(sums, out, self.size), stream=stream, buffers=buffers)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -323,11 +323,11 @@ class Captured:
         if self.words is None:
             return emit_c.NO_WORDS
         views = [arrays[name] for name in self._names]
-        gradients = {
-            slot: arrays[f"d{self._names[slot]}"].ptr
-            for slot in self.words.gradients
-            if f"d{self._names[slot]}" in arrays
-        }
+        gradients = {}
+        for slot in self.words.gradients:
+            sums = arrays.get(f"sums{slot}") or arrays.get(f"dcaptured{slot}")
+            if sums is not None:
+                gradients[slot] = sums.ptr
         return self.words.pack([(x.ptr, x.shape, x.strides) for x in views], scalars, gradients)
 
 

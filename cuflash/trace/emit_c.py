@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from ..errors import UnsupportedError
+from .derive import gradients
 from .expr import SCORE, ArraySlot, Expr, Mods, coordinate, leaves
 from .strata import FULL_RANGE, split, value_range
 
@@ -72,14 +73,14 @@ class Words:
         self,
         arrays: Iterable[tuple[int, Sequence[int], Sequence[int]]],
         scalars: Sequence[int | float],
-        gradients: Mapping[int, int] | None = None,
+        addresses: Mapping[int, int] | None = None,
     ) -> bytes:
-        """The block's bytes, from (address, shape, strides) of each array, and addresses of gradients by slot."""
+        """The block's bytes, from (address, shape, strides) of each array, and those of gradients by slot."""
         values: list[int | float] = []
         for pointer, shape, strides in arrays:
             values += (pointer, *strides, *shape)
         values += scalars
-        values += [(gradients or {}).get(slot, 0) for slot in self.gradients]
+        values += [(addresses or {}).get(slot, 0) for slot in self.gradients]
         return struct.pack(self._format, *values)
 
 
@@ -239,14 +240,17 @@ _Q, _K = coordinate("q_idx"), coordinate("kv_idx")
 
 
 @lru_cache(maxsize=1024)
-def mods_text(mods: Mods, *, gradients: bool = False) -> str:
+def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = ()) -> str:
     """The text of `struct Mods` for a call's mods.
 
-    gradients: with what the backward asks for, the derivative by the score and the sums for captured arrays.
+    backward   with what the backward asks for, the derivative by the score
+    wanted     slots of float arrays whose gradients it computes
     """
     words = Words(mods)
     score = mods.score
-    slope, captured = _derivatives(mods) if gradients and score is not None else (None, {})
+    slope, captured = None, {}
+    if backward and score is not None:
+        slope, captured = gradients(score, wanted)
     by_query = split(mods.mask, "kv_idx") if mods.mask is not None else None
     by_key = split(mods.mask, "q_idx") if mods.mask is not None else None
     element = [x for x in (score, slope, *captured.values()) if x is not None]
@@ -292,10 +296,10 @@ def mods_text(mods: Mods, *, gradients: bool = False) -> str:
         "kKeepK": by_key is not None and by_key.rest is not None,
         "kLoads": any("load" in leaves(x) or "dot" in leaves(x) for x in (*element, *rows)),
         "kSlope": slope is not None and not (slope.op == "const" and slope.value == 1.0),
-        "kGradients": bool(captured),
     }
     parts = ["struct Mods {\n"]
     parts += [f"  static constexpr bool {name} = {str(value).lower()};\n" for name, value in constants.items()]
+    parts.append(f"  static constexpr i32 kGradients = {len(captured)};\n")
     parts.append(f"  struct Tile {{\n    i32 b, h, q_len, kv_len;\n{tile.declarations()}  }};\n")
     parts.append(f"  struct QTerms {{\n    i32 idx;\n{q.declarations()}  }};\n")
     parts.append(f"  struct KTerms {{\n    i32 idx;\n{k.declarations()}  }};\n")
@@ -329,6 +333,8 @@ def mods_text(mods: Mods, *, gradients: bool = False) -> str:
         parts.append(function(f"float score({arguments}, float s)", in_element, returning(score)))
     if slope is not None:
         parts.append(function(f"float slope({arguments}, float s)", in_element, returning(slope)))
+    if captured:
+        parts.append(_gradients_text(words, mods, captured, arguments, in_element))
     parts.append("};\n")
     return "".join(parts)
 
@@ -337,29 +343,55 @@ NO_MODS = (
     "struct Mods {\n"
     + "".join(
         f"  static constexpr bool {name} = false;\n"
-        for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kLoads", "kSlope", "kGradients")
+        for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kLoads", "kSlope")
     )
-    + "};\n"
+    + "  static constexpr i32 kGradients = 0;\n};\n"
 )
+_SIDES = {TILE: 0, "q_idx": 1, "kv_idx": 2, "element": 3}  # as kernels_cu/tile/mods.cuh counts them
 
 
-def _derivatives(mods: Mods) -> tuple[Expr, dict[Expr, Expr]]:
-    from .derive import gradients
-
-    assert mods.score is not None
-    slope, loads = gradients(mods.score)
-    return slope, {x: d for x, d in loads.items() if mods.arrays[x.value].kind == "float"}
+def _gradients_text(
+    words: Words, mods: Mods, captured: Mapping[Expr, Expr], arguments: str, given: Mapping[Expr, str]
+) -> str:
+    """Members for the gradients of captured arrays, one for each place an array is read at: what the gradient of the
+    new score is multiplied by, and to which element it is added."""
+    sides, factors, places = [], [], []
+    for load, factor in captured.items():
+        sides.append(max((stratum(i) for i in load.args), key=_SIDES.__getitem__, default=TILE))
+        if {stratum(i) for i in load.args} >= {"q_idx", "kv_idx"}:
+            sides[-1] = "element"
+        for x, texts in ((factor, factors), (load, places)):
+            w = Writer(words, given, indent="      ")
+            if x is factor:
+                w.statement(f"return {w.value(factor)};")
+            else:
+                shape = words.arrays[load.value] + 1 + mods.arrays[load.value].ndim
+                at = "0"
+                for axis, i in enumerate(load.args):
+                    index = w.value(i)  # before the statement that it goes into
+                    extent = f"p.captured.words[{shape + axis}]"
+                    offset = f"axis_offset({index}, {extent}, 1)"
+                    at = offset if axis == 0 else f"({at}) * static_cast<i64>({extent}) + {offset}"
+                w.statement(f"add({at}, p.captured.words[{words.gradients[load.value]}]);")
+                w.statement("return;")
+            texts.append(w.text())
+    blocks = lambda texts: "".join(  # noqa: E731
+        f"    if constexpr (kPlace == {n}) {{\n{text}    }}\n" for n, text in enumerate(texts)
+    )
+    cases = "".join(f"    if (place == {n}) return {_SIDES[side]};\n" for n, side in enumerate(sides))
+    return (
+        f"  static constexpr i32 gradient_side(i32 place) {{\n{cases}    return 0;\n  }}\n"
+        f"  template <i32 kPlace, class Params>\n"
+        f"  HW_DEVICE static float gradient_factor({arguments}, float s) {{\n{blocks(factors)}    return 0.0f;\n  }}\n"
+        f"  template <i32 kPlace, class Params, class Add>\n"
+        f"  HW_DEVICE static void gradient_place({arguments}, const Add& add) {{\n{blocks(places)}  }}\n"
+    )
 
 
 def _classify(mods: Mods, words: Words) -> str:
     """The member that says what is true of a whole tile."""
-    try:
-        from .intervals import classify_text
-    except ImportError:
-        return (
-            "  template <class Params>\n"
-            "  HW_DEVICE static i32 classify(const Params&, const Tile&, i32, i32, i32, i32) { return 1; }\n"
-        )
+    from .intervals import classify_text  # which writes with this module's own names
+
     assert mods.mask is not None
     return classify_text(mods, words)
 

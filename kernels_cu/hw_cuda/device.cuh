@@ -81,15 +81,18 @@ HW_DEVICE void store_global(T* pointer, T value) {
   *pointer = value;
 }
 
-// *pointer += value, one of many that do so at a time, in no order. Denormals are flushed. (PTX ISA, "red")
-HW_DEVICE void atomic_add(float* pointer, float value) {
-  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
-}
-
 // An index into an axis of `size` elements (at least 1), from Python code that nobody has checked: one that is outside is
 // brought inside, and the emulator reports it.
 HW_DEVICE i32 checked_index(i32 index, i32 size) {
   return static_cast<i32>(min_of(static_cast<u32>(index), static_cast<u32>(size) - 1u));
+}
+
+// *pointer += value, one of many that do so at a time, in no order. Denormals are flushed. (PTX ISA, "red")
+HW_DEVICE void atomic_add(float* pointer, float value) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
+HW_DEVICE void atomic_add(u64* pointer, u64 value) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");
 }
 
 }  // namespace hw

@@ -72,6 +72,8 @@ HW_DEVICE float cos_approx(float x) {
 HW_DEVICE float floor(float x) { return floorf(x); }
 HW_DEVICE float ceil(float x) { return ceilf(x); }
 HW_DEVICE i32 to_int(float x) { return __float2int_rz(x); }
+// The nearest whole number of 64 bits; |x| < 2^63.
+HW_DEVICE i64 to_long(float x) { return __float2ll_rn(x); }
 
 // The larger; a NaN loses against a number.
 HW_DEVICE float max(float a, float b) { return fmaxf(a, b); }

@@ -52,13 +52,16 @@ HW_DEVICE void store_global(T* pointer, T value, Site site = Site::here()) {
   cuflash_emu_store_global(&value, pointer, sizeof(T), site);
 }
 
-HW_DEVICE void atomic_add(float* pointer, float value, Site site = Site::here()) {
-  cuflash_emu_atomic_add(pointer, value, site);
-}
-
 HW_DEVICE i32 checked_index(i32 index, i32 size, Site site = Site::here()) {
   if (index < 0 || index >= size) cuflash_emu_bad_index(index, size, site);
   return index;
+}
+
+HW_DEVICE void atomic_add(float* pointer, float value, Site site = Site::here()) {
+  cuflash_emu_atomic_add(pointer, value, site);
+}
+HW_DEVICE void atomic_add(u64* pointer, u64 value, Site site = Site::here()) {
+  cuflash_emu_atomic_add_u64(pointer, value, site);
 }
 
 }  // namespace hw

@@ -49,6 +49,8 @@ HW_DEVICE i32 to_int(float x) {
   return x >= 2147483648.0f ? 2147483647 : x < -2147483648.0f ? -2147483647 - 1 : static_cast<i32>(x);
 }
 
+HW_DEVICE i64 to_long(float x) { return __builtin_llrintf(x); }
+
 HW_DEVICE float tanh_approx(float x) {
   const float y = __builtin_tanhf(x);
   return y != y ? y : bits_float((float_bits(y) + 0x1000u) & 0xffffe000u);

@@ -1477,6 +1477,13 @@ void cuflash_emu_bad_index(i32 index, i32 size, Site site) {
                      format(": %d, of an axis of %d elements", index, size));
 }
 
+void cuflash_emu_atomic_add_u64(u64* pointer, u64 value, Site site) {
+  Fiber* f = this_fiber();
+  step(f, site);
+  check_global(f, reinterpret_cast<u64>(pointer), 8, 8, true, "atomic_add", site);
+  __atomic_fetch_add(pointer, value, __ATOMIC_RELAXED);
+}
+
 void cuflash_emu_cp_async(u32 destination, const void* source, u32 bytes, i32 source_bytes, Site site) {
   Fiber* f = this_fiber();
   Block* b = f->block;

@@ -29,6 +29,9 @@ struct Fragment {
     }
   }
 
+  // The element that visits name (row, column).
+  HW_DEVICE float& at(i32 row, i32 column) { return x[row / 2][column / 8][2 * (row % 2) + column % 2]; }
+
   // visit(value, row, column) for every element of this thread: row in 0 .. kRows - 1, column a constant to be added
   // to first_col().
   template <class Visit>

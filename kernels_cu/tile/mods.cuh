@@ -7,6 +7,7 @@
 #include <hw/math.cuh>
 #include <hw/warp.cuh>
 #include <tile/arithmetic.cuh>
+#include <tile/fixed_sum.cuh>
 #include <tile/mask.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
@@ -129,3 +130,104 @@ struct TileWalk {
   // Of the tile `find` gave, until it is asked again.
   HW_DEVICE bool is_full(i32 n) const { return (full >> ((n - base) * kStep) & 1u) != 0; }
 };
+
+// Gradients of captured arrays ----------------------------------------------------------------------------------------
+
+// What the place of an array's element changes with: what a gradient can be added up over before it goes to memory.
+constexpr i32 kTileSide = 0;  // nothing in the tile
+constexpr i32 kQSide = 1;     // the query
+constexpr i32 kKSide = 2;     // the key
+
+// Adds d score' / d element times ds for one place, kPlace, that score_mod reads a captured array at. scores: as score_mod
+// got them; ds: the gradient of what it gave. kFixed: in sums that no order changes.
+template <class M, bool kRowsAreQueries, bool kFixed, i32 kPlace, class Params, class S>
+HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& scores, S& ds, i32 row_first,
+                                i32 column_first) {
+  constexpr i32 kSide = M::gradient_side(kPlace);
+  constexpr i32 kRowSide = kRowsAreQueries ? kQSide : kKSide;
+  constexpr i32 kColumnSide = kRowsAreQueries ? kKSide : kQSide;
+  const auto add = [&](const typename M::QTerms& q, const typename M::KTerms& k, float value) {
+    if (value == 0.0f) return;
+    M::template gradient_place<kPlace>(p, t, q, k, [&](i64 at, u64 array) {
+      if (array == 0) return;
+      if constexpr (kFixed) {
+        add_fixed(reinterpret_cast<FixedSum*>(array) + at, value);
+      } else {
+        hw::atomic_add(reinterpret_cast<float*>(array) + at, value);
+      }
+    });
+  };
+  const auto term = [&](float s, float d, const typename M::QTerms& q, const typename M::KTerms& k) {
+    return d == 0.0f ? 0.0f : d * M::template gradient_factor<kPlace>(p, t, q, k, s);
+  };
+  const auto terms_at = [&](i32 row, i32 column, const auto& use) {
+    const i32 query = inside(kRowsAreQueries ? row : column, t.q_len), key = inside(kRowsAreQueries ? column : row, t.kv_len);
+    use(M::q_terms(p, t, query), M::k_terms(p, t, key));
+  };
+  if constexpr (kSide == kRowSide) {
+    float sums[S::kRows];
+    HW_UNROLL
+    for (i32 i = 0; i < S::kRows; ++i) sums[i] = 0.0f;
+    visit_terms<M, kRowsAreQueries>(
+        p, t, scores, row_first, column_first,
+        [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
+          sums[row] += term(x, ds.at(row, column), q, k);
+        });
+    HW_UNROLL
+    for (i32 i = 0; i < S::kRows; ++i) {
+      const float sum = quad_sum(sums[i]);
+      if (hw::lane_idx() % 4 == 0) {
+        terms_at(row_first + S::row_of(i), column_first,
+                 [&](const typename M::QTerms& q, const typename M::KTerms& k) { add(q, k, sum); });
+      }
+    }
+  } else if constexpr (kSide == kColumnSide) {
+    float sums[2 * S::kColTiles];
+    HW_UNROLL
+    for (i32 i = 0; i < 2 * S::kColTiles; ++i) sums[i] = 0.0f;
+    visit_terms<M, kRowsAreQueries>(
+        p, t, scores, row_first, column_first,
+        [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
+          sums[column / 8 * 2 + column % 2] += term(x, ds.at(row, column), q, k);
+        });
+    HW_UNROLL
+    for (i32 i = 0; i < 2 * S::kColTiles; ++i) {
+      float sum = sums[i];
+      HW_UNROLL
+      for (i32 mask = 4; mask < 32; mask *= 2) sum += hw::shfl_xor(sum, mask);
+      if (hw::lane_idx() < 4) {
+        terms_at(row_first, column_first + S::first_col() + i / 2 * 8 + i % 2,
+                 [&](const typename M::QTerms& q, const typename M::KTerms& k) { add(q, k, sum); });
+      }
+    }
+  } else if constexpr (kSide == kTileSide) {
+    float sum = 0.0f;
+    visit_terms<M, kRowsAreQueries>(
+        p, t, scores, row_first, column_first,
+        [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
+          sum += term(x, ds.at(row, column), q, k);
+        });
+    HW_UNROLL
+    for (i32 mask = 1; mask < 32; mask *= 2) sum += hw::shfl_xor(sum, mask);
+    if (hw::lane_idx() == 0) {
+      terms_at(row_first, column_first,
+               [&](const typename M::QTerms& q, const typename M::KTerms& k) { add(q, k, sum); });
+    }
+  } else {
+    visit_terms<M, kRowsAreQueries>(
+        p, t, scores, row_first, column_first,
+        [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
+          add(q, k, term(x, ds.at(row, column), q, k));
+        });
+  }
+}
+
+// For all of them.
+template <class M, bool kRowsAreQueries, bool kFixed, i32 kPlace = 0, class Params, class S>
+HW_DEVICE void add_gradients(const Params& p, const typename M::Tile& t, S& scores, S& ds, i32 row_first,
+                             i32 column_first) {
+  if constexpr (kPlace < M::kGradients) {
+    add_gradients_of<M, kRowsAreQueries, kFixed, kPlace>(p, t, scores, ds, row_first, column_first);
+    add_gradients<M, kRowsAreQueries, kFixed, kPlace + 1>(p, t, scores, ds, row_first, column_first);
+  }
+}

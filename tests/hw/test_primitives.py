@@ -138,6 +138,10 @@ BODIES["lowest_bit"] = (
 BODIES["to_int"] = (
     "hw::store_global(out<i32>() + thread, hw::to_int(hw::load_global(a<float>() + thread)));", 1024, 0
 )  # fmt: skip
+BODIES["to_long"] = (
+    "hw::store_global(out<i64>() + thread, hw::to_long(hw::load_global(a<float>() + thread)));", 1024, 0
+)  # fmt: skip
+BODIES["atomic_add_u64"] = ("hw::atomic_add(out<u64>() + thread % 2, hw::load_global(a<u64>() + thread));", 64, 0)
 BODIES["checked_index"] = (
     "hw::store_global(out<i32>() + thread, hw::checked_index(hw::load_global(a<i32>() + thread), n));", 32, 0
 )  # fmt: skip
@@ -427,6 +431,21 @@ def test_to_int_goes_towards_0_and_saturates(run, rng, backend):
     found = run("to_int", backend, a=x, out=np.zeros(1024, np.int32))
     wide = np.trunc(np.nan_to_num(x.astype(np.float64), nan=0.0, posinf=1e30, neginf=-1e30))
     np.testing.assert_array_equal(found, np.clip(wide, -(2**31), 2**31 - 1))
+
+
+@each_backend
+def test_to_long_rounds_to_the_nearest(run, rng, backend):
+    x = (rng.uniform(-1, 1, 1024) * 2.0 ** rng.integers(0, 62, 1024)).astype(np.float32)
+    x[:4] = 0.5, 1.5, -2.5, 2.0**61
+    found = run("to_long", backend, a=x, out=np.zeros(1024, np.int64))
+    np.testing.assert_array_equal(found, np.rint(x.astype(np.float64)).astype(np.int64))
+
+
+@each_backend
+def test_atomic_add_of_64_bits(run, rng, backend):
+    x = rng.integers(-(2**62), 2**62, 64)
+    found = run("atomic_add_u64", backend, a=x.view(np.uint64), out=np.zeros(2, np.uint64))
+    np.testing.assert_array_equal(found.view(np.int64), x.reshape(32, 2).sum(0))
 
 
 @each_backend
