@@ -25,7 +25,7 @@ CLASSES = (
     "MUFU", "FFMA", "FMUL", "FADD", "FMNMX", "FSEL", "FSETP", "F2FP", "SHFL",  # softmax
     "LDSM", "STSM", "LDS", "STS",  # shared memory
     "LDGSTS", "LDGDEPBAR", "DEPBAR", "UTMALDG", "UTMASTG", "SYNCS",  # asynchronous copies and their waits
-    "LDG", "STG", "ATOM", "RED",  # global memory
+    "LDG", "STG", "ATOM", "ATOMG", "RED", "REDG",  # global memory
     "LDL", "STL",  # local memory: spills, or arrays indexed at run time
     "BAR", "WARPGROUP", "WARPSYNC", "BRA",
 )  # fmt: skip
