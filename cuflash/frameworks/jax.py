@@ -34,7 +34,7 @@ def view(x: Any) -> TensorView:
     if isinstance(x, jax.core.Tracer):
         raise UnsupportedError(
             "jax is tracing it (jit, grad, vmap, scan ...), and this call needs concrete arrays: call it outside of "
-            "the transformation; cuflash.attention without score_mod and mask_mod is served under all of them"
+            "the transformation; cuflash.attention is served under all of them"
         )
     if not isinstance(x, jax.Array):
         raise ArgumentError(f"a {type(x).__qualname__} is not an array: wrap it in jnp.asarray")

@@ -25,6 +25,7 @@ from ..array import HOST, Device, TensorView
 from ..errors import ArgumentError, UnsupportedError
 from ..settings import config
 from ..trace import text
+from ..trace.expr import leaves
 from ..trace.fold import numbers
 from . import calls, jax_ffi
 from . import jax as _adapter
@@ -77,10 +78,6 @@ def attention(
     **keywords: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`cuflash.attention` of JAX arrays -> (out, lse, max_logit); gradients flow through out and lse."""
-    if bound is not None:
-        raise UnsupportedError(
-            "score_mod, mask_mod, block_mask: no operation of JAX carries functions: call outside of jit and grad"
-        )
     floats = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}
     lengths = dict(zip(_LENGTHS, (cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k), strict=True))
     floats, lengths = ({n: x for n, x in part.items() if x is not None} for part in (floats, lengths))
@@ -92,6 +89,10 @@ def attention(
             )
     static = Static(**keywords, dropout_p=dropout_p, backend=config.backend, arch=config.arch)
     whole = _known_lengths(floats, lengths)
+    if bound is not None:
+        static = _replaced(static, mods=text.dumps(bound.mods), scalars=bound.scalars)
+        for i, (slot, x) in enumerate(zip(bound.mods.arrays, bound.arrays, strict=True)):
+            (floats if slot.dtype.is_float else whole)[f"captured{i}"] = _captured(slot.name, x)
     if dropout_p:
         whole |= {"seed": _random_number("seed", seed), "offset": _random_number("offset", offset)}
     _description("attention", static, floats | whole)  # what is wrong is said here, where the caller is
@@ -106,6 +107,17 @@ def attention(
             raise
         raise UnsupportedError(f"jax.jvp, jax.jacfwd: {_SECOND}") from error
     return results["out"], results.get("lse"), results.get("max_logit")
+
+
+def _captured(name: str, x: Any) -> Any:
+    if isinstance(x, np.ndarray) and x.ndim == 0:
+        return jnp.asarray(x)
+    if not isinstance(x, jax.Array):
+        raise ArgumentError(
+            f"{name}, which a mod captured, is a {type(x).__qualname__} and q a JAX array: all arrays must be of one "
+            "framework; wrap it in jnp.asarray"
+        )
+    return x
 
 
 def _known_lengths(floats: Arrays, lengths: Arrays) -> Arrays:
@@ -155,11 +167,13 @@ def _differentiable(static: Static) -> Callable[[Arrays, Arrays], Arrays]:
 
     def rule_forward(floats: Arrays, lengths: Arrays) -> tuple[Arrays, Any]:
         with_lse = static if "lse" in static.aux else _replaced(static, aux=(*static.aux, "lse"))
-        slopes = floats.get("alibi_slopes")
+        optional = (name for name in floats if name not in ("q", "k", "v", "sink"))
+        # NOTE: what is known when traced travels as a shape. JAX remembers this function's result for each choice of
+        # what is differentiated, but of its structure the last alone.
+        wanted = {name: jnp.zeros(int(floats[name].perturbed)) for name in optional}
         floats, lengths = ({n: x.value for n, x in part.items()} for part in (floats, lengths))
         results = _once_differentiable("attention", with_lse)(floats | lengths)
         saved = {name: results[name] for name in ("out", "lse")}
-        wanted = (True,) if slopes is not None and slopes.perturbed else ()  # its length is what is known when traced
         returned = {name: x for name, x in results.items() if name == "out" or name in static.aux}
         return returned, (floats, lengths, saved, wanted)
 
@@ -177,10 +191,9 @@ def _differentiable(static: Static) -> Callable[[Arrays, Arrays], Arrays]:
             arrays["dout"] = cotangents["out"]
         if "lse" in cotangents and "lse" not in zero:
             arrays["dlse"] = cotangents["lse"]
-        keywords = _replaced(static, aux=(), grads=("alibi_slopes",) if wanted else ())
+        keywords = _replaced(static, aux=(), grads=tuple(sorted(name for name, x in wanted.items() if x.size)))
         found = _once_differentiable("attention_backward", keywords)(arrays)
-        names = {"q": "dq", "k": "dk", "v": "dv", "sink": "dsink", "alibi_slopes": "dslopes"}
-        return {name: _as_typed(found.get(names[name]), x) for name, x in floats.items()}, None
+        return {name: _as_typed(found.get(_gradient(name)), x) for name, x in floats.items()}, None
 
     differentiable = jax.custom_vjp(forward)
     differentiable.defvjp(rule_forward, rule_backward, symbolic_zeros=True)
@@ -209,14 +222,17 @@ def _replaced(static: Static, **changes: Any) -> Static:
 @functools.lru_cache(maxsize=1024)
 def _mappable(operation: str, static: Static) -> Callable[[Arrays], Arrays]:
     """A mapped axis of dense arrays is folded into the batch. Where the fold would mean something else (packed
-    sequences, a sink or a gradient of one for each element, dropout, which knows the batch index), one element is
-    computed after another."""
+    sequences, a sink, what mods capture or a gradient of them for each element, dropout and mods that know the batch
+    index), one element is computed after another."""
     function = jax.custom_batching.custom_vmap(lambda arrays: _sharded(operation, static, arrays))
 
     @function.def_vmap
     def _(size: int, batched: tuple[dict[str, bool]], arrays: Arrays) -> tuple[Arrays, dict[str, bool]]:
         (mapped,) = batched
         for_each = mapped.get("sink", False) or (operation == "attention_backward" and "sink" in arrays)
+        if static.mods:
+            for_each |= "b" in _read_by_mods(static) or any(mapped[name] for name in arrays if _is_captured(name))
+            for_each |= any(_is_captured(name) for name in static.grads)
         if for_each or "cu_seqlens_q" in arrays or static.dropout_p:
             rest = {name: x for name, x in arrays.items() if not mapped[name]}
             over = {name: x for name, x in arrays.items() if mapped[name]}
@@ -226,7 +242,7 @@ def _mappable(operation: str, static: Static) -> Callable[[Arrays], Arrays]:
             slopes = "alibi_slopes" in static.grads or mapped.get("alibi_slopes", False)
             folded = {}
             for name, x in arrays.items():
-                if "b" in _DIMS[name] and (name != "alibi_slopes" or slopes or x.ndim - mapped[name] == 2):
+                if "b" in _DIMS.get(name, "") and (name != "alibi_slopes" or slopes or x.ndim - mapped[name] == 2):
                     x = x if mapped[name] else jnp.broadcast_to(x, (size, *x.shape))
                     if name == "alibi_slopes" and x.ndim == 2:  # one a head, for every sequence
                         x = jnp.broadcast_to(x[:, None], (size, batch, x.shape[-1]))
@@ -250,10 +266,12 @@ def _sharded(operation: str, static: Static, arrays: Arrays) -> Arrays:
     """The call on arrays that may be spread over devices, each of which computes its own sequences and heads."""
     if jax.sharding.get_abstract_mesh().manual_axes:  # shard_map has split them, into what each device computes
         return _call(operation, static, arrays)
-    names = [name for name in _DIMS if name in arrays]
-    results = [spec.name for spec in _description(operation, static, arrays).results if spec.name in _DIMS]
+    names = _in_order(arrays)
+    description = _description(operation, static, arrays)
+    results = [name for spec in description.results if (name := _result(spec.name, arrays))]
     dims = {name: _dims(name, arrays) for name in (*names, *results)}
     batch, heads_q, heads_kv = arrays["q"].shape[0], arrays["q"].shape[-2], arrays["k"].shape[-2]
+    known = "bh" if static.dropout_p else _read_by_mods(static)  # by which a weight depends on its sequence and head
 
     def local(*parts: Any) -> tuple[Any, ...]:
         found = _call(operation, static, dict(zip(names, parts, strict=True)))
@@ -265,7 +283,7 @@ def _sharded(operation: str, static: Static, arrays: Arrays) -> Arrays:
         axes = {"b": _axes(given.get("b")), "h": _axes(given["h"])}
         for dim, counts in (("b", (batch,)), ("h", (heads_q, heads_kv))):
             devices = math.prod(mesh.shape[axis] for axis in axes[dim])
-            if static.dropout_p or any(n > 1 and n % devices for n in counts):  # dropout knows sequence and head
+            if dim in known or any(n > 1 and n % devices for n in counts):
                 axes[dim] = ()
         axes["g"] = axes["h"] if heads_kv > 1 else ()
 
@@ -296,9 +314,12 @@ def _sharded(operation: str, static: Static, arrays: Arrays) -> Arrays:
 
     # Query heads come in groups, one a key head: split between groups, they take their key heads with them.
     factor = {"h": "h" if heads_kv == 1 else "g" if heads_q == heads_kv else "(g r)"}
-    texts = {name: " ".join(f"n_{name}" if dim == "n" else factor.get(dim, dim) for dim in dims[name]) for name in dims}
+    texts = {
+        name: " ".join(f"n_{name}_{i}" if dim == "n" else factor.get(dim, dim) for i, dim in enumerate(dims[name]))
+        for name in dims
+    }
     rule = " -> ".join(", ".join(texts[name] for name in side) for side in (names, results))
-    free = "" if static.dropout_p else "bhg"
+    free = "" if static.dropout_p else [f for f in "bhg" if f.replace("g", "h") not in known]
     whole = [f for f in dict.fromkeys(re.findall(r"\w+", rule)) if f not in free]  # in the order JAX numbers them
     sizes = {"r": heads_q // heads_kv} if "(g r)" in rule else {}
     partitioned = custom_partitioning(local)
@@ -308,6 +329,8 @@ def _sharded(operation: str, static: Static, arrays: Arrays) -> Arrays:
 
 def _dims(name: str, arrays: Arrays) -> tuple[str, ...]:
     """The dimensions of an array of this call."""
+    if _is_captured(name):
+        return ("n",) * arrays[name.removeprefix("d")].ndim
     dims = _DIMS[name].split()
     if name in ("alibi_slopes", "dslopes") and arrays["alibi_slopes"].ndim == 1:
         return ("h",)
@@ -316,6 +339,37 @@ def _dims(name: str, arrays: Arrays) -> tuple[str, ...]:
     if name.startswith("seqused") or "slopes" in name:
         return ("n", *dims[1:])
     return tuple(dim for dim in dims if dim != "b")
+
+
+def _is_captured(name: str) -> bool:
+    """Whether an array is one that mods captured, or the gradient of one."""
+    return name.startswith(("captured", "dcaptured"))
+
+
+def _in_order(arrays: Arrays) -> list[str]:
+    """The names of a call's arrays, always in the same order."""
+    captured = sorted((name for name in arrays if _is_captured(name)), key=lambda name: int(name[len("captured") :]))
+    return [name for name in _DIMS if name in arrays] + captured
+
+
+def _gradient(name: str) -> str:
+    return {"alibi_slopes": "dslopes"}.get(name, f"d{name}")
+
+
+def _result(name: str, arrays: Arrays) -> str:
+    """What a result below is here: ALiBi's slopes, beside a score_mod captured like the arrays before them, keep their
+    own name. "" for workspace."""
+    if name == f"dcaptured{sum(map(_is_captured, arrays))}":
+        return "dslopes"
+    return name if name in _DIMS or re.fullmatch(r"dcaptured\d+", name) else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _read_by_mods(static: Static) -> frozenset[str]:
+    """The coordinates that mods read: "b", "h" and so on."""
+    mods = text.loads(static.mods) if static.mods else None
+    roots = () if mods is None else (root for root in (mods.score, mods.mask) if root is not None)
+    return frozenset().union(*map(leaves, roots))
 
 
 def _axes(entry: Any) -> tuple[str, ...]:
@@ -349,11 +403,11 @@ def _call(operation: str, static: Static, arrays: Arrays) -> Arrays:
     found = jax_ffi.call(description, [arrays[spec.name] for spec in description.inputs])
     axes = _varying(arrays["q"])
     pairs = zip(description.results, found, strict=True)
-    return {spec.name: _cast(x, axes) for spec, x in pairs if spec.name in _DIMS}  # else it was workspace
+    return {name: _cast(x, axes) for spec, x in pairs if (name := _result(spec.name, arrays))}
 
 
 def _description(operation: str, static: Static, arrays: Arrays) -> jax_ffi.Description:
-    inputs = tuple(_spec(name, arrays[name]) for name in _DIMS if name in arrays)
+    inputs = tuple(_spec(name, arrays[name]) for name in _in_order(arrays))
     return _described(operation, static, inputs, _target())
 
 

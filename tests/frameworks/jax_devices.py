@@ -97,6 +97,33 @@ def check_dropout():
     assert_same([jax.jit(call)(*put(MESH, given, (P("x", None, "y"),) * 3))], [call(*given)])
 
 
+def check_mods():
+    """What mods read of sequence and head is the whole call's: what they read is not cut."""
+    q, k, v, _, slopes = arrays(2)
+    table, places = draw(4, 32), jnp.asarray(rng.integers(0, 3, (4, 12)))
+
+    def of_all(q, k, v, slopes, table):
+        def score_mod(s, b, h, i, j):
+            return s + table[0, i - j + 16]
+
+        return cuflash.attention(q, k, v, score_mod=score_mod, mask_mod=lambda b, h, i, j: i >= j, alibi_slopes=slopes)
+
+    def of_each(q, k, v, slopes, table):
+        def score_mod(s, b, h, i, j):
+            return s * slopes[h] + table[h, i - j + 16]
+
+        return cuflash.attention(q, k, v, score_mod=score_mod, mask_mod=lambda b, h, i, j: places[b, i] >= places[b, j])
+
+    given = q, k, v, slopes, table
+    cut = put(MESH, given, (P("x", None, "y"), P("x"), P("x"), P(), P()))
+    for f in (of_all, of_each):
+        total = jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), range(5))
+        for call in (f, total):
+            compiled = jax.jit(call).lower(*cut).compile()
+            assert ("all-gather" in compiled.as_text()) == (f is of_each)
+            assert_same(jax.tree.leaves(compiled(*cut)), jax.tree.leaves(call(*given)))
+
+
 def check_shard_map():
     given = arrays(2)
     specs = (*(P("x", None, "y"),) * 3, P("y"), P("y"))

@@ -331,10 +331,25 @@ def test_refused_by_name(rng):
         jax.jvp(f, (q,), (q,))
     with refused("max_logit has no gradient.*stop_gradient"):
         jax.grad(lambda q: cuflash.attention(**floats | {"q": q}, aux=("max_logit",)).max_logit.sum())(q)
-    with refused("score_mod"):
-        jax.jit(lambda q: cuflash.attention(q, q, q, mask_mod=lambda b, h, i, j: i >= j))(q)
     with refused("cu_seqlens_q|jax is tracing"):
         jax.jit(lambda q: cuflash.attention_backward(q, q, q, q, q, q[..., 0]))(q)
+
+
+def test_what_is_differentiated_changes_from_call_to_call(rng):
+    """JAX remembers a traced derivative for each choice of what is differentiated."""
+    floats, _ = split(dense(rng))
+    names = tuple(floats)
+
+    def f(*arrays):
+        return loss(dict(zip(names, arrays, strict=True)))
+
+    every, arrays = tuple(range(len(names))), tuple(floats.values())
+    named = lambda some, grads: {names[i]: np.asarray(x) for i, x in zip(some, grads, strict=True)}  # noqa: E731
+    first = named(every, jax.grad(f, every)(*arrays))
+    for some in ((0,), (3,), (1, 4), every):
+        assert_close(named(some, jax.grad(f, some)(*arrays)), {names[i]: first[names[i]] for i in some})
+    mapped = jax.vmap(jax.grad(f, every), (0, *(None,) * (len(names) - 1)))(arrays[0][None], *arrays[1:])
+    assert_close(named(every, [x[0] for x in mapped]), first)
 
 
 def test_monitoring_max_logit_needs_no_gradient(rng):
