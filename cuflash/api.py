@@ -261,8 +261,8 @@ def attention_backward(
     The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
     sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
 
-    Raises `UnsupportedError` for what `attention` does not serve, and for mods beside arrays on a GPU. Wrong arguments
-    raise `ArgumentError`; a refused call has launched and written nothing.
+    Raises `UnsupportedError` for what `attention` does not serve, and for the gradient of an array whose rows a mod
+    multiplies by `dot`. Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
 
     >>> import numpy as np
     >>> q, k, v = np.random.default_rng(0).standard_normal((3, 1, 9, 4, 64)).astype(np.float32)
@@ -1341,7 +1341,7 @@ def warmup(
     narrower steps, by a kernel of their own). On a GPU the kernel is loaded on `device` (None: the
     current one). With `arch` the kernel is only compiled, which needs no GPU. Under `config.backend = "emulator"` the
     emulator's is compiled. score_mod, mask_mod and block_mask are given as to `attention`: their code is part of a
-    kernel, what they capture is not.
+    kernel, what they capture is not, but for which of it requires a gradient.
 
     Raises `UnsupportedError` with the reason of `supports`, or that no GPU is there.
     """
@@ -1354,6 +1354,7 @@ def warmup(
     head_dim_v = head_dim_v or head_dim
     load_bytes = _load_bytes(0, element.itemsize, [(head_dim, 1), (head_dim_v, 1)])
     rows, values = (head_dim, head_dim, head_dim), (head_dim_v, head_dim_v, head_dim_v)
+    mods, wanted = _mods_of_features(features)
     fields = dict(
         dtype=element,
         batch=1,
@@ -1372,12 +1373,13 @@ def warmup(
         load_bytes=load_bytes,
         scale=1.0,
         dropout_p=0.5 if features.get("dropout_p") else 0.0,
-        mods=_mods_of_features(features),
+        mods=mods,
     )
     problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields))]
     if backward:
         gradients = dict(dout_strides=values, dq_strides=rows, dk_strides=rows, dv_strides=values, max_seqlen_k=None)
-        sums = dict(dsink=bool(features.get("sink")), dslopes=bool(features.get("alibi_slopes")))
+        sums = dict(dsink=bool(features.get("sink")), dcaptured=wanted)
+        sums["dslopes"] = bool(features.get("alibi_slopes")) and (mods is None or mods.score is None)
         problems.append((_backward(), _backward().BackwardProblem(**fields, **gradients, **sums)))
     from .jit import module
 
@@ -1396,20 +1398,25 @@ def warmup(
                 module.compile(spec, target)
 
 
-def _mods_of_features(features: dict[str, Any]) -> Mods | None:
-    """The mods among the features of `warmup`, with what is folded into a score_mod."""
+def _mods_of_features(features: dict[str, Any]) -> tuple[Mods | None, tuple[tuple[int, int], ...]]:
+    """The mods among the features of `warmup`, with what is folded into a score_mod, and (slot, size) of the arrays
+    that want a gradient: slopes, and tensors that require one."""
     given = [features.get(name) for name in _MODS]
     if not any(given):
-        return None
+        return None, ()
     for name, mod in zip(_MODS, given, strict=True):
         require(mod is not True, f"{name}=True: a kernel is made for one function; pass the function itself")
-    mods = _traced(None, None, *(mod or None for mod in given)).mods
+    bound = _traced(None, None, *(mod or None for mod in given))
+    mods = bound.mods
     if mods.score is None:
-        return mods
+        return mods, ()
+    wanted = tuple((i, 1) for i, x in enumerate(bound.arrays) if getattr(x, "requires_grad", False))
     slopes = features.get("alibi_slopes")
     by_sequence = len(getattr(slopes, "shape", ())) == 2
     alibi = None if slopes is None or slopes is False else "batch" if by_sequence else "head"
-    return fold(mods, bool(features.get("softcap")), alibi)
+    if alibi is not None:
+        wanted += ((len(mods.arrays), 1),)
+    return fold(mods, bool(features.get("softcap")), alibi), wanted
 
 
 def _dtype_named(dtype: Any) -> DType:

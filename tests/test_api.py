@@ -274,8 +274,7 @@ def test_supported(dtype):
         ({"head_dim_v": 512}, "head_dim_v=512"),
         ({"arch": "sm_75"}, "compute capability 8.0"),
         ({"page_table": True}, "page_table: no kernel reads paged keys"),
-        ({"score_mod": True, "backward": True}, "softcap="),
-        ({"mask_mod": lambda *a: True, "backward": True}, "window_size="),
+        ({"split_size": 64}, "split_size: no kernel splits the keys"),
     ],
 )
 def test_unsupported_says_why(changed, reason):

@@ -476,13 +476,6 @@ def test_wrong_arguments_of_the_backward(backend, nothing_runs, what):
     refused(*WRONG_BACKWARD[what], ArgumentError, cuflash.attention_backward)
 
 
-@pytest.mark.parametrize("mod", [{"score_mod": lambda score, *_: score}, {"mask_mod": lambda b, h, i, j: i >= j}])
-def test_mods_of_the_backward(nothing_runs, mod):
-    with using("emulator"):
-        match = rf"{next(iter(mod))}: no kernel computes the gradients of a Python function: pass softcap="
-        refused(backward(**mod), match, UnsupportedError, cuflash.attention_backward)
-
-
 def test_overlap_of_gradients_is_looked_for_every_time(backend):
     good, k = backward(), x(2, 9, 2, 16)
     cuflash.attention_backward(**good, dk=x(2, 9, 2, 16))

@@ -350,3 +350,56 @@ def test_a_warm_call_prepares_nothing(rng):
     for factor in (0.5, 0.25, 3.0):
         cuflash.attention(q, k, v, softcap=factor, score_mod=score_mod)
     assert len(api._prepared) == 1
+
+
+# --- Gradients on kernels -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_the_emulator_has_the_reference_s_gradients(rng, layout, deterministic):
+    """Of everything at once: arrays of 16 bits and of rank 0 and 2, read at repeating places, slopes folded in."""
+    (q, k, v), keywords = packed(rng) if layout == "packed" else (arrays(rng), {})
+    bias, gain = rng.standard_normal((4, 20)).astype(np.float32)[:, ::-1], rng.standard_normal(8).astype(np.float16)
+    temperature, limit = np.array(1.25, np.float32), np.array(5.0, np.float32)
+    keywords |= {
+        "softcap": 3.0, "alibi_slopes": rng.random((2, 4)).astype(np.float32), "causal": True,
+        "sink": rng.standard_normal(4).astype(np.float32),
+        "score_mod": lambda s, b, h, i, j: s * temperature + bias[h, i - j + 9] * gain[j % 8],
+        "mask_mod": lambda b, h, i, j: (i + j + h) % 5 < limit,
+    }  # fmt: skip
+    out, lse, *_ = cuflash.attention(q, k, v, aux=("lse",), **keywords)
+    dout, dlse = rng.standard_normal(out.shape).astype(np.float32), rng.standard_normal(lse.shape).astype(np.float32)
+
+    def gradients():
+        grads = cuflash.attention_backward(
+            dout, q, k, v, out, lse, dlse=dlse, captured_grads=True, deterministic=deterministic, **keywords
+        )
+        return *grads[:4], *grads.dcaptured
+
+    expected = gradients()
+    with using("emulator"):
+        found = gradients()
+    assert len(expected) == 4 + 5
+    for x, y in zip(found, expected, strict=True):
+        if y is None:
+            assert x is None
+        else:
+            assert x.dtype == y.dtype and x.shape == y.shape
+            np.testing.assert_allclose(x, y, rtol=2e-3, atol=2e-3 if y.dtype == np.float16 else 2e-4)
+
+
+def test_warmup_compiles_what_a_backward_with_mods_needs(rng):
+    q, k, v = arrays(rng, np.float16)
+    bias = np.ones(4, np.float32)
+    mods = {"score_mod": lambda s, b, h, i, j: s + 0.5 * bias[h], "mask_mod": lambda b, h, i, j: i + 3 >= j}
+    compiled, before = [], cuflash.config.on_compile
+    with using("emulator"):
+        cuflash.warmup(dtype="float16", head_dim=16, backward=True, **mods)
+        cuflash.config.on_compile = compiled.append
+        try:
+            out, lse, *_ = cuflash.attention(q, k, v, aux=("lse",), **mods)
+            cuflash.attention_backward(out, q, k, v, out, lse, **mods)
+        finally:
+            cuflash.config.on_compile = before
+    assert not compiled

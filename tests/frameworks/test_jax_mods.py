@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from backends import using
 
 import cuflash
 from cuflash.errors import ArgumentError, UnsupportedError
@@ -62,6 +63,12 @@ def close(a, b):
 def test_values(given):
     close(call(*given), dense(*given))
     close(jax.jit(call)(*given), dense(*given))
+
+
+def test_the_same_on_kernels(given):
+    with using("emulator"):
+        found = jax.jit(jax.value_and_grad(loss(call), EVERY))(*given)
+    close(found, jax.value_and_grad(loss(dense), EVERY)(*given))
 
 
 def test_gradients_of_what_mods_capture(given):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 import pytest
+from backends import using
 
 import cuflash
 from cuflash import mods
@@ -75,6 +76,28 @@ def test_gradients_of_what_mods_capture():
     close(grads_of(call, args), grads_of(dense, args))
     with torch.no_grad():
         close(call(*args), dense(*args))
+
+
+def test_the_same_on_kernels():
+    args = tensors()
+    with using("emulator"):
+        close(call(*args), dense(*args))
+        close(grads_of(call, args), grads_of(dense, args))
+        bias = args[3]
+        compiled, before = [], cuflash.config.on_compile
+        cuflash.warmup(
+            dtype="float32",
+            head_dim=16,
+            backward=True,
+            score_mod=score_mod_of(bias, args[4].detach()),
+            mask_mod=mask_mod,
+        )
+        cuflash.config.on_compile = compiled.append
+        try:
+            call(*(x if x is bias else x.detach() for x in args[:5]), None).sum().backward()
+        finally:
+            cuflash.config.on_compile = before
+        assert not compiled and bias.grad.any()
 
 
 def test_only_what_asks_gets_a_gradient():
