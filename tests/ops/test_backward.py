@@ -18,6 +18,7 @@ from cuflash.errors import EmulatorError
 from cuflash.jit import source
 from cuflash.jit.source import Edit
 from cuflash.ops import backward
+from cuflash.trace.emit_c import NO_MODS
 
 CASES = 304
 CHUNK = 8
@@ -326,7 +327,7 @@ def edited(monkeypatch):
     def apply(edits: tuple[Edit, ...]) -> None:
         def spec(variant):
             found = original(variant)
-            text = source.flatten(found.source, "emu", variant="struct Variant {};")
+            text = source.flatten(found.source, "emu", variant="struct Variant {};", mods=NO_MODS)
             mine = tuple(e for e in edits if e.file == found.source or f'"{e.file}"' in text)
             return dataclasses.replace(found, edits=mine)
 
