@@ -73,7 +73,7 @@ def sweep(seed: int, count: int) -> None:
 
 
 def test_never_wrong() -> None:
-    sweep(11, 600)
+    sweep(11, 520)
 
 
 @pytest.mark.slow
@@ -183,8 +183,8 @@ FAMILIES: dict[str, Expr] = {
 @pytest.mark.parametrize("name", FAMILIES)
 def test_exact(name: str) -> None:
     mask = FAMILIES[name]
-    for q_len, kv_len in ((1, 1), (77, 77), (300, 300), (64, 480), (333, 150), (500, 500)):
-        for number in (1, 16, 37, 100, 1000):
+    for q_len, kv_len in ((1, 1), (77, 77), (64, 480), (333, 150), (500, 500)):
+        for number in (1, 37, 1000):
             values = {"b": q_len % 4, "h": q_len % 3, "q_len": q_len, "kv_len": kv_len}
             for rows, columns in ((16, 16), (64, 64), (128, 64), (128, 128), (32, 96), (1, 64)):
                 starts = [np.arange(0, length, size) for length, size in ((q_len, rows), (kv_len, columns))]
@@ -230,7 +230,7 @@ def compare_with_text(seed: int, count: int) -> None:
 
 
 def test_c_says_what_numpy_says() -> None:
-    compare_with_text(13, 150)
+    compare_with_text(13, 100)
 
 
 @pytest.mark.slow
