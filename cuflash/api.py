@@ -118,10 +118,12 @@ def attention(
     `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
     launched and written nothing.
 
-    Gradients for q, k, v, `alibi_slopes` and `sink` flow through out and lse. In PyTorch: in autograd, torch.func's
-    grad and vmap, torch.compile, torch.export and checkpoints; under autocast q, k and v are cast. In JAX: under jit,
-    grad, vmap, scan, checkpoint and shard_map, and for arrays sharded by batch or heads; what is compiled keeps the
-    `config.backend` it was traced with. `out=`, mods, second and forward-mode derivatives are refused there.
+    Gradients for q, k, v, `alibi_slopes`, `sink` and the float arrays that a score_mod captures flow through out and
+    lse. In PyTorch: in autograd, torch.func's grad and vmap, torch.compile, torch.export and checkpoints; under
+    autocast q, k and v are cast. Compilers take mods that `cuflash.mod` traced outside; at others torch.compile breaks
+    its graph. In JAX: under jit, grad, vmap, scan, checkpoint and shard_map, and for arrays sharded by batch or heads;
+    what is compiled keeps the `config.backend` it was traced with. `out=`, second and forward-mode derivatives are
+    refused there.
 
     Two sequences, of 2 and 3 tokens, in one packed batch:
 
@@ -150,7 +152,7 @@ def attention(
                     kernel_options=kernel_options, out=out, aux=aux,
                 )  # fmt: skip
         else:
-            bound = _traced(q, k, score_mod, mask_mod, block_mask)
+            bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     captured = () if bound is None else bound.arrays
     operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
@@ -282,7 +284,7 @@ def attention_backward(
     targets = {name: x for name, x in (("dq", dq), ("dk", dk), ("dv", dv)) if x is not None}
     bound = None
     if score_mod is not None or mask_mod is not None or block_mask is not None:
-        bound = _traced(q, k, score_mod, mask_mod, block_mask)
+        bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
@@ -513,7 +515,8 @@ def _bind(
     scalars: tuple[int | float, ...] = ()
     if bound is not None:
         views |= _captured_views(framework, bound, views["q"].device)
-        softcap = validate.softcap(softcap)
+        if softcap:
+            softcap = validate.softcap(softcap)
         mods, scalars, softcap = _folded(bound, views, softcap)
         if backward is not None:
             floats |= {slot.name: x for slot, x in zip(bound.mods.arrays, bound.arrays, strict=True)}
@@ -688,7 +691,7 @@ def _read_back(framework: Framework, views: dict[str, TensorView], device: Devic
 # Mods -------------------------------------------------------------------------------------------------------------
 
 
-def _traced(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound:
+def bind_mods(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask: Any) -> Bound:
     """What a call's mods compute and captured: a `tracer.Bound`. At least one is given."""
     for name, mod in (("score_mod", score_mod), ("mask_mod", mask_mod)):
         if mod is not None and not callable(mod):
@@ -1165,7 +1168,7 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     if named["seed"] is None and frameworks.of(q) is frameworks.torch:
         named["seed"] = 0  # any will do: a draw would move the generator on
     mods = [named.pop(name) for name in ("score_mod", "mask_mod", "block_mask")]
-    traced = None if all(mod is None for mod in mods) else _traced(q, k, *mods)
+    traced = None if all(mod is None for mod in mods) else bind_mods(q, k, *mods)
     call = _bind(**named, bound=traced)
     captured, notes = _described_mods(call.views, traced), () if traced is None else traced.notes
     prepared = call.prepared
@@ -1406,7 +1409,7 @@ def _mods_of_features(features: dict[str, Any]) -> tuple[Mods | None, tuple[tupl
         return None, ()
     for name, mod in zip(_MODS, given, strict=True):
         require(mod is not True, f"{name}=True: a kernel is made for one function; pass the function itself")
-    bound = _traced(None, None, *(mod or None for mod in given))
+    bound = bind_mods(None, None, *(mod or None for mod in given))
     mods = bound.mods
     if mods.score is None:
         return mods, ()

@@ -3,7 +3,7 @@
 Each is a thin layer over `cuflash.attention`, whose docstring defines shapes, dtypes and masks. What differs from
 flash-attn: float32 and every head dim from 1 to 256 are served, k and v may have different head dims, a fully masked
 row has lse -inf, and a non-contiguous last dimension is refused instead of copied. `deterministic` is as there: without
-it the last bits of dq may differ from run to run.
+it the last bits of dq may differ from run to run. Mods may be given too, by keyword: score_mod, mask_mod, block_mask.
 
 With `dropout_p`, PyTorch tensors draw from their device's default generator. Other arrays have none, and flash-attn's
 functions no seed: for them, `cuflash.attention`.
@@ -11,6 +11,7 @@ functions no seed: for them, `cuflash.attention`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from .api import attention
 from .errors import ArgumentError, UnsupportedError, require
 
 Array = Any
+Mod = Callable[..., Any]
 
 
 def flash_attn_func(
@@ -34,6 +36,10 @@ def flash_attn_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """Attention of q [batch, q_len, heads_q, d] to k, v [batch, k_len, heads_kv, d] -> out, q's shape.
 
@@ -50,7 +56,8 @@ def flash_attn_func(
     return _call(
         q, k, v, return_attn_probs,
         dropout_p=dropout_p, scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, deterministic=deterministic,
+        alibi_slopes=alibi_slopes, deterministic=deterministic, score_mod=score_mod, mask_mod=mask_mod,
+        block_mask=block_mask,
     )  # fmt: skip
 
 
@@ -65,12 +72,17 @@ def flash_attn_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """`flash_attn_func` with kv [batch, k_len, 2, heads_kv, d], read in place."""
     k, v = _split(kv, "kv", 2, 5)
     return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
+    )  # fmt: skip
 
 
 def flash_attn_qkvpacked_func(
@@ -83,12 +95,17 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """`flash_attn_func` with qkv [batch, len, 3, heads, d], read in place."""
     q, k, v = _split(qkv, "qkv", 3, 5)
     return flash_attn_func(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
-    )
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
+    )  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -108,6 +125,10 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Array | None = None,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """Attention of packed q [total_q, heads_q, d] to k, v [total_k, heads_kv, d] -> out, q's shape.
 
@@ -119,7 +140,8 @@ def flash_attn_varlen_func(
         q, k, v, return_attn_probs,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         dropout_p=dropout_p, scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, deterministic=deterministic, page_table=block_table,
+        alibi_slopes=alibi_slopes, deterministic=deterministic, page_table=block_table, score_mod=score_mod,
+        mask_mod=mask_mod, block_mask=block_mask,
     )  # fmt: skip
 
 
@@ -138,12 +160,17 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """`flash_attn_varlen_func` with kv [total_k, 2, heads_kv, d], read in place."""
     k, v = _split(kv, "kv", 2, 4)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, deterministic, return_attn_probs,
+        softcap, alibi_slopes, deterministic, return_attn_probs, score_mod=score_mod, mask_mod=mask_mod,
+        block_mask=block_mask,
     )  # fmt: skip
 
 
@@ -159,12 +186,16 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: Array | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    score_mod: Mod | None = None,
+    mask_mod: Mod | None = None,
+    block_mask: Any = None,
 ) -> Any:
     """`flash_attn_varlen_func` with qkv [total, 3, heads, d], read in place."""
     q, k, v = _split(qkv, "qkv", 3, 4)
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
-        alibi_slopes, deterministic, return_attn_probs,
+        alibi_slopes, deterministic, return_attn_probs, score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
     )  # fmt: skip
 
 
@@ -216,17 +247,22 @@ def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any
     return result.out, result.lse, _weights(q, k, **keywords) if p else None
 
 
-def _weights(q: Array, k: Array, **keywords: Any) -> Array:
+def _weights(
+    q: Array, k: Array, score_mod: Mod | None, mask_mod: Mod | None, block_mask: Any, **keywords: Any
+) -> Array:
     """`reference.attention_weights` of PyTorch tensors."""
     from . import reference
+    from .api import bind_mods
+    from .trace.host import HostMods
 
     unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "page_table")
     keywords = {name: x for name, x in keywords.items() if name not in unused}
-    on_host: dict[str, Any] = {
-        name: frameworks.torch.to_host(x) if hasattr(x, "detach") else x
-        for name, x in ({"q": q, "k": k} | keywords).items()
-    }
+    host = lambda x: frameworks.torch.to_host(x) if hasattr(x, "detach") else x  # noqa: E731
+    on_host: dict[str, Any] = {name: host(x) for name, x in ({"q": q, "k": k} | keywords).items()}
     on_host |= {name: int(np.asarray(on_host[name]).item()) for name in ("seed", "offset")}
+    if not (score_mod is mask_mod is block_mask is None):
+        bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
+        on_host |= HostMods(bound.mods, [host(x) for x in bound.arrays], bound.scalars).functions
     return frameworks.torch.from_host(reference.attention_weights(**on_host), like=q)
 
 

@@ -312,6 +312,8 @@ def attention_weights(
     window_size: tuple[int | None, int | None] = (-1, -1),
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
+    score_mod: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
@@ -324,7 +326,7 @@ def attention_weights(
     dtype = _computed_in(q, None)
     rules = _rules(
         q, _batch(q, cu_seqlens_q), dtype, scale=scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, score_mod=None, mask_mod=None, dropout=(dropout_p, seed, offset),
+        alibi_slopes=alibi_slopes, score_mod=score_mod, mask_mod=mask_mod, dropout=(dropout_p, seed, offset),
     )  # fmt: skip
     sequences = [
         (q[at_q], k[at_k])

@@ -134,8 +134,30 @@ FLASH_ATTN_2 = {
 @pytest.mark.parametrize("name", FLASH_ATTN_2)
 def test_positional_order_and_defaults_are_flash_attns(name):
     parameters = inspect.signature(getattr(cuflash, name)).parameters.values()
-    bare = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters]
+    ours = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    assert ours == ([] if "kvcache" in name else ["score_mod", "mask_mod", "block_mask"])
+    theirs = [p for p in parameters if p.kind is not p.KEYWORD_ONLY]
+    bare = [p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in theirs]
     assert ", ".join(bare) == FLASH_ATTN_2[name]
+
+
+def test_drop_ins_take_mods(rng):
+    qkv = rng.standard_normal((14, 3, 4, 32)).astype(np.float16)
+    cu, bias = np.array([0, 7, 14], np.int32), rng.standard_normal((4, 13)).astype(np.float32)
+    given = {"score_mod": lambda s, b, h, i, j: s + bias[h, i - j + 6], "mask_mod": lambda b, h, i, j: (i + j) % 3 != 0}
+    given["block_mask"] = cuflash.create_block_mask(lambda b, h, i, j: i >= j, None, None, 7, 7)
+    q, k, v = (qkv[:, i] for i in range(3))
+    expected = cuflash.attention(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu, causal=True, **given | {"block_mask": None})
+    dense = qkv.reshape(2, 7, 3, 4, 32)
+    for out in (
+        cuflash.flash_attn_varlen_func(q, k, v, cu, cu, 7, 7, **given),
+        cuflash.flash_attn_varlen_qkvpacked_func(qkv, cu, 7, **given),
+        cuflash.flash_attn_varlen_kvpacked_func(q, qkv[:, 1:], cu, cu, 7, 7, **given),
+        cuflash.flash_attn_func(*(dense[:, :, i] for i in range(3)), **given),
+        cuflash.flash_attn_qkvpacked_func(dense, **given),
+        cuflash.flash_attn_kvpacked_func(dense[:, :, 0], dense[:, :, 1:], **given),
+    ):
+        np.testing.assert_array_equal(out.reshape(expected.shape), expected)
 
 
 def test_dense_drop_ins(rng):

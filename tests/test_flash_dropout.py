@@ -43,6 +43,17 @@ def test_weights_tell_what_was_dropped(backend, rng):
         torch.testing.assert_close(out_of_weights(weights[b], v[b]), out[b].float(), atol=4e-3, rtol=0)
 
 
+def test_weights_of_a_call_with_mods(backend, rng):
+    q, k, v = drawn(rng, 1, 33, 4, 32), drawn(rng, 1, 47, 2, 32), drawn(rng, 1, 47, 2, 32)
+    bias = torch.randn(4, 80)
+    score_mod, mask_mod = (lambda s, b, h, i, j: s + bias[h, i - j + 47]), (lambda b, h, i, j: (i + j) % 3 != 0)
+    out, _, weights = cuflash.flash_attn_func(
+        q, k, v, P, softcap=2.0, return_attn_probs=True, score_mod=score_mod, mask_mod=mask_mod
+    )
+    assert not weights[..., (torch.arange(33)[:, None] + torch.arange(47)) % 3 == 0].any()
+    torch.testing.assert_close(out_of_weights(weights[0], v[0]), out[0].float(), atol=4e-3, rtol=0)
+
+
 def test_weights_of_packed_sequences(backend, rng):
     q, k = drawn(rng, 30, 2, 32), drawn(rng, 50, 2, 32)
     starts_q, starts_k = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9, 30], [0, 17, 50]))
