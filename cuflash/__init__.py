@@ -38,6 +38,7 @@ from .flash import (
     flash_attn_with_kvcache,
 )
 from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
+from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
 from .settings import config
 from .trace.tracer import mod, static
@@ -74,6 +75,7 @@ __all__ = [
     "flash_attn_with_kvcache",
     "flex_attention",
     "integrations",
+    "merge_states",
     "mod",
     "mods",
     "noop_mask",

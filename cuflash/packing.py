@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -197,7 +198,8 @@ def _namespace(x: Array, name: str) -> Any:
     for cls in type(x).__mro__:
         module = _NAMESPACES.get(cls.__module__.partition(".")[0])
         if module is not None:
-            return importlib.import_module(module)
+            # Loaded already, with the array; compilers of PyTorch follow a look-up and no import.
+            return sys.modules.get(module) or importlib.import_module(module)
     raise ArgumentError(
         f"{name} is a {_type_name(x)}, not an array of NumPy, CuPy, PyTorch or JAX: wrap it with that framework's "
         "asarray or from_dlpack"

@@ -25,7 +25,7 @@ LAYERS = (
     ("jit", "emulator"),
     ("ops",),
     ("frameworks",),
-    ("validate", "packing"),
+    ("validate", "packing", "merge"),
     ("api",),
     ("flash", "flex", "integrations"),
     ("cli",),
@@ -153,7 +153,7 @@ def test_what_the_readme_quotes_of_the_code_is_what_the_code_says() -> None:
     assert readme.refreshed(README) == README, "write it anew with: python tests/readme.py"
 
 
-@pytest.mark.parametrize("heading", ["Example", "Masks and scores in Python"])
+@pytest.mark.parametrize("heading", ["Example", "Masks and scores in Python", "A prompt shared by many"])
 def test_the_examples_of_the_readme_run(heading: str) -> None:
     example = first_block(heading, "python")
     assert len(example.splitlines()) <= 12
