@@ -519,7 +519,8 @@ def _bind(
             softcap = validate.softcap(softcap)
         mods, scalars, softcap = _folded(bound, views, softcap)
         if backward is not None:
-            floats |= {slot.name: x for slot, x in zip(bound.mods.arrays, bound.arrays, strict=True)}
+            named = zip(bound.mods.arrays, bound.arrays, strict=True)
+            floats |= {slot.name: x for slot, x in named if frameworks.of(x) is framework}
     if backward is not None:
         framework.refuse_transformed(floats)
 

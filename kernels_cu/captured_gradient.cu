@@ -26,7 +26,7 @@ HW_KERNEL(Variant::kThreads) cuflash_captured_gradient(HW_GRID_CONSTANT Captured
         value = hw::load_global(static_cast<const float*>(p.sums) + i);
       }
       if constexpr (sizeof(V::Element) == 2) {
-        hw::store_global(static_cast<u16*>(p.out) + i, static_cast<u16>(hw::pack2<V::Element>(value, 0.0f)));
+        hw::store_global(static_cast<u16*>(p.out) + i, static_cast<u16>(hw::pack2<V::Packed>(value, 0.0f)));
       } else {
         hw::store_global(static_cast<float*>(p.out) + i, value);
       }

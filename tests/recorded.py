@@ -29,7 +29,11 @@ from cuflash.array import TensorView
 from cuflash.jit import layout, module
 from cuflash.ops import backward, forward
 
-_WRITTEN = {"ForwardParams": forward._WRITTEN, "BackwardParams": backward._WRITTEN}
+_WRITTEN = {
+    "ForwardParams": forward._WRITTEN,
+    "BackwardParams": backward._WRITTEN,
+    "CapturedGradientParams": ("sums", "out"),
+}
 STREAM = 0x57EA  # the address of every framework's current stream
 
 
@@ -93,6 +97,14 @@ class Recorder:
                 host = self.behind[fields[name]][1]
                 fields[name] = host.ctypes.data
                 buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in _WRITTEN[struct.name]))
+            if "captured" in fields:  # words of which some are addresses
+                words = np.frombuffer(fields["captured"], np.uint64).copy()
+                for i, word in enumerate(words.tolist()):
+                    if word in self.behind:
+                        host = self.behind[word][1]
+                        words[i] = host.ctypes.data
+                        buffers.append(module.Buffer(f"word {i}", host.ctypes.data, host.nbytes, True))
+                fields["captured"] = words.tobytes()
             kernel = module.load(launch.kernel.spec, launch.kernel.arch, "emulator")
             kernel.launch(launch.grid, struct.pack(**fields), buffers=buffers)
 

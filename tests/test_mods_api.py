@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from backends import using
+from recorded import KINDS, recording
 
 import cuflash
 from cuflash import api, reference
@@ -292,8 +293,6 @@ def test_captured_arrays_of_another_framework(rng):
 
 
 def test_captured_arrays_on_another_device(rng):
-    from recorded import recording
-
     q, k, v = arrays(rng)
     bias = np.ones(4, np.float32)
     with recording() as recorder:
@@ -403,3 +402,47 @@ def test_warmup_compiles_what_a_backward_with_mods_needs(rng):
         finally:
             cuflash.config.on_compile = before
     assert not compiled
+
+
+# --- Launches on a GPU --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind in ("cupy", "torch")])
+def test_recorded_bytes_with_captured_arrays_give_the_right_answer(kind, rng, deterministic):
+    """Nothing on the host looks into a captured device array; a number on the host is uploaded, but not in a graph."""
+    q, k, v = arrays(rng)
+    bias, ids = rng.standard_normal((4, 20)).astype(np.float32), np.array([0, 1, 1, 0, 2, 2, 0, 1, 2], np.int32)
+    gain, half, shift = rng.standard_normal(4).astype(np.float16), np.array(0.5, np.float32), 0.25
+
+    def mods(bias, ids, gain):
+        return {
+            "score_mod": lambda s, b, h, i, j: s * half + (bias[h, i - j + 9] + shift) * gain[h],
+            "mask_mod": lambda b, h, i, j: ids[i] != ids[j],
+            "causal": True,
+        }
+
+    on_host = mods(bias, ids, gain)
+    out, lse, *_ = cuflash.attention(q, k, v, aux=("lse",), **on_host)
+    expected = cuflash.attention_backward(out, q, k, v, out, lse, captured_grads=True, **on_host)
+    with recording() as recorder:
+        on_device = recorder.arrays[kind]
+        dq, dk, dv, dout = map(on_device, (q, k, v, out))
+        keywords = mods(*map(on_device, (bias, ids, gain)))
+        found = cuflash.attention(dq, dk, dv, aux=("lse",), **keywords)
+        assert [x.shape for x in recorder.uploads] == [()]
+        recorder.replay()
+        np.testing.assert_allclose(recorder.host(found.out), out, atol=1e-5)
+        np.testing.assert_allclose(recorder.host(found.lse), lse, atol=1e-5)
+        before = len(recorder.launches)
+        grads = cuflash.attention_backward(
+            dout, dq, dk, dv, found.out, found.lse, captured_grads=True, deterministic=deterministic, **keywords
+        )
+        recorder.replay(len(recorder.launches) - before)
+        for x, y in zip((*grads[:3], *grads.dcaptured), (*expected[:3], *expected.dcaptured), strict=True):
+            np.testing.assert_allclose(recorder.host(x), y, atol=1e-3)
+        recorder.capturing = True
+        with pytest.raises(
+            ArgumentError, match="half, which a mod captured, lies in host memory and cannot enter a CUDA"
+        ):
+            cuflash.attention(dq, dk, dv, **keywords)

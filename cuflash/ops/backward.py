@@ -237,8 +237,10 @@ class CapturedGradientVariant:
     fixed: bool
 
     def members(self) -> dict[str, str | int | bool]:
+        packed = dtypes.float16 if self.element is dtypes.float32 else self.element
         return {
             "Element": self.element.element,
+            "Packed": packed.element,
             "kThreads": GRADIENT_THREADS,
             "kClear": self.clear,
             "kFixed": self.fixed,
@@ -558,5 +560,9 @@ def representative(arch: Arch) -> list[module.KernelSpec]:
         specs.append(kernel_spec(DeltaVariant(dtype, 128, 16)))
         specs.append(kernel_spec(SumVariant(dtype, CAST_ROWS, CAST_THREADS // 32)))
         specs += [kernel_spec(CastVariant(dtype, d, 16)) for d in (64, 256)]
+        specs += [
+            kernel_spec(CapturedGradientVariant(dtype, clear, fixed)) for clear, fixed in ((True, True), (False, False))
+        ]
+    specs.append(kernel_spec(CapturedGradientVariant(dtypes.float32, False, True)))
     specs.append(kernel_spec(CastVariant(dtypes.float16, 256, 2)))
     return specs
