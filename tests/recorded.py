@@ -146,6 +146,10 @@ class CupyArray:
     """What the CuPy adapter reads of an array."""
 
     __module__ = "cupy._core.core"
+    # By these the tracer of mods knows an array.
+    shape: tuple[int, ...] = ()
+    dtype: Any = None
+    __cuda_array_interface__ = None
 
     class _Pointer:
         def __init__(self, ptr: int) -> None:
@@ -153,7 +157,7 @@ class CupyArray:
 
     def __init__(self, address: int, host: np.ndarray) -> None:
         self.data = self._Pointer(address)
-        self.shape, self.strides, self.dtype = host.shape, host.strides, host.dtype
+        self.shape, self.strides, self.dtype, self.ndim = host.shape, host.strides, host.dtype, host.ndim
 
 
 class Producer:
