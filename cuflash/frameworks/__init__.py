@@ -35,8 +35,8 @@ class Framework(Protocol):
         """The framework's own attention, where it has to see the call as one operation of its own: to differentiate,
         vectorise, trace or compile it. None, and the call goes straight to its kernel, where nobody looks on.
 
-        Some of the arrays may be None. The operation takes the arguments of `attention` and gives
-        (out, lse, max_logit), of which what `aux` does not name may be anything.
+        Some of the arrays may be None. The operation takes the arguments of `attention`, its mods as `bound`
+        (`tracer.Bound`, or None), and gives (out, lse, max_logit), of which what `aux` does not name may be anything.
         """
         ...
 

@@ -216,6 +216,9 @@ class Mod:
 def mod(function: Callable[..., Any], kind: str | None = None) -> Mod:
     """Trace a score_mod or mask_mod now: errors come here, and what comes back is usable under compilers.
 
+    A graph of torch.compile or torch.export has the tensors and numbers that were captured here as its operands; what a
+    variable is bound to later it does not see. Make a new mod for new ones: of the same function, it compiles nothing.
+
     kind: "score" or "mask"; None goes by the number of parameters, 5 or 4.
 
     >>> window = 128
