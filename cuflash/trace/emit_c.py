@@ -151,7 +151,7 @@ class Writer:
         if x.op in ("floordiv", "mod"):
             return self._division(x, args)
         if x.op in ("min", "max"):
-            return f"{'hw::' + x.op if x.kind == 'float' else x.op + '_of'}({args[0]}, {args[1]})"
+            return f"{f'float_{x.op}' if x.kind == 'float' else f'{x.op}_of'}({args[0]}, {args[1]})"
         if x.op == "abs":
             return f"hw::abs({args[0]})" if x.kind == "float" else f"{args[0]} < 0 ? -{args[0]} : {args[0]}"
         if x.op == "not":
@@ -164,8 +164,10 @@ class Writer:
         if x.op == "tanh":
             return f"cap_score<Variant::Element>({args[0]}, 1.0f)"
         if x.op == "div" and x.args[1].op == "const" and x.args[1].value != 0.0:
-            # Exact by a power of two, else as exact as the quotient's rounding allows twice over.
-            return f"{args[0]} * {_reciprocal(x.args[1].value)}"
+            reciprocal = _reciprocal(x.args[1].value)
+            if math.frexp(x.args[1].value)[0] in (0.5, -0.5):  # exact by a power of two
+                return f"{args[0]} * {reciprocal}"
+            return f"float_div_by({args[0]}, {args[1]}, {reciprocal})"
         if x.op == "int":
             return f"hw::to_int({args[0]})" if inner == "float" else f"static_cast<i32>({args[0]})"
         if x.op == "float":

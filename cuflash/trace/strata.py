@@ -169,10 +169,11 @@ def _of_quotient(op: str, a: Expr, b: Expr, column: str) -> Interval | None:
     inner, c = a.args
     if c.op != "const" or c.value <= 0:
         return None
+    low, high = value_range(b)
+    if low * c.value < FULL_RANGE[0] or (high + 1) * c.value > FULL_RANGE[1]:
+        return None
     first = make("mul", b, c)  # the first number whose quotient is b
     after = make("mul", make("add", b, const(1)), c)
-    if not (_fits(first) and _fits(after)):
-        return None
     ends = {
         "lt": (("lt", first),),
         "le": (("lt", after),),

@@ -32,7 +32,18 @@ HW_DEVICE i32 shift_left(i32 a, i32 n) {
 }
 HW_DEVICE i32 shift_right(i32 a, i32 n) { return a >> (static_cast<u32>(n) < 32u ? n : 31); }
 
-HW_DEVICE float float_div(float a, float b) { return a * hw::rcp_approx(b); }
+// a / b, rounded once but for rare ties: the reciprocal's quotient and a step of Newton's. Where a step has no meaning (by
+// 0, by or of infinity) the first is right already. r: 1 / b.
+HW_DEVICE float float_div_by(float a, float b, float r) {
+  const float quotient = a * r;
+  const float better = hw::fma(hw::fma(-quotient, b, a), r, quotient);
+  return (hw::abs(quotient) < kInfinity) & (r != 0.0f) ? better : quotient;
+}
+HW_DEVICE float float_div(float a, float b) { return float_div_by(a, b, hw::rcp_approx(b)); }
+
+// The smaller, the larger; NaN of what is NaN.
+HW_DEVICE float float_min(float a, float b) { return (a < b) | (a != a) ? a : b; }
+HW_DEVICE float float_max(float a, float b) { return (a > b) | (a != a) ? a : b; }
 HW_DEVICE float float_floordiv(float a, float b) { return hw::floor(float_div(a, b)); }
 HW_DEVICE float float_mod(float a, float b) { return hw::fma(-float_floordiv(a, b), b, a); }
 HW_DEVICE float exp_of(float x) { return hw::exp2_approx(x * kLog2e); }

@@ -96,6 +96,15 @@ def test_ids_that_change_in_place_are_read_anew():
         ids[:] = ids[::-1].copy()
 
 
+def test_quotients_of_floats_are_those_of_numpy():
+    """floor(q / 41) of whole numbers: a quotient a little too small would be of the row before."""
+    q, k, v = arrays("float32")
+    mask_mod = lambda b, h, q, k: np.floor(q / 41) == np.floor(k / WINDOW)  # noqa: E731
+    with using("emulator"):
+        found = cuflash.attention(q, k, v, mask_mod=mask_mod)
+    np.testing.assert_allclose(found, cuflash.attention(q, k, v, mask_mod=mask_mod), atol=1e-5)
+
+
 def everything(rng: np.random.Generator) -> tuple[dict[str, Any], tuple[Any, ...]]:
     """Keywords with a learned bias by distance, one by head and a temperature, beside documents and much else; q, k, v
     packed, two query heads for a key head."""
