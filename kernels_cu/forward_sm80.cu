@@ -7,6 +7,7 @@
 //
 //   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh. A block computes whole query tiles of one
 //           sequence and head; its rows begin at cu_seqlens_q[sequence].
+//   keys    rows of one array, or pages that a table names: V::kPaged, tile/paged.cuh
 //   roles   every warp computes 16 kRowTiles query rows against all keys; all warps copy.
 //
 //   shared  name   rows      row            bytes for d = 128, 16 bits, 128 x 128
@@ -32,6 +33,7 @@
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
 #include <tile/mods.cuh>
+#include <tile/paged.cuh>
 #include <tile/schedule.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
@@ -78,17 +80,17 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const u32 v_smem = k_smem + Plan::kKBytes;
 
   // This tile
-  const Sequence seq = read_sequence(p, sequence);
+  const Sequence seq = read_sequence<V::kPaged>(p, sequence);
   const i32 head = hw::block_idx_y();
   const i32 head_kv = head / p.head_group;
   const i32 q_first = (ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ;
   const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
-  const u8* k = at_row(p.k, seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
-  const u8* v = at_row(p.v, seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
   const i32 row_bytes = p.head_dim * Plan::kBytes;
   const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
-  const RowLoader<typename Plan::KTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> k_loader(k_smem, k, p.k_stride_row);
-  const RowLoader<typename Plan::VTile, V::kBlockK, Plan::kThreads, V::kLoadBytes> v_loader(v_smem, v, p.v_stride_row);
+  const auto k_loader = key_loader<V, typename Plan::KTile>(p, seq, sequence, k_smem, p.k, p.k_stride_batch,
+                                                            p.k_stride_row, head_kv * p.k_stride_head);
+  const auto v_loader = key_loader<V, typename Plan::VTile>(p, seq, sequence, v_smem, p.v, p.v_stride_batch,
+                                                            p.v_stride_row, head_kv * p.v_stride_head);
 
   const i32 diagonal = seq.diagonal() + q_first;  // the key that this tile's row 0 stands on
   const i32 last_row = min_of(V::kBlockQ, seq.q_len - q_first) - 1;
@@ -190,7 +192,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   o.for_each([&](float& x, i32 row, i32) { x *= finished[row].out_scale; });
 
   // Store. What it needs is read anew: kept through the loop it would cost registers there.
-  const Sequence owner = read_sequence(p, sequence);
+  const Sequence owner = read_sequence<V::kPaged>(p, sequence);
   const i32 used = owner.q_len - q_first - warp_row;    // of this warp's rows, those that are queries
   const i32 owned = owner.q_rows - q_first - warp_row;  // and those to write
   u8* out = at_row(p.out, owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
@@ -217,7 +219,7 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams
   constexpr i32 kBlockQ = Variant::kBlockQ;
   const TileRange range = tiles_of_block<kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
   // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
-  const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, kBlockQ); };
+  const auto tiles = [&] { return ceil_div(read_sequence<Variant::kPaged>(p, range.sequence).q_rows, kBlockQ); };
   for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
     // sync   shared memory <-> all warps: this tile's Q may replace the one before
     if (i > range.first) hw::sync_threads();

@@ -38,6 +38,10 @@ class ForwardProblem:
 
     q_rows, k_rows   dense: length of every sequence; packed: rows in all
     max_seqlen_q     packed: the longest query length if the host knows it; a wrong one costs time and never a row
+    page_size        0: keys as q is; else k and v are [pages, page_size, heads_kv, d], whatever q is: their strides
+                     are (page, row, head), k_rows is max_pages * page_size, and seqused_k tells their lengths
+    max_pages        entries of a sequence in page_table, int32 [batch, max_pages]
+    page_table_stride  elements from one sequence's entries to the next's
     load_bytes       16, 4 or 2: what bases and strides of q, k, v and out are all aligned to
     window           (left, right) keys visible on either side of the diagonal, -1: all; causal is right <= 0
     alibi            None, "head" (slopes [heads_q]) or "batch" ([batch, heads_q]), contiguous
@@ -74,6 +78,9 @@ class ForwardProblem:
     dropout_p: float = 0.0
     seed: DType | None = None
     mods: Mods | None = None
+    page_size: int = 0
+    max_pages: int = 0
+    page_table_stride: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +140,7 @@ class ForwardVariant:
     load_bytes: int
     dropout: bool = False
     mods: str = emit_c.NO_MODS
+    paged: bool = False
 
     @property
     def smem_bytes(self) -> int:
@@ -151,6 +159,7 @@ class ForwardVariant:
             "kLoadBytes": self.load_bytes,
             "kSharedBytes": self.smem_bytes,
             "kDropout": self.dropout,
+            "kPaged": self.paged,
         }
 
 
@@ -175,9 +184,10 @@ def choose_variant(
     *,
     dropout: bool = False,
     mods: Mods | None = None,
+    paged: bool = False,
 ) -> ForwardVariant:
-    """The variant for a dtype, head dims, alignment, dropout or none, and mods. Nothing else enters: not lengths,
-    batch, heads or numbers, the rate of dropout and what mods capture among them."""
+    """The variant for a dtype, head dims, alignment, dropout or none, mods, and keys in pages or not. Nothing else
+    enters: not lengths, batch, heads or numbers, page sizes, the rate of dropout and what mods capture among them."""
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
     large, small = DROPOUT_TILES.get(row, TILES[row]) if dropout else TILES[row]
@@ -185,7 +195,7 @@ def choose_variant(
         large, small = MOD_TILES.get(row, (large, small))
     tile = large if arch.smem_bytes >= SMALL_SMEM else small
     text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
-    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout, text)
+    return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout, text, paged)
 
 
 @functools.cache
@@ -236,8 +246,8 @@ def slots_of(*, packed: bool, batch: int, rows: int, block: int) -> int:
 
 # Pointers of ForwardParams and the name of the array each is taken from.
 POINTERS = (
-    "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "alibi_slopes",
-    "sink", "seed", "offset",
+    "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table",
+    "alibi_slopes", "sink", "seed", "offset",
 )  # fmt: skip
 _WRITTEN = ("out", "lse", "max_logit", "dropout_mask")
 
@@ -256,6 +266,7 @@ class ForwardPlan:
             arch,
             dropout=problem.dropout_p > 0,
             mods=problem.mods,
+            paged=problem.page_size > 0,
         )
         self.spec = kernel_spec(self.variant)
         self.grid, slots, self.why = choose_grid(
@@ -269,6 +280,7 @@ class ForwardPlan:
         self.workspace_bytes = 0
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
+        values |= page_values(problem.page_size, problem.page_table_stride)
         self._values = tuple(values.values())
         self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *values)
         self._captured = Captured(problem.mods)
@@ -387,6 +399,23 @@ def dropout_values(p: float, seed: DType | None) -> dict[str, Any]:
     }
 
 
+def page_values(page_size: int, table_stride: int) -> dict[str, int]:
+    """The fields of a params struct that describe pages: kernels divide by page_size as kernels_cu/tile/paged.cuh says.
+
+    >>> values = page_values(48, 7)
+    >>> (1000 * values["page_multiplier"] >> 31 + values["page_shift"]) == 1000 // 48
+    True
+    """
+    shift = max(page_size - 1, 0).bit_length()
+    multiplier = -(-(2 ** (31 + shift)) // max(page_size, 1))
+    return {
+        "page_table_stride": table_stride,
+        "page_size": page_size,
+        "page_multiplier": multiplier,
+        "page_shift": shift,
+    }
+
+
 def require_counts(problem: Any) -> None:
     """Rows and heads are as many as a kernel can count."""
     for name, rows in (("q", problem.q_rows), ("k", problem.k_rows)):
@@ -416,7 +445,7 @@ def buffers_of(arrays: Mapping[str, TensorView], written: Sequence[str] = _WRITT
 
 def representative(arch: Arch) -> list[module.KernelSpec]:
     """Variants that between them compile every line of every tile: each dtype and class with dropout and without, each
-    load width, d != d_v."""
+    load width, d != d_v, keys in pages."""
     variants = [
         choose_variant(dtype, d, d, 16, arch)
         for dtype in (dtypes.bfloat16, dtypes.float16, dtypes.float32)
@@ -439,6 +468,17 @@ def representative(arch: Arch) -> list[module.KernelSpec]:
             (dtypes.bfloat16, 192, 128, 16),
             (dtypes.float16, 64, 256, 16),
             (dtypes.float32, 256, 32, 16),
+        )
+    ]
+    variants += [
+        choose_variant(dtype, d, d_v, load_bytes, arch, paged=True)
+        for dtype, d, d_v, load_bytes in (
+            (dtypes.bfloat16, 64, 64, 16),
+            (dtypes.float16, 128, 128, 16),
+            (dtypes.bfloat16, 256, 256, 16),
+            (dtypes.float32, 256, 256, 16),
+            (dtypes.bfloat16, 192, 128, 4),
+            (dtypes.float16, 32, 32, 2),
         )
     ]
     return [kernel_spec(v) for v in variants]

@@ -7,15 +7,16 @@
 
 struct ForwardParams {
   const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
-  const void* k;              // [batch, k_len, heads_kv, head_dim] or [total_k, heads_kv, head_dim]
-  const void* v;              // [batch, k_len, heads_kv, head_dim_v] or [total_k, heads_kv, head_dim_v]
+  const void* k;              // [batch, k_len, heads_kv, head_dim] or [total_k, ..], or [pages, page_size, ..]
+  const void* v;              // [batch, k_len, heads_kv, head_dim_v] or [total_k, ..], or [pages, page_size, ..]
   void* out;                  // [batch, q_len, heads_q, head_dim_v] or [total_q, heads_q, head_dim_v]
   float* lse;                 // [batch, heads_q, q_len] or [heads_q, total_q]; null: not wanted
   float* max_logit;           // as lse; null: not wanted
   const i32* cu_seqlens_q;    // [batch + 1]; null: dense
-  const i32* cu_seqlens_k;    // [batch + 1]; null: dense
+  const i32* cu_seqlens_k;    // [batch + 1]; null: dense or paged
   const i32* seqused_q;       // [batch]; null: all of each sequence
   const i32* seqused_k;       // [batch]; null: all of each sequence
+  const i32* page_table;      // [batch, max_pages]; read where Variant::kPaged is set
   const float* alibi_slopes;  // [heads_q] or [batch, heads_q]; null: none
   const void* sink;           // [heads_q] float32 or the element type; null: none
   const u32* seed;            // dropout's, one integer as seed_format says; null: seed_value
@@ -24,7 +25,7 @@ struct ForwardParams {
   i64 q_stride_batch;
   i64 q_stride_row;
   i64 q_stride_head;
-  i64 k_stride_batch;
+  i64 k_stride_batch;  // paged: from page to page
   i64 k_stride_row;
   i64 k_stride_head;
   i64 v_stride_batch;
@@ -36,10 +37,11 @@ struct ForwardParams {
   i64 lse_stride_batch;    // of lse and max_logit, both [.., rows] with unit stride
   i64 lse_stride_head;
   i64 alibi_stride_batch;  // 0: the same slopes for every sequence
+  i64 page_table_stride;
 
   i32 batch;
   i32 q_len;       // dense: rows of q in each sequence; packed: rows of q in all
-  i32 k_len;       // likewise of k
+  i32 k_len;       // likewise of k; paged: keys that a row of the table has room for
   i32 head_group;  // query heads that share one key head
   i32 head_dim;
   i32 head_dim_v;
@@ -52,6 +54,11 @@ struct ForwardParams {
   float score_cap;      // softcap * log2(e); 0: none
   float softmax_scale;  // > 0, multiplies scores inside exp2: scale * log2(e) where scores stay raw, else 1
   i32 raw_scores;       // 1: no softcap, no ALiBi, scale > 0: q.k goes to the softmax untouched
+
+  // Pages (tile/paged.cuh); read where Variant::kPaged is set.
+  i32 page_size;
+  u32 page_multiplier;
+  i32 page_shift;
 
   // Dropout (tile/dropout.cuh); read where Variant::kDropout is set.
   float keep_scale;    // 1 / (1 - p)

@@ -18,7 +18,8 @@ struct Sequence {
 
 // index: in the batch; index == batch names the rows behind the last sequence of a packed array.
 // Params: any struct with batch, q_len, k_len, cu_seqlens_*, seqused_* as ForwardParams has them.
-template <class Params>
+// kPagedKeys: keys are rows of pages, the same number for every sequence, also where queries are packed.
+template <bool kPagedKeys = false, class Params>
 HW_DEVICE Sequence read_sequence(const Params& p, i32 index) {
   Sequence s;
   s.dense_idx = p.cu_seqlens_q == nullptr ? index : 0;
@@ -31,7 +32,7 @@ HW_DEVICE Sequence read_sequence(const Params& p, i32 index) {
     s.q_begin = hw::load_global(p.cu_seqlens_q + index);
     if (index == p.batch) {
       // Rows that no sequence owns: nothing to attend to, written as zeros.
-      s.k_begin = hw::load_global(p.cu_seqlens_k + index);
+      s.k_begin = kPagedKeys ? p.k_len : hw::load_global(p.cu_seqlens_k + index);
       s.q_rows = static_cast<i32>(p.q_len - s.q_begin);
       s.k_rows = static_cast<i32>(p.k_len - s.k_begin);
       s.q_len = 0;
@@ -39,8 +40,13 @@ HW_DEVICE Sequence read_sequence(const Params& p, i32 index) {
       return s;
     }
     s.q_rows = static_cast<i32>(hw::load_global(p.cu_seqlens_q + index + 1) - s.q_begin);
-    s.k_begin = hw::load_global(p.cu_seqlens_k + index);
-    s.k_rows = static_cast<i32>(hw::load_global(p.cu_seqlens_k + index + 1) - s.k_begin);
+    if constexpr (kPagedKeys) {
+      s.k_begin = 0;
+      s.k_rows = p.k_len;
+    } else {
+      s.k_begin = hw::load_global(p.cu_seqlens_k + index);
+      s.k_rows = static_cast<i32>(hw::load_global(p.cu_seqlens_k + index + 1) - s.k_begin);
+    }
   }
   s.q_len = s.q_rows;
   s.k_len = s.k_rows;
