@@ -30,6 +30,7 @@
 //           moved_v      kMoved   kHeadDimV    8 KB     dout or v
 //           rows[2]      kMoved   2 floats     lse_base2 and delta of the moved queries
 //           ds           kHeld    kMoved       8 KB     dS^T, where dq is accumulated
+//           terms[2]     kMoved   words                 what mods need of the moved rows, where it is dear (tile/mods.cuh)
 //
 //   barrier, per moved tile   what it separates
 //   moved landed              every thread's copies of this tile | the reads of S
@@ -94,7 +95,11 @@ struct BackwardPlan {
   static constexpr i32 kDqColumns = dq_columns(16);
   static constexpr i32 kDqParts = kDqRowTiles * (kSliceBytes / kBytes / kDqColumns);
 
-  static_assert(kHeldBytes + kHeldVBytes + 2 * kMovedBytes + kMovedVBytes + 2 * kRowsBytes + kDsBytes <= V::kSharedBytes,
+  static constexpr i32 kTermsBytes = staged_bytes<Mods, !V::kKeysHeld, V::kMoved>();
+
+  static_assert(kHeldBytes + kHeldVBytes + 2 * kMovedBytes + kMovedVBytes + 2 * kRowsBytes + kDsBytes +
+                        2 * kTermsBytes <=
+                    V::kSharedBytes,
                 "the host asks for as much shared memory as is used");
 };
 
@@ -158,6 +163,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const u32 moved_v_smem = moved_smem + 2 * Plan::kMovedBytes;
   const u32 rows_smem = moved_v_smem + Plan::kMovedVBytes;
   const u32 ds_smem = rows_smem + 2 * Plan::kRowsBytes;
+  const u32 terms_smem = ds_smem + Plan::kDsBytes;
 
   // This tile
   const Sequence seq = read_sequence(p, sequence);
@@ -226,6 +232,11 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const auto load_moved = [&](i32 n, i32 group, i32 stage) {
     moved_loader.load(n * V::kMoved, moved_len, row_bytes, moved_stride, static_cast<u32>(stage * Plan::kMovedBytes),
                       kKeysHeld ? group * p.q_stride_head : 0);
+    if constexpr (Plan::kTermsBytes > 0) {
+      stage_terms<M, !kKeysHeld, V::kMoved, Plan::kThreads>(
+          p, M::tile(p, sequence, first_head + group, seq.q_len, seq.k_len),
+          terms_smem + static_cast<u32>(stage * Plan::kTermsBytes), n * V::kMoved);
+    }
     if constexpr (kKeysHeld) {
       for (i32 i = hw::thread_idx(); i < V::kMoved; i += Plan::kThreads) {
         const i32 query = n * V::kMoved + i;
@@ -298,6 +309,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 
     // S = held moved^T
     const u32 moved_stage = moved_smem + static_cast<u32>(stage * Plan::kMovedBytes);
+    const u32 terms_stage = terms_smem + static_cast<u32>(stage * Plan::kTermsBytes);
     const LaneRows<typename Plan::Tile> moved_rows(moved_stage, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
     S s;
     s.fill(0.0f);
@@ -311,7 +323,8 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     if constexpr (M::kScore) {
       s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
       before = s;
-      score_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first);
+      score_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
+                                  terms_stage);
     } else {
       score<Element>(p, sequence, head, s, center);
     }
@@ -319,7 +332,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
       mixed |= !unmasked;
       if (mixed) {
         mask_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
-                                   center, left, right, moved_len - moved_first);
+                                   terms_stage, center, left, right, moved_len - moved_first);
       }
     } else if (mixed) {
       mask_scores(s, center, left, right, moved_len - moved_first);
@@ -391,11 +404,11 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     if constexpr (M::kScore) {
       const typename M::Tile t = M::tile(p, sequence, head, seq.q_len, seq.k_len);
       if constexpr (kKeysHeld) {
-        if (slice == 0) add_gradients<M, false, V::kFixedSums>(p, t, before, ds, row_first, moved_first);
+        if (slice == 0) add_gradients<M, false, V::kFixedSums>(p, t, before, ds, row_first, moved_first, terms_stage);
       }
       if constexpr (M::kSlope) {
         visit_terms<M, !kKeysHeld>(
-            p, t, before, row_first, moved_first,
+            p, t, before, row_first, moved_first, terms_stage,
             [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
               float& d = ds.at(row, column);
               d = d == 0.0f ? 0.0f : d * M::slope(p, t, q, k, x);

@@ -14,9 +14,10 @@
 //           q      kBlockQ   kHeadDim       32 KB    out is gathered here at the end
 //           k      kBlockK   kHeadDim       32 KB
 //           v      kBlockK   kHeadDimV      32 KB
+//           terms  kBlockK   M::kStagedK words      what mods need of each key, where it is dear (tile/mods.cuh)
 //
 //   barrier, per key tile    what it separates
-//   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T
+//   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T; of the terms likewise
 //                            the reads of the previous V        | the copy of this V
 //   V landed                 every thread's copies of V         | the reads of O += P V
 //                            the reads of K                     | the copy of the next K
@@ -59,7 +60,7 @@ struct ForwardPlan {
   static constexpr i32 kQBytes = V::kBlockQ * max_of(V::kHeadDim, V::kHeadDimV) * kBytes;
   static constexpr i32 kKBytes = V::kBlockK * V::kHeadDim * kBytes;
   static constexpr i32 kVBytes = V::kBlockK * V::kHeadDimV * kBytes;
-  static_assert(kQBytes + kKBytes + kVBytes <= V::kSharedBytes, "the host asks for as much shared memory as is used");
+  static_assert(kQBytes + kKBytes + kVBytes + staged_bytes<Mods, true, V::kBlockK>() <= V::kSharedBytes, "the host asks for as much shared memory as is used");
 };
 
 // The sequence's query tile number `from_end`, counted from its end.
@@ -78,6 +79,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const u32 q_smem = hw::smem_base();
   const u32 k_smem = q_smem + Plan::kQBytes;
   const u32 v_smem = k_smem + Plan::kKBytes;
+  const u32 terms_smem = v_smem + Plan::kVBytes;
 
   // This tile
   const Sequence seq = read_sequence<V::kPaged>(p, sequence);
@@ -112,6 +114,12 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     return n;
   };
   i32 n = find_tile(k_tiles_end - 1);
+  const auto stage = [&](i32 tile) {
+    if constexpr (M::kStagedK > 0) {
+      stage_terms<M, true, V::kBlockK, Plan::kThreads>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), terms_smem,
+                                                       tile * V::kBlockK);
+    }
+  };
   const LaneRows<typename Plan::QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
   const LaneRows<typename Plan::KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
 
@@ -125,6 +133,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     q_loader.load(q_first, seq.q_len, row_bytes, p.q_stride_row);
     k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
     hw::cp_async_commit();
+    stage(n);
   }
 
   // KV loop
@@ -147,15 +156,16 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     bool mixed = k_first < keys.all.begin || k_first + V::kBlockK > keys.all.end;
     if constexpr (M::kScore) {
       s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
-      score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first);
+      score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first,
+                            terms_smem);
     } else {
       score<Element>(p, sequence, head, s, center);
     }
     if constexpr (M::kMask) {
       mixed |= !walk.is_full(n);
       if (mixed) {
-        mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, center,
-                          p.window_left, p.window_right, seq.k_len - k_first);
+        mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first,
+                             terms_smem, center, p.window_left, p.window_right, seq.k_len - k_first);
       }
     } else if (mixed) {
       mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
@@ -169,6 +179,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     if (n >= first_k_tile) {
       k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
       hw::cp_async_commit();
+      stage(n);
     }
 
     // P = exp(S - m); O += P V

@@ -151,7 +151,9 @@ class BackwardVariant:
         # With keys held, lse and delta of the moved queries besides, in two stages.
         stats = 16 * tile.moved if self.keys_held else 0
         scores = tile.held * max(tile.moved * itemsize, 64 if itemsize == 2 else 128) if self.accumulate_dq else 0
-        return rows * itemsize + stats + scores
+        # What mods need of the rows moved over, likewise.
+        terms = 8 * tile.moved * emit_c.staged(self.mods)[0 if self.keys_held else 1]
+        return rows * itemsize + stats + scores + terms
 
     def members(self) -> dict[str, str | int | bool]:
         return {

@@ -144,9 +144,10 @@ class ForwardVariant:
 
     @property
     def smem_bytes(self) -> int:
-        """Q (where the output is gathered at the end), one tile of K, one of V."""
+        """Q (where the output is gathered at the end), one tile of K, one of V, and what mods need of each key."""
         q = self.tile.block_q * max(self.head_dim, self.head_dim_v)
-        return (q + self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize
+        terms = 4 * self.tile.block_k * emit_c.staged(self.mods)[1]
+        return (q + self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize + terms
 
     def members(self) -> dict[str, str | int | bool]:
         return {

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from ..errors import UnsupportedError
 from .derive import gradients
-from .expr import SCORE, ArraySlot, Expr, Mods, coordinate, leaves
+from .expr import SCORE, ArraySlot, Expr, Mods, coordinate, leaves, walk
 from .strata import FULL_RANGE, split, value_range
 
 WORDS = 64  # of 8 bytes: kernels_cu/params/captured.cuh has the same number
@@ -201,6 +201,7 @@ def _reciprocal(value: float) -> str:
 # struct Mods ------------------------------------------------------------------------------------------------------
 
 TILE = "tile"
+_DEAR = {"load", "dot", "div", "floordiv", "mod", "pow", "exp", "log", "tanh", "sigmoid", "sin", "cos"}
 
 
 @lru_cache(maxsize=8192)
@@ -232,6 +233,13 @@ class _Terms:
 
     def declarations(self) -> str:
         return "".join(f"    {C_TYPES[x.kind]} {name};\n" for x, name in self.fields.items())
+
+    @property
+    def staged(self) -> int:
+        """How many fields a tile's columns share through shared memory: all, where one of them costs more than the
+        way there and back; else none, and each thread computes its own."""
+        dear = any(y.op in _DEAR for x in self.fields for y in walk(x))
+        return len(self.fields) if dear else 0
 
     def given(self, variable: str) -> dict[Expr, str]:
         return {x: f"{variable}.{name}" for x, name in self.fields.items()}
@@ -302,6 +310,7 @@ def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = (
     parts = ["struct Mods {\n"]
     parts += [f"  static constexpr bool {name} = {str(value).lower()};\n" for name, value in constants.items()]
     parts.append(f"  static constexpr i32 kGradients = {len(captured)};\n")
+    parts += [f"  static constexpr i32 kStaged{t.prefix.upper()} = {t.staged};\n" for t in (q, k)]
     parts.append(f"  struct Tile {{\n    i32 b, h, q_len, kv_len;\n{tile.declarations()}  }};\n")
     parts.append(f"  struct QTerms {{\n    i32 idx;\n{q.declarations()}  }};\n")
     parts.append(f"  struct KTerms {{\n    i32 idx;\n{k.declarations()}  }};\n")
@@ -318,6 +327,7 @@ def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = (
     of_row = "const Params& p, const Tile& t, i32 idx"
     parts.append(function(f"QTerms q_terms({of_row})", in_tile | {_Q: "idx"}, filled(q, "QTerms", "idx")))
     parts.append(function(f"KTerms k_terms({of_row})", in_tile | {_K: "idx"}, filled(k, "KTerms", "idx")))
+    parts += [_staging_text(terms) for terms in (q, k)]
     arguments = "const Params& p, const Tile& t, const QTerms& q, const KTerms& k"
     if mods.mask is not None:
         assert by_query is not None and by_key is not None
@@ -341,13 +351,20 @@ def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = (
     return "".join(parts)
 
 
+def staged(text: str) -> tuple[int, int]:
+    """Of the text of `struct Mods`: words of each query and of each key that a kernel keeps in shared memory."""
+    q, k = (int(text.partition(f" kStaged{side} = ")[2].partition(";")[0]) for side in "QK")
+    return q, k
+
+
 NO_MODS = (
     "struct Mods {\n"
     + "".join(
         f"  static constexpr bool {name} = false;\n"
         for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kLoads", "kSlope")
     )
-    + "  static constexpr i32 kGradients = 0;\n};\n"
+    + "".join(f"  static constexpr i32 {name} = 0;\n" for name in ("kGradients", "kStagedQ", "kStagedK"))
+    + "};\n"
 )
 _SIDES = {TILE: 0, "q_idx": 1, "kv_idx": 2, "element": 3}  # as kernels_cu/tile/mods.cuh counts them
 
@@ -398,6 +415,26 @@ def _classify(mods: Mods, words: Words) -> str:
     return classify_text(mods, words)
 
 
+def _staging_text(terms: _Terms) -> str:
+    """Members that put a column's terms into shared memory, field by field `stride` bytes apart, and take them out."""
+    name = terms.prefix.upper() + "Terms"
+    store, load = [], []
+    for n, (x, field) in enumerate(terms.fields.items()):
+        at = f"to + {n}u * stride" if n else "to"
+        bits, back = {
+            "int": ("static_cast<u32>({})", "static_cast<i32>({})"),
+            "bool": ("({} ? 1u : 0u)", "({} != 0u)"),
+            "float": ("hw::float_bits({})", "hw::bits_float({})"),
+        }[x.kind]
+        store.append(f"    hw::store_shared({at}, {bits.format(f'own.{field}')});\n")
+        load.append(back.format(f"hw::load_shared<u32>({at.replace('to', 'from')})"))
+    return (
+        f"  HW_DEVICE static void stage(u32 to, u32 stride, const {name}& own) {{\n{''.join(store)}  }}\n"
+        f"  HW_DEVICE static {name} staged_{terms.prefix}(u32 from, u32 stride, i32 idx) {{\n"
+        f"    return {{{', '.join(['idx', *load])}}};\n  }}\n"
+    )
+
+
 def _load_text(words: Words, slot: int, array: ArraySlot) -> str:
     """The member that reads an element of a captured array."""
     word = words.arrays[slot]
@@ -419,8 +456,6 @@ def _load_text(words: Words, slot: int, array: ArraySlot) -> str:
 
 def _dot_texts(words: Words, mods: Mods, roots: Sequence[Expr]) -> list[str]:
     """Members that multiply rows of two captured arrays."""
-    from .expr import walk
-
     texts = []
     for x in dict.fromkeys(y.value for y in walk(*roots) if y.op == "dot"):
         a, b, split_at = x

@@ -27,32 +27,67 @@ constexpr i32 kTileFull = 2;
 
 HW_DEVICE i32 inside(i32 index, i32 length) { return max_of(min_of(index, length - 1), 0); }
 
+// Terms of a tile's columns that cost more than a way through shared memory: each is computed by one thread and read by
+// all (M::kStagedQ, M::kStagedK fields of them; 0: each thread computes its own).
+template <class M, bool kRowsAreQueries>
+constexpr i32 staged_fields() {
+  return kRowsAreQueries ? M::kStagedK : M::kStagedQ;
+}
+
+// Bytes of those of a tile of kColumns.
+template <class M, bool kRowsAreQueries, i32 kColumns>
+constexpr i32 staged_bytes() {
+  return staged_fields<M, kRowsAreQueries>() * kColumns * 4;
+}
+
+// Computes them for the columns from `first` on; a barrier comes before `visit_terms` reads them.
+template <class M, bool kRowsAreQueries, i32 kColumns, i32 kThreads, class Params>
+HW_DEVICE void stage_terms(const Params& p, const typename M::Tile& t, u32 smem, i32 first) {
+  if constexpr (staged_fields<M, kRowsAreQueries>() > 0) {
+    for (i32 i = hw::thread_idx(); i < kColumns; i += kThreads) {
+      const u32 to = smem + static_cast<u32>(4 * i);
+      if constexpr (kRowsAreQueries) {
+        M::stage(to, 4 * kColumns, M::k_terms(p, t, inside(first + i, t.kv_len)));
+      } else {
+        M::stage(to, 4 * kColumns, M::q_terms(p, t, inside(first + i, t.q_len)));
+      }
+    }
+  }
+}
+
 // visit(x, row, column, q, k) for every element of a fragment, with the terms of its query and key. row_first,
-// column_first: where row 0 and column 0 of the fragment stand in the sequence.
+// column_first: where row 0 and column 0 of the fragment stand in the sequence; smem: what `stage_terms` filled.
 template <class M, bool kRowsAreQueries, class Params, class S, class Visit>
-HW_DEVICE void visit_terms(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first,
+HW_DEVICE void visit_terms(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first, u32 smem,
                            const Visit& visit) {
+  constexpr u32 kStride = 32 * S::kColTiles;  // bytes of one field of all columns
+  const u32 staged = smem + static_cast<u32>(4 * S::first_col());
   if constexpr (kRowsAreQueries) {
     typename M::QTerms q[S::kRows];
     HW_UNROLL
     for (i32 i = 0; i < S::kRows; ++i) q[i] = M::q_terms(p, t, inside(row_first + S::row_of(i), t.q_len));
     s.for_each_column([&](i32 column) {
-      return M::k_terms(p, t, inside(column_first + S::first_col() + column, t.kv_len));
+      const i32 key = inside(column_first + S::first_col() + column, t.kv_len);
+      if constexpr (M::kStagedK > 0) return M::staged_k(staged + static_cast<u32>(4 * column), kStride, key);
+      return M::k_terms(p, t, key);
     }, [&](float& x, i32 row, i32 column, const typename M::KTerms& k) { visit(x, row, column, q[row], k); });
   } else {
     typename M::KTerms k[S::kRows];
     HW_UNROLL
     for (i32 i = 0; i < S::kRows; ++i) k[i] = M::k_terms(p, t, inside(row_first + S::row_of(i), t.kv_len));
     s.for_each_column([&](i32 column) {
-      return M::q_terms(p, t, inside(column_first + S::first_col() + column, t.q_len));
+      const i32 query = inside(column_first + S::first_col() + column, t.q_len);
+      if constexpr (M::kStagedQ > 0) return M::staged_q(staged + static_cast<u32>(4 * column), kStride, query);
+      return M::q_terms(p, t, query);
     }, [&](float& x, i32 row, i32 column, const typename M::QTerms& q) { visit(x, row, column, q, k[row]); });
   }
 }
 
 // Scores in natural units, scale applied, become what score_mod makes of them.
 template <class M, bool kRowsAreQueries, class Params, class S>
-HW_DEVICE void score_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first) {
-  visit_terms<M, kRowsAreQueries>(p, t, s, row_first, column_first,
+HW_DEVICE void score_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first,
+                            u32 smem) {
+  visit_terms<M, kRowsAreQueries>(p, t, s, row_first, column_first, smem,
                                [&](float& x, i32, i32, const typename M::QTerms& q, const typename M::KTerms& k) {
                                  x = M::score(p, t, q, k, x);
                                });
@@ -60,8 +95,8 @@ HW_DEVICE void score_by_mod(const Params& p, const typename M::Tile& t, S& s, i3
 
 // -inf where mask_mod says so, or causal, window and length: as `mask_scores`, with its arguments.
 template <class M, bool kRowsAreQueries, class Params, class S>
-HW_DEVICE void mask_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first, i32 center,
-                           i32 left, i32 right, i32 length) {
+HW_DEVICE void mask_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first, u32 smem,
+                           i32 center, i32 left, i32 right, i32 length) {
   i32 begin[S::kRows], end[S::kRows];
   HW_UNROLL
   for (i32 i = 0; i < S::kRows; ++i) {
@@ -79,7 +114,7 @@ HW_DEVICE void mask_by_mod(const Params& p, const typename M::Tile& t, S& s, i32
   }
   if constexpr (kRowsAreQueries ? M::kKeepQ : M::kKeepK) {
     visit_terms<M, kRowsAreQueries>(
-        p, t, s, row_first, column_first,
+        p, t, s, row_first, column_first, smem,
         [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
           bool keep = (column >= begin[row]) & (column < end[row]);
           if constexpr (kRowsAreQueries) {
@@ -142,7 +177,7 @@ constexpr i32 kKSide = 2;     // the key
 // got them; ds: the gradient of what it gave. kFixed: in sums that no order changes.
 template <class M, bool kRowsAreQueries, bool kFixed, i32 kPlace, class Params, class S>
 HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& scores, S& ds, i32 row_first,
-                                i32 column_first) {
+                                i32 column_first, u32 smem) {
   constexpr i32 kSide = M::gradient_side(kPlace);
   constexpr i32 kRowSide = kRowsAreQueries ? kQSide : kKSide;
   constexpr i32 kColumnSide = kRowsAreQueries ? kKSide : kQSide;
@@ -169,7 +204,7 @@ HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& s
     HW_UNROLL
     for (i32 i = 0; i < S::kRows; ++i) sums[i] = 0.0f;
     visit_terms<M, kRowsAreQueries>(
-        p, t, scores, row_first, column_first,
+        p, t, scores, row_first, column_first, smem,
         [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
           sums[row] += term(x, ds.at(row, column), q, k);
         });
@@ -186,7 +221,7 @@ HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& s
     HW_UNROLL
     for (i32 i = 0; i < 2 * S::kColTiles; ++i) sums[i] = 0.0f;
     visit_terms<M, kRowsAreQueries>(
-        p, t, scores, row_first, column_first,
+        p, t, scores, row_first, column_first, smem,
         [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
           sums[column / 8 * 2 + column % 2] += term(x, ds.at(row, column), q, k);
         });
@@ -203,7 +238,7 @@ HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& s
   } else if constexpr (kSide == kTileSide) {
     float sum = 0.0f;
     visit_terms<M, kRowsAreQueries>(
-        p, t, scores, row_first, column_first,
+        p, t, scores, row_first, column_first, smem,
         [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
           sum += term(x, ds.at(row, column), q, k);
         });
@@ -215,7 +250,7 @@ HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& s
     }
   } else {
     visit_terms<M, kRowsAreQueries>(
-        p, t, scores, row_first, column_first,
+        p, t, scores, row_first, column_first, smem,
         [&](float& x, i32 row, i32 column, const typename M::QTerms& q, const typename M::KTerms& k) {
           add(q, k, term(x, ds.at(row, column), q, k));
         });
@@ -225,9 +260,9 @@ HW_DEVICE void add_gradients_of(const Params& p, const typename M::Tile& t, S& s
 // For all of them.
 template <class M, bool kRowsAreQueries, bool kFixed, i32 kPlace = 0, class Params, class S>
 HW_DEVICE void add_gradients(const Params& p, const typename M::Tile& t, S& scores, S& ds, i32 row_first,
-                             i32 column_first) {
+                             i32 column_first, u32 smem) {
   if constexpr (kPlace < M::kGradients) {
-    add_gradients_of<M, kRowsAreQueries, kFixed, kPlace>(p, t, scores, ds, row_first, column_first);
-    add_gradients<M, kRowsAreQueries, kFixed, kPlace + 1>(p, t, scores, ds, row_first, column_first);
+    add_gradients_of<M, kRowsAreQueries, kFixed, kPlace>(p, t, scores, ds, row_first, column_first, smem);
+    add_gradients<M, kRowsAreQueries, kFixed, kPlace + 1>(p, t, scores, ds, row_first, column_first, smem);
   }
 }
