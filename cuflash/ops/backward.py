@@ -113,6 +113,7 @@ TILES: dict[tuple[int, int], Tile] = {
 # The same where rows are not aligned to 16 bytes and these would spill.
 NARROW_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
+    (2, 256): Tile(64, 16, 4, slices=4),  # 88 KB and 4; two slices spill there with NVRTC 13.0
 }
 # The same for a mask_mod alone and for a score_mod, whose terms take registers.
 MASK_TILES: dict[tuple[int, int], Tile] = {
