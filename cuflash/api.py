@@ -41,7 +41,8 @@ class AttentionOutput(NamedTuple):
     lse        float32 [batch, heads_q, q_len] or [heads_q, total_q]: natural logarithm of the softmax denominator
     max_logit  float32, lse's shape: the row's largest score before the sink
     dropout_mask  bool [batch, heads_q, q_len, k_len], or [batch, heads_q, max_seqlen_q, max_seqlen_k] of packed
-                  arrays: whether dropout keeps a weight; False for rows and keys that a sequence lacks
+                  arrays (of keys in pages as many as those hold): whether dropout keeps a weight; False for rows and
+                  keys that a sequence lacks
     """
 
     out: Array
@@ -114,9 +115,9 @@ def attention(
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `page_table`, `split_size` and `kernel_options` raise `UnsupportedError`, mods that cannot be followed
-    `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has
-    launched and written nothing.
+    sink). `split_size`, `kernel_options` and, where kernels run, `page_table` raise `UnsupportedError`, mods that
+    cannot be followed `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a
+    refused call has launched and written nothing.
 
     Gradients for q, k, v, `alibi_slopes`, `sink` and the float arrays that a score_mod captures flow through out and
     lse. In PyTorch: in autograd, torch.func's grad and vmap, torch.compile, torch.export and checkpoints; under
@@ -157,8 +158,10 @@ def attention(
     captured = () if bound is None else bound.arrays
     operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
     if operation is not None:
-        if page_table is not None or split_size is not None or kernel_options:
-            _refuse_keywords(page_table, split_size, kernel_options)
+        if page_table is not None:
+            raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
+        if split_size is not None or kernel_options:
+            _refuse_keywords(split_size, kernel_options)
         if out is not None:
             raise UnsupportedError(f"out: {_UNSUPPORTED_OPERATION['out']}")
         names = validate.aux_names(aux)
@@ -495,8 +498,8 @@ def _bind(
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    if page_table is not None or split_size is not None or kernel_options:
-        _refuse_keywords(page_table, split_size, kernel_options)
+    if split_size is not None or kernel_options:
+        _refuse_keywords(split_size, kernel_options)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:
@@ -526,12 +529,13 @@ def _bind(
 
     host_values: dict[str, np.ndarray] = {}  # lengths whose values the host knows
     plain: list[str] = []  # those given as a list, tuple or NumPy array, which may lie beside device arrays
-    if not (cu_seqlens_q is cu_seqlens_k is seqused_q is seqused_k is None):
+    if not (cu_seqlens_q is cu_seqlens_k is seqused_q is seqused_k is page_table is None):
         for name, x in (
             ("cu_seqlens_q", cu_seqlens_q),
             ("cu_seqlens_k", cu_seqlens_k),
             ("seqused_q", seqused_q),
             ("seqused_k", seqused_k),
+            ("page_table", page_table),
         ):
             if x is not None:
                 view = views[name] = _lengths_view(framework, x, name)
@@ -639,8 +643,9 @@ def _views(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView
 
 
 def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
-    """View of cu_seqlens or seqused: of the framework of q, or plain host values."""
+    """View of cu_seqlens, seqused or page_table: of the framework of q, or plain host values."""
     if isinstance(x, (list, tuple)):
+        require(name != "page_table", f"page_table is a {type(x).__name__}: pass an int32 array [batch, max_pages]")
         for i, value in enumerate(x):
             if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
                 raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
@@ -671,6 +676,13 @@ def _check_lengths(views: dict[str, TensorView], values: dict[str, np.ndarray]) 
     for side in "qk":
         rows = views[side].shape[-3]
         starts, used = values.get(f"cu_seqlens_{side}"), values.get(f"seqused_{side}")
+        if side == "k" and "page_table" in views:
+            pages, table = views["page_table"].shape[1], values.get("page_table")
+            if used is not None:
+                validate.paged_lengths("seqused_k", used, pages, rows)
+                if table is not None:
+                    validate.page_ids(table, used, views["k"].shape[0], rows)
+            continue
         if starts is not None:
             validate.cu_seqlens(f"cu_seqlens_{side}", starts, rows)
         if used is not None:
@@ -684,7 +696,7 @@ def _read_back(framework: Framework, views: dict[str, TensorView], device: Devic
 
     if framework.capturing(device[1]):
         return {}
-    names = [n for n in ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k") if n in views]
+    names = [n for n in (*_LENGTHS, "page_table") if n in views]
     stream = framework.stream(device[1])
     return {n: cupy.download(views[n], stream) for n in names if views[n].device[0] == "cuda"}
 
@@ -789,12 +801,21 @@ def _captured_uploads(
     return found
 
 
-def _refuse_keywords(page_table: Any, split_size: Any, kernel_options: Any) -> None:
-    if page_table is not None:
-        raise UnsupportedError(_UNSUPPORTED["page_table"])
+def _refuse_keywords(split_size: Any, kernel_options: Any) -> None:
     if split_size is not None:
         raise UnsupportedError(f"split_size={split_size!r}: {_UNSUPPORTED['split_size']}")
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
+
+
+def _refuse_pages(backend: str, backward: bool) -> None:
+    """The one place that says where keys in pages are not served."""
+    if backward:
+        raise UnsupportedError(
+            "page_table: keys in pages have no gradients: gather the pages of each sequence, "
+            "k[page_table].reshape(batch, -1, heads, d), and pass seqused_k to attention and attention_backward"
+        )
+    if backend != "reference":
+        raise UnsupportedError(f"page_table: {_UNSUPPORTED['page_table']}")
 
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
@@ -811,6 +832,11 @@ _MODS = ("score_mod", "mask_mod", "block_mask")
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
+    "page_table": (
+        "keys in pages get no gradient, and no compiler follows them: call outside of autograd, torch.func, "
+        "torch.compile and jax.jit, in PyTorch under torch.no_grad(), or gather the pages of each sequence, "
+        "k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
+    ),
     "dropout_mask": (
         "it is no result to differentiate: call attention once more without gradients, in PyTorch under "
         "torch.no_grad(), with the same seed and offset"
@@ -846,6 +872,8 @@ def _prepare(
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
+    if "page_table" in views:
+        _refuse_pages(_backend(q.device, framework, backend or config.backend), backward is not None)
     packed = validate.layout(views)
     validate.same_device(views, plain)
     backend = _backend(q.device, framework, backend or config.backend)
@@ -858,6 +886,8 @@ def _prepare(
 
     head_dim, head_dim_v = q.shape[-1], v.shape[-1]
     heads_q, heads_kv, q_rows, k_rows = q.shape[-2], k.shape[-2], q.shape[-3], k.shape[-3]
+    if "page_table" in views:
+        k_rows *= views["page_table"].shape[1]  # what a sequence has room for
     scale = head_dim**-0.5 if scale is None else validate.number("scale", scale)
     softcap = validate.softcap(softcap)
     left, right = validate.window(window_size, causal)
@@ -876,6 +906,7 @@ def _prepare(
         results += [(name, lse_shape, dtypes.float32) for name in ("lse", "max_logit") if name in aux]
         if "dropout_mask" in aux:
             rows, keys = (max_seqlen_q, max_seqlen_k) if packed else (q_rows, k_rows)
+            keys = k_rows if "page_table" in views else keys
             if rows is None or keys is None:
                 raise ArgumentError(
                     "dropout_mask of packed arrays is [batch, heads_q, max_seqlen_q, max_seqlen_k], and "

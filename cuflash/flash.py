@@ -134,14 +134,19 @@ def flash_attn_varlen_func(
 
     Sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1]; `max_seqlen_*` are hints. With `return_attn_probs`:
     (out, lse [heads_q, total_q] float32, weights as of `flash_attn_func`, [batch, heads_q, longest q, longest k]).
-    `block_table` raises `UnsupportedError`.
+    With `block_table` int32 [batch, max_pages], k and v are [num_pages, page_size, heads_kv, d], and cu_seqlens_k says
+    how many keys each sequence has: `page_table` and `seqused_k` of `attention`.
     """
+    seqused_k = None
+    if block_table is not None:
+        starts = np.asarray(cu_seqlens_k, np.int32) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        seqused_k, cu_seqlens_k = starts[1:] - starts[:-1], None
     return _call(
         q, k, v, return_attn_probs,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         dropout_p=dropout_p, scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
-        alibi_slopes=alibi_slopes, deterministic=deterministic, page_table=block_table, score_mod=score_mod,
-        mask_mod=mask_mod, block_mask=block_mask,
+        alibi_slopes=alibi_slopes, deterministic=deterministic, page_table=block_table, seqused_k=seqused_k,
+        score_mod=score_mod, mask_mod=mask_mod, block_mask=block_mask,
     )  # fmt: skip
 
 
@@ -241,6 +246,11 @@ def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any
     if not return_attn_probs:
         return attention(q, k, v, **keywords)
     if p:
+        if keywords.get("page_table") is not None:
+            raise UnsupportedError(
+                "return_attn_probs with block_table and dropout: the weights are made from keys in one piece; gather "
+                "them, k[block_table].reshape(batch, -1, heads, d), or ask for no weights"
+            )
         seed, offset = frameworks.torch.draw_seed(frameworks.torch.view(q).device)
         keywords |= {"seed": seed, "offset": offset}
     result = attention(q, k, v, aux=("lse",), **keywords)
@@ -255,7 +265,7 @@ def _weights(
     from .api import bind_mods
     from .trace.host import HostMods
 
-    unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "page_table")
+    unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "page_table", "seqused_k")
     keywords = {name: x for name, x in keywords.items() if name not in unused}
     host = lambda x: frameworks.torch.to_host(x) if hasattr(x, "detach") else x  # noqa: E731
     on_host: dict[str, Any] = {name: host(x) for name, x in ({"q": q, "k": k} | keywords).items()}

@@ -65,6 +65,8 @@ def attention(
     cu_seqlens_k: Lengths | None = None,
     seqused_q: Lengths | None = None,
     seqused_k: Lengths | None = None,
+    page_table: np.ndarray | None = None,
+    leftpad_k: Lengths | None = None,
     scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (-1, -1),
@@ -84,6 +86,11 @@ def attention(
     `cu_seqlens_q` and `cu_seqlens_k` [batch + 1] from 0, packed [total_q, heads_q, d], [total_k, heads_kv, d],
     [total_k, heads_kv, d_v]: sequence b owns the rows cu_seqlens[b] to cu_seqlens[b + 1]. `seqused_q`, `seqused_k`
     [batch] shorten each sequence to its first rows. float16, bfloat16 (ml_dtypes), float32 or float64, any strides.
+
+    With `page_table` [batch, max_pages], k and v are [num_pages, page_size, heads_kv, d] and the queries dense or
+    packed: key n of sequence b is row n % page_size of page page_table[b, n // page_size], and it has seqused_k[b] of
+    them. Entries of the table behind those are not looked at. `leftpad_k` [batch]: the first keys are no part of a
+    sequence, which has that many fewer; kv_idx counts from the first key that is.
 
     scale         multiplies q.k; any finite number; None: 1 / sqrt(d)
     window_size   (left, right) keys kept on either side of the diagonal; -1 or None: all
@@ -119,12 +126,12 @@ def attention(
     lse = np.full((*lead, heads_q, rows), -np.inf, dtype)
     max_logit = np.full_like(lse, -np.inf)
     rows_q = _rows_of_sequences(q, cu_seqlens_q, seqused_q)
-    rows_k = _rows_of_sequences(k, cu_seqlens_k, seqused_k)
-    for rule, at_q, at_k in zip(rules, rows_q, rows_k, strict=True):
+    keys, values = (_keys_of_sequences(x, cu_seqlens_k, seqused_k, page_table, leftpad_k) for x in (k, v))
+    for rule, at_q, k_b, v_b in zip(rules, rows_q, keys, values, strict=True):
         at_lse = _heads_first(at_q)
         # Infinite or NaN values that the sequence owns are its own affair: they come out, without a warning.
         with np.errstate(all="ignore"):
-            _attend(rule, q[at_q], k[at_k], v[at_k], sinks, out[at_q], lse[at_lse], max_logit[at_lse])
+            _attend(rule, q[at_q], k_b, v_b, sinks, out[at_q], lse[at_lse], max_logit[at_lse])
     return out, lse, max_logit
 
 
@@ -285,6 +292,7 @@ def dropout_mask(
     cu_seqlens_k: Lengths | None = None,
     seqused_q: Lengths | None = None,
     seqused_k: Lengths | None = None,
+    page_table: np.ndarray | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
@@ -294,10 +302,8 @@ def dropout_mask(
 
     What lies behind a sequence's queries and keys is False. Causal, window and mask_mod do not show.
     """
-    lengths_q, lengths_k = (
-        [rows[-1].stop - rows[-1].start for rows in _rows_of_sequences(x, starts, used)]
-        for x, starts, used in ((q, cu_seqlens_q, seqused_q), (k, cu_seqlens_k, seqused_k))
-    )
+    lengths_q = [rows[-1].stop - rows[-1].start for rows in _rows_of_sequences(q, cu_seqlens_q, seqused_q)]
+    lengths_k = [len(keys) for keys in _keys_of_sequences(k, cu_seqlens_k, seqused_k, page_table, None)]
     mask[...] = philox.dropout_mask(mask.shape, lengths_q, lengths_k, seed, offset, dropout_p)
 
 
@@ -369,6 +375,25 @@ def _rows_of_sequences(x: np.ndarray, cu_seqlens: Lengths | None, seqused: Lengt
             end = min(end, begin + int(seqused[b]))
         indices.append((b, slice(begin, end)) if cu_seqlens is None else (slice(begin, end),))
     return indices
+
+
+def _keys_of_sequences(
+    x: np.ndarray,
+    cu_seqlens: Lengths | None,
+    seqused: Lengths | None,
+    page_table: np.ndarray | None,
+    leftpad: Lengths | None,
+) -> Iterator[np.ndarray]:
+    """For each sequence its rows [k_len, heads, d] of keys or values: views, copies where they lie in pages."""
+    if page_table is None:
+        for b, rows in enumerate(_rows_of_sequences(x, cu_seqlens, seqused)):
+            yield x[rows][0 if leftpad is None else int(leftpad[b]) :]
+        return
+    assert seqused is not None, "paged keys have no other length"
+    for b, pages in enumerate(page_table):
+        used = int(seqused[b])
+        held = x[pages[: -(-used // x.shape[1])]].reshape(-1, *x.shape[2:])
+        yield held[0 if leftpad is None else int(leftpad[b]) : used]
 
 
 def _heads_first(rows: tuple[Any, ...]) -> tuple[Any, ...]:

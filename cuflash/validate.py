@@ -25,12 +25,15 @@ AUX = ("lse", "max_logit", "dropout_mask")
 _MAX_ROWS = 2**31 - 1  # kernels count rows in 32 bits (and offsets in 64)
 _DENSE = {name: f"[batch, {name}_len, heads, head_dim]" for name in "qkv"}
 _PACKED = {name: f"[total_{name}, heads, head_dim]" for name in "qkv"}
+_PAGED = "[num_pages, page_size, heads, head_dim]"
 
 Views = dict[str, TensorView]
 
 
 def layout(views: Views) -> bool:
-    """Check the ranks of q, k, v -> True for the packed layout, False for the dense one."""
+    """Check the ranks of q, k, v -> True for the packed layout, False for the dense one; with pages, of q alone."""
+    if "page_table" in views:
+        return _paged_layout(views)
     for given, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
         require(
             given not in views or missing in views,
@@ -57,6 +60,33 @@ def layout(views: Views) -> bool:
                 ),
             )
         require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
+    return packed
+
+
+def _paged_layout(views: Views) -> bool:
+    """The same with a page table, which says where keys lie: no cu_seqlens can."""
+    require(
+        "seqused_k" in views,
+        "page_table is given and seqused_k is not: pages have room for more keys than a sequence has; pass its length "
+        "for each",
+    )
+    require(
+        "cu_seqlens_k" not in views,
+        "cu_seqlens_k is given beside page_table, which says where the keys of a sequence lie: pass their number as "
+        "seqused_k, cu_seqlens_k[1:] - cu_seqlens_k[:-1]",
+    )
+    packed = "cu_seqlens_q" in views
+    for name in "qkv":
+        shape = views[name].shape
+        layout = _PAGED if name != "q" else _PACKED["q"] if packed else _DENSE["q"]
+        dimensions = 3 if name == "q" and packed else 4
+        require(
+            len(shape) == dimensions,
+            f"{name}.shape={shape} must have {dimensions} dimensions, {layout}"
+            + (", as cu_seqlens_q are given: reshape it" if dimensions == 3 else " beside page_table: reshape it"),
+        )
+        require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
+    require(views["k"].shape[1] > 0, "k.shape[1]=0, the page size, must be at least 1: a page holds keys")
     return packed
 
 
@@ -94,37 +124,41 @@ def shapes(views: Views, packed: bool) -> None:
     """Batch, lengths, heads and head dims of q, k, v fit together."""
     q, k, v = (views[name].shape for name in "qkv")
     axis = -3  # of the rows
-    swapped = _swap_hint(q, k, v) if not packed else ""
-    if not packed:
+    paged = "page_table" in views
+    swapped = _swap_hint(q, k, v) if not (packed or paged) else ""
+    if paged:
+        require(v[0] == k[0], f"v.shape[0]={v[0]} must equal k.shape[0]={k[0]}: one page table serves keys and values")
+    elif not packed:
         for name, shape in (("k", k), ("v", v)):
             require(shape[0] == q[0], f"{name}.shape[0]={shape[0]} must equal q.shape[0]={q[0]}, the batch: expand it")
     require(
         v[axis] == k[axis],
         f"v.shape[{len(v) + axis}]={v[axis]} must equal k.shape[{len(k) + axis}]={k[axis]}: each key has one value",
     )
-    heads = len(q) - 2
+    heads, heads_k = len(q) - 2, len(k) - 2
     require(
         v[-2] == k[-2],
-        f"v.shape[{heads}]={v[-2]} must equal k.shape[{heads}]={k[-2]}: keys and values have the same heads" + swapped,
+        f"v.shape[{heads_k}]={v[-2]} must equal k.shape[{heads_k}]={k[-2]}: keys and values have the same heads"
+        + swapped,
     )
     require(
         k[-2] > 0 and q[-2] > 0,
-        f"q.shape[{heads}]={q[-2]} and k.shape[{heads}]={k[-2]} must be at least 1: attention needs a head",
+        f"q.shape[{heads}]={q[-2]} and k.shape[{heads_k}]={k[-2]} must be at least 1: attention needs a head",
     )
     require(
         q[-2] % k[-2] == 0,
-        f"k.shape[{heads}]={k[-2]} must divide q.shape[{heads}]={q[-2]}: each key head serves a whole group of query "
+        f"k.shape[{heads_k}]={k[-2]} must divide q.shape[{heads}]={q[-2]}: each key head serves a whole group of query "
         f"heads; repeat or drop heads of k and v" + swapped,
     )
     require(
         k[-1] == q[-1],
-        f"k.shape[{heads + 1}]={k[-1]} must equal q.shape[{heads + 1}]={q[-1]}: queries and keys are multiplied",
+        f"k.shape[{heads_k + 1}]={k[-1]} must equal q.shape[{heads + 1}]={q[-1]}: queries and keys are multiplied",
     )
-    for name, n in (("q", q[-1]), ("v", v[-1])):
-        require(n > 0, f"{name}.shape[{heads + 1}]=0: the head dim must be at least 1")
+    for name, at, n in (("q", heads + 1, q[-1]), ("v", heads_k + 1, v[-1])):
+        require(n > 0, f"{name}.shape[{at}]=0: the head dim must be at least 1")
         if n > MAX_HEAD_DIM:
             raise UnsupportedError(
-                f"{name}.shape[{heads + 1}]={n}: head dims go from 1 to {MAX_HEAD_DIM}; for a larger one use "
+                f"{name}.shape[{at}]={n}: head dims go from 1 to {MAX_HEAD_DIM}; for a larger one use "
                 "torch.nn.functional.scaled_dot_product_attention"
             )
     if swapped and k[-2] > 128 and k[1] < k[2] and q[1] < q[2]:
@@ -272,7 +306,11 @@ def index_arrays(views: Views, packed: bool, framework: Framework) -> int:
             view.strides[0] == 1,
             f"{name}.strides={view.strides} must be (1,): pass {framework.advise('contiguous', name)}",
         )
-    if packed:
+    if "page_table" in views:
+        batch = views["cu_seqlens_q"].shape[0] - 1 if packed else views["q"].shape[0]
+        require(batch >= 0, "cu_seqlens_q.shape=(0,) must be (batch + 1,): it starts with 0 even for an empty batch")
+        _page_table(views["page_table"], batch, framework)
+    elif packed:
         starts_q, starts_k = views["cu_seqlens_q"].shape[0], views["cu_seqlens_k"].shape[0]
         require(starts_q >= 1, "cu_seqlens_q.shape=(0,) must be (batch + 1,): it starts with 0 even for an empty batch")
         require(
@@ -290,6 +328,22 @@ def index_arrays(views: Views, packed: bool, framework: Framework) -> int:
                 f"{name}.shape={views[name].shape} must be ({batch},): one length a sequence",
             )
     return batch
+
+
+def _page_table(table: TensorView, batch: int, framework: Framework) -> None:
+    require(
+        table.dtype is dtypes.int32,
+        f"page_table.dtype={table.dtype} must be int32: pass {framework.advise('int32', 'page_table')}",
+    )
+    require(
+        table.ndim == 2 and table.shape[0] == batch,
+        f"page_table.shape={table.shape} must be ({batch}, max_pages): a row a sequence, with the ids of its pages",
+    )
+    require(
+        table.strides[1] == 1 and table.strides[0] >= 0,
+        f"page_table.strides={table.strides} (in elements) must end in 1 and not be negative: pass "
+        f"{framework.advise('contiguous', 'page_table')}",
+    )
 
 
 def head_arrays(views: Views, batch: int, framework: Framework) -> None:
@@ -347,6 +401,29 @@ def seqused(name: str, values: np.ndarray, lengths: np.ndarray) -> None:
         at = int(wrong[0])
         length = int(np.broadcast_to(lengths, values.shape)[at])
         raise ArgumentError(f"{name}[{at}]={values[at]} must be from 0 to {length}, the length of sequence {at}")
+
+
+def paged_lengths(name: str, values: np.ndarray, pages: int, page_size: int) -> None:
+    """Values known to the host: lengths that the pages of a sequence have room for."""
+    wrong = np.flatnonzero((values < 0) | (values > pages * page_size))
+    if wrong.size:
+        at = int(wrong[0])
+        raise ArgumentError(
+            f"{name}[{at}]={values[at]} must be from 0 to {pages * page_size}, what {pages} pages of {page_size} hold: "
+            "give page_table more columns"
+        )
+
+
+def page_ids(table: np.ndarray, used: np.ndarray, num_pages: int, page_size: int) -> None:
+    """Values known to the host: the entries that sequences of `used` keys look at are pages."""
+    looked_at = np.arange(table.shape[1]) < -(-used[:, None] // page_size)
+    wrong = np.argwhere(looked_at & ((table < 0) | (table >= num_pages)))
+    if wrong.size:
+        b, at = map(int, wrong[0])
+        raise ArgumentError(
+            f"page_table[{b}, {at}]={table[b, at]} must be from 0 to {num_pages - 1}, a page of k: sequence {b} has "
+            f"{used[b]} keys and looks at its first {-(-int(used[b]) // page_size)} entries"
+        )
 
 
 def number(name: str, value: Any) -> float:

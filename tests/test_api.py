@@ -202,7 +202,7 @@ def test_drop_ins_refuse_what_no_kernel_does(rng):
     flat, cu = q.reshape(-1, 4, 32), np.array([0, 7, 14], np.int32)
     with pytest.raises(ArgumentError, match=r"dropout_p=0\.1 with NumPy.*cuflash\.attention\(.*seed="):
         cuflash.flash_attn_func(q, q, q, 0.1)
-    with pytest.raises(UnsupportedError, match="paged"):
+    with using("emulator"), pytest.raises(UnsupportedError, match="paged"):
         cuflash.flash_attn_varlen_func(flat, flat, flat, cu, cu, 7, 7, block_table=np.zeros((2, 1), np.int32))
     with pytest.raises(UnsupportedError, match=r"cuflash\.attention\(q, k_cache, v_cache, seqused_k="):
         cuflash.flash_attn_with_kvcache(q, q, q)

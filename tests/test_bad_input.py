@@ -195,7 +195,6 @@ UNSUPPORTED = {
         r"q\.shape\[3\]=512: head dims go from 1 to 256.*scaled_dot_product_attention",
     ),
     "head dim of v 257": (dense(v=x(2, 9, 2, 257)), r"v\.shape\[3\]=257: head dims go from 1 to 256"),
-    "page table": (dense(page_table=i32(0)[None]), r"paged keys: gather the pages.*seqused_k"),
     "split size": (dense(split_size=128), r"split_size=128: no kernel splits the keys of a row: leave it None"),
     "kernel options": (dense(kernel_options={"BLOCK_M": 64}), r"kernel_options=\{'BLOCK_M': 64\}.*leave it None"),
 }

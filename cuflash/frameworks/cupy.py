@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
 from threading import Lock
 from typing import Any, NoReturn
 
@@ -88,16 +87,17 @@ def upload(values: np.ndarray, device: Device) -> TensorView:
 
 
 def download(view: TensorView, stream: int) -> np.ndarray:
-    """Copy a contiguous device array to the host after the work on `stream`. Waits for it."""
+    """Copy a device array to the host after the work on `stream`. Waits for it."""
     cupy = _cupy()
-    result = np.empty(prod(view.shape), view.dtype.numpy)
-    if result.nbytes:
+    itemsize = view.dtype.itemsize
+    held = np.empty(view.nbytes // itemsize, view.dtype.numpy)  # gaps of a strided array included
+    if held.nbytes:
         with cupy.cuda.Device(view.device[1]):
             cupy.cuda.runtime.memcpyAsync(
-                result.ctypes.data, view.ptr, result.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream
+                held.ctypes.data, view.ptr, held.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream
             )
             cupy.cuda.runtime.streamSynchronize(stream)
-    return result.reshape(view.shape)
+    return np.lib.stride_tricks.as_strided(held, view.shape, [s * itemsize for s in view.strides], writeable=False)
 
 
 def retain(views: Iterable[TensorView], device: int) -> None:
