@@ -194,7 +194,7 @@ def make(op: str, *args: Expr) -> Expr:
         raise TraceError(f"{op} takes {count} arguments, got {len(args)}")
     if takes == "where":
         kind = highest(*args[1:])
-        args = cast(args[0], "bool"), cast(args[1], kind), cast(args[2], kind)
+        args = tuple(cast(x, k) for x, k in zip(args, ("bool", kind, kind), strict=True))
     elif takes in ("float", "int"):
         if takes == "int" and any(x.kind == "float" for x in args):
             raise TraceError(f"{op} of a float: cast it to an int first")
@@ -254,11 +254,10 @@ def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
             if b.value == 1.0:
                 return a
     if op == "where":
-        condition, a, b = args
-        if condition.op == "const":
-            return a if condition.value else b
-        if a is b:
-            return a
+        if args[0].op == "const":
+            return args[1] if args[0].value else args[2]
+        if args[1] is args[2]:
+            return args[1]
     if op in ("not", "neg") and args[0].op == op:
         return args[0].args[0]
     return None

@@ -113,7 +113,7 @@ def interval(x: Expr, column: str) -> Interval | None:
             return interval(make(op, *(make("not", a) for a in inner.args)), column)
         return None
     if x.op in _NEGATED and x.op != "ne" and x.args[0].kind == "int":
-        return _comparison(x.op, *x.args, column)
+        return _comparison(x.op, x.args[0], x.args[1], column)
     return None
 
 
@@ -248,6 +248,7 @@ def _fits(x: Expr) -> bool:
 def value_range(x: Expr) -> tuple[int, int]:
     """What an int can be, whatever the captured values: (lowest, highest).
 
+    >>> from .expr import coordinate
     >>> q, k = coordinate("q_idx"), coordinate("kv_idx")
     >>> value_range(make("sub", q, k)) == (1 - LIMIT, LIMIT - 1)
     True
@@ -255,7 +256,7 @@ def value_range(x: Expr) -> tuple[int, int]:
     if x.kind == "bool":
         return 0, 1
     if x.op == "const":
-        return (int(x.value),) * 2 if x.kind == "int" else FULL_RANGE
+        return (int(x.value), int(x.value)) if x.kind == "int" else FULL_RANGE
     if x.op in _RANGES:
         return _RANGES[x.op]
     if x.kind != "int":
