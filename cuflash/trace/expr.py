@@ -221,6 +221,11 @@ def make(op: str, *args: Expr) -> Expr:
 def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
     if all(x.op == "const" for x in args):
         return _folded(op, args, kind)
+    if op == "where":
+        if args[0].op == "const":
+            return args[1] if args[0].value else args[2]
+        if args[1] is args[2]:
+            return args[1]
     is_const = lambda x, value: x.op == "const" and x.value == value  # noqa: E731
     if len(args) == 2:
         a, b = args
@@ -253,11 +258,6 @@ def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
                 return make("sqrt", a)
             if b.value == 1.0:
                 return a
-    if op == "where":
-        if args[0].op == "const":
-            return args[1] if args[0].value else args[2]
-        if args[1] is args[2]:
-            return args[1]
     if op in ("not", "neg") and args[0].op == op:
         return args[0].args[0]
     return None
