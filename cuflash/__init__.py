@@ -35,9 +35,9 @@ from .flash import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
-    flash_attn_with_kvcache,
 )
 from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_mask, flex_attention
+from .kvcache import flash_attn_with_kvcache
 from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
 from .settings import config

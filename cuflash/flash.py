@@ -204,34 +204,6 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
-def flash_attn_with_kvcache(
-    q: Array,
-    k_cache: Array,
-    v_cache: Array,
-    k: Array | None = None,
-    v: Array | None = None,
-    rotary_cos: Array | None = None,
-    rotary_sin: Array | None = None,
-    cache_seqlens: Any = None,
-    cache_batch_idx: Array | None = None,
-    cache_leftpad: Array | None = None,
-    block_table: Array | None = None,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    rotary_interleaved: bool = True,
-    alibi_slopes: Array | None = None,
-    num_splits: int = 0,
-    return_softmax_lse: bool = False,
-) -> Any:
-    """Raises `UnsupportedError`: no kernel writes to a cache. `attention` reads one, given `seqused_k`."""
-    raise UnsupportedError(
-        "flash_attn_with_kvcache: no kernel appends to a cache: write the new keys and values into k_cache and "
-        "v_cache, then call cuflash.attention(q, k_cache, v_cache, seqused_k=<lengths after appending>, causal=...)"
-    )
-
-
 def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any) -> Any:
     # flash-attn takes an integer tensor of two as a window. Read here, since below a window is part of a cache's key,
     # and a tensor may change in place.

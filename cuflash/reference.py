@@ -352,6 +352,93 @@ def attention_weights(
     return weights
 
 
+# Caches ---------------------------------------------------------------------------------------------------------------
+
+
+def append_kv(
+    k_cache: np.ndarray,
+    v_cache: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    *,
+    cache_seqlens: Lengths,
+    page_table: np.ndarray,
+    cu_seqlens_k_new: Lengths | None = None,
+    rotary_cos: np.ndarray | None = None,
+    rotary_sin: np.ndarray | None = None,
+    rotary_seqlens: Lengths | None = None,
+    rotary_interleaved: bool = True,
+) -> None:
+    """Write new keys and values into a cache, in place: the keys rotated, where there is a rotary embedding.
+
+    k_cache [num_pages, page_size, heads_kv, d], v_cache likewise; key n of sequence b is row n % page_size of page
+    page_table[b, n // page_size], and a cache [batch, len, heads_kv, d] is one whose pages are the sequences. k, v
+    [batch, new, heads_kv, d], or packed by `cu_seqlens_k_new`: new key i of sequence b becomes its key
+    cache_seqlens[b] + i, and is rotated to position rotary_seqlens[b] + i (None: cache_seqlens). Nothing else is
+    written, and no entry of the table looked at that no new key goes to.
+    """
+    starts = cache_seqlens if rotary_seqlens is None else rotary_seqlens
+    for b, rows in enumerate(_rows_of_sequences(k, cu_seqlens_k_new, None)):
+        new = np.arange(len(k[rows]))
+        at = cache_slots(page_table[b], k_cache.shape[1], int(cache_seqlens[b]), len(new))
+        keys = k[rows]
+        if rotary_cos is not None and rotary_sin is not None:
+            keys = rotary(keys, rotary_cos, rotary_sin, int(starts[b]) + new, rotary_interleaved)
+        k_cache[at], v_cache[at] = keys, v[rows]
+
+
+def cache_slots(pages: np.ndarray, page_size: int, begin: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(page, row) of the keys from `begin` on of a sequence with these pages.
+
+    >>> cache_slots(np.array([7, 3, 5]), page_size=4, begin=6, count=3)
+    (array([3, 3, 5]), array([2, 3, 0]))
+    """
+    at = np.arange(begin, begin + count)
+    return pages[at // page_size], at % page_size
+
+
+def rotate_queries(
+    q: np.ndarray,
+    cos: np.ndarray,
+    sin: np.ndarray,
+    *,
+    starts: Lengths,
+    advance: bool,
+    cu_seqlens_q: Lengths | None = None,
+    interleaved: bool = True,
+) -> np.ndarray:
+    """Queries, dense or packed, by a rotary embedding: row i of sequence b to position starts[b] + i, or, unless
+    `advance`, all its rows to starts[b], as flash-attn does where neither causal nor a window tells rows apart."""
+    rotated = q.copy()
+    for b, rows in enumerate(_rows_of_sequences(q, cu_seqlens_q, None)):
+        steps = np.arange(len(q[rows])) * int(advance)
+        rotated[rows] = rotary(q[rows], cos, sin, int(starts[b]) + steps, interleaved)
+    return rotated
+
+
+def rotary(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, positions: np.ndarray, interleaved: bool) -> np.ndarray:
+    """x [rows, heads, d] with row i rotated to positions[i]; cos, sin [len, rotary_dim / 2] by position.
+
+    Pair j of the first rotary_dim elements, (2 j, 2 j + 1) where interleaved, else (j, rotary_dim / 2 + j), becomes
+    (a * cos - b * sin, a * sin + b * cos); the others stay. Computed in float32 (float64 for float64), rounded once.
+
+    >>> x = np.array([[[1.0, 0.0, 5.0]]], np.float32)
+    >>> quarter = np.zeros((3, 1), np.float32), np.ones((3, 1), np.float32)
+    >>> rotary(x, *quarter, positions=np.array([2]), interleaved=True)
+    array([[[0., 1., 5.]]], dtype=float32)
+    """
+    half, dtype = cos.shape[1], _computed_in(x, None)
+    first, second = slice(0, half), slice(half, 2 * half)
+    if interleaved:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    c, s = (table[positions][:, None].astype(dtype) for table in (cos, sin))
+    a, b = x[..., first].astype(dtype), x[..., second].astype(dtype)
+    rotated = x.copy()
+    with np.errstate(all="ignore"):
+        rotated[..., first], rotated[..., second] = a * c - b * s, a * s + b * c
+    return rotated
+
+
 # Sequences ------------------------------------------------------------------------------------------------------------
 
 

@@ -27,7 +27,7 @@ LAYERS = (
     ("frameworks",),
     ("validate", "packing", "merge"),
     ("api",),
-    ("flash", "flex", "integrations"),
+    ("flash", "flex", "kvcache", "integrations"),
     ("cli",),
     ("__init__", "__main__"),
 )
