@@ -288,14 +288,14 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   HW_NO_UNROLL
   for (i32 step = 0; step < steps; ++step) {
     const i32 stage = step % 2;
-    i32 next_n = n + 1, next_group = group;
+    i32 next_n = n + 1 < first_tile + tiles ? n + 1 : first_tile;
+    i32 next_group = next_n == first_tile ? group + 1 : group;
     bool unmasked = true;
     if constexpr (M::kMask) {
       unmasked = walk.is_full(n);
+      next_n = n + 1;
+      next_group = group;
       if (!find_tile(next_n, next_group)) steps = step + 1;
-    } else if (next_n == first_tile + tiles) {
-      next_n = first_tile;
-      ++next_group;
     }
     // wait   moved landed <- own copies of this tile and, the first time, of the held ones
     hw::cp_async_wait<0>();
@@ -318,7 +318,6 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     const i32 center = diagonal + warp_row - moved_first;  // the moved column on the diagonal of this warp's row 0
     const i32 head = first_head + group;
     const i32 row_first = held_first + warp_row;
-    bool mixed = moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end;
     S before;  // the scores that score_mod gets
     if constexpr (M::kScore) {
       s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
@@ -328,9 +327,9 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     } else {
       score<Element>(p, sequence, head, s, center);
     }
+    const bool mixed = moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end;
     if constexpr (M::kMask) {
-      mixed |= !unmasked;
-      if (mixed) {
+      if (mixed | !unmasked) {
         mask_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
                                    terms_stage, center, left, right, moved_len - moved_first);
       }

@@ -115,6 +115,10 @@ NARROW_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
     (2, 256): Tile(64, 16, 4, slices=4),  # 88 KB and 4; two slices spill there with NVRTC 13.0
 }
+# The same where two kernels compute, which they do where bits are to be the same every time.
+DETERMINISTIC_TILES: dict[tuple[int, int], Tile] = {
+    (2, 64): Tile(128, 32, 8),  # 48 KB; 128 x 64 spills on compute capability 12.0
+}
 # The same for a mask_mod alone and for a score_mod, whose terms take registers.
 MASK_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),
@@ -276,7 +280,9 @@ def choose_variants(
     row = dtype.itemsize, max(d, d_v)
     accumulate = not deterministic and row not in TWO_KERNELS
     tile = NARROW_TILES.get(row, TILES[row]) if load_bytes < 16 else TILES[row]
-    if accumulate and dropout:
+    if not accumulate:
+        tile = DETERMINISTIC_TILES.get(row, tile)
+    elif dropout:
         tile = DROPOUT_TILES.get(row, tile)
     if mods is not None:
         tile = (MASK_TILES if mods.score is None else SCORE_TILES).get(row, tile)
