@@ -244,6 +244,8 @@ def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
                 return a
             if op == "mul" and is_const(a, 1):
                 return b
+            if op == "sub" and a is b:
+                return const(0)
         # A float sum with 0 is not left out: it turns -0 into 0.
         if kind == "float" and ((op in ("mul", "div") and is_const(b, 1.0)) or (op == "sub" and is_const(b, 0.0))):
             return a

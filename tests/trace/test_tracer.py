@@ -15,7 +15,6 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from time import process_time
 from typing import Any
 
 import numpy as np
@@ -845,20 +844,6 @@ def test_a_refused_mod_is_traced_once_it_is_mended() -> None:
 
 
 # --- The cache --------------------------------------------------------------------------------------------------------
-
-
-def test_a_warm_call_takes_microseconds() -> None:
-    score = make_score(f32(HEADS), 0.5, 1)
-    bind(score)
-    best = min(_timed(lambda: bind(score), 2000) for _ in range(10))
-    assert best < 10e-6, f"{best * 1e6:.1f} us"
-
-
-def _timed(function: Callable[[], Any], count: int) -> float:
-    start = process_time()
-    for _ in range(count):
-        function()
-    return (process_time() - start) / count
 
 
 def test_the_cache_holds_no_array_and_no_object() -> None:
