@@ -79,7 +79,8 @@ def flash_attn_with_kvcache(
     left padding. The other keywords are those of `attention`. num_splits and split_size, of which only one may be
     given, and pack_gqa change how kernels share out the work and no result.
 
-    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache.
+    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. At a call
+    torch.compile breaks its graph.
 
     Raises `UnsupportedError` where kernels run, for gradients, and for qv, descales and attention_chunk; the message
     says what to use instead. A refused call has written nothing: it is checked before that all lengths, pages and
@@ -93,6 +94,18 @@ def flash_attn_with_kvcache(
     >>> out.ravel().tolist() == [1.0] * 16, int(np.isfinite(cache).all(axis=(2, 3)).sum())
     (True, 5)
     """
+    if frameworks.of(q) is frameworks.torch and frameworks.torch.compiling():
+        from .frameworks import torch_autograd
+
+        return torch_autograd.outside_of_graph(
+            flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
+            cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes,
+            num_splits, return_softmax_lse, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens, sink=sink, score_mod=score_mod,
+            mask_mod=mask_mod, split_size=split_size, qv=qv, q_descale=q_descale, k_descale=k_descale,
+            v_descale=v_descale, attention_chunk=attention_chunk, scheduler_metadata=scheduler_metadata,
+            pack_gqa=pack_gqa, sm_margin=sm_margin,
+        )  # fmt: skip
     _refuse(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
         scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
@@ -114,7 +127,7 @@ def flash_attn_with_kvcache(
     if framework.operation(*arrays.values(), alibi_slopes, sink) is not None:
         raise UnsupportedError(
             "flash_attn_with_kvcache has no gradient and is followed by no transformation: call it outside of "
-            "autograd, autocast, torch.func, torch.compile and jax.jit, in PyTorch under torch.no_grad(), with arrays "
+            "autograd, autocast, torch.func, torch.export and jax.jit, in PyTorch under torch.no_grad(), with arrays "
             "in host memory; to train, call cuflash.attention"
         )
     views = api._views(framework, arrays)

@@ -163,6 +163,26 @@ def test_pytorch(rng, what, page_size):
         Step(rng, page_size=page_size, **CALLS[what]).check(torch.tensor)
 
 
+def test_torch_compile_breaks_its_graph(rng):
+    """Around an append that is made once, at its time."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    q, cache = torch.tensor(rng.standard_normal((2, 1, 2, 16))), torch.tensor(rng.standard_normal((2, 8, 2, 16)))
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+
+    def step(q, k_cache, v_cache):
+        q = q * 2
+        out = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, q, q, cache_seqlens=lengths, causal=True)
+        return out + 1, k_cache[1, 5] - q[1, 0]
+
+    given, compiled = ([q, cache.clone(), cache.clone()] for _ in range(2))
+    expected = step(*given)
+    with torch.no_grad():
+        got = torch.compile(step, backend="eager")(*compiled)
+    for x, y in zip((*got, *compiled), (*expected, *given), strict=True):
+        assert torch.equal(x, y)
+    assert not got[1].any()
+
+
 @pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys"])
 @pytest.mark.parametrize("page_size", [0, 8])
 def test_jax_returns_new_caches(rng, what, page_size):
@@ -345,6 +365,13 @@ def test_kernels_and_gradients_refuse():
         refused(
             {}, r"no kernel appends to a cache.*cuflash\.attention\(q, k_cache, v_cache, seqused_k=", UnsupportedError
         )
+    from recorded import recording
+
+    with recording() as recorder:
+        make = recorder.arrays["cupy stand-in"]
+        arguments = {n: make(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
+        with pytest.raises(UnsupportedError, match=r"no kernel appends to a cache"):
+            cuflash.flash_attn_with_kvcache(**arguments)  # and nothing looked into memory
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
     arguments["q"].requires_grad_()

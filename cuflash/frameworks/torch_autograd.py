@@ -155,6 +155,12 @@ def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any
     return function(*args, **keywords)
 
 
+@torch.compiler.disable(reason="flash_attn_with_kvcache writes to its caches, whose lengths it reads on the host")
+def outside_of_graph(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+    """The same for a call that no remedy brings into the graph."""
+    return function(*args, **keywords)
+
+
 def _in_torch_func(*tensors: Any) -> bool:
     """Whether a transform of torch.func is at work, which follows an autograd.Function and not an operator."""
     if torch.compiler.is_compiling():
