@@ -115,9 +115,9 @@ def attention(
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `split_size`, `kernel_options` and, where kernels run, `page_table` raise `UnsupportedError`, mods that
-    cannot be followed `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a
-    refused call has launched and written nothing.
+    sink). `split_size` and `kernel_options` raise `UnsupportedError`, mods that cannot be followed `TraceError`; the
+    message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has launched and written
+    nothing.
 
     Gradients for q, k, v, `alibi_slopes`, `sink` and the float arrays that a score_mod captures flow through out and
     lse. In PyTorch: in autograd, torch.func's grad and vmap, torch.compile, torch.export and checkpoints; under
@@ -807,15 +807,16 @@ def _refuse_keywords(split_size: Any, kernel_options: Any) -> None:
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
 
 
-def _refuse_pages(backend: str, backward: bool) -> None:
+def _refuse_pages(backward: bool) -> None:
     """The one place that says where keys in pages are not served."""
     if backward:
-        raise UnsupportedError(
-            "page_table: keys in pages have no gradients: gather the pages of each sequence, "
-            "k[page_table].reshape(batch, -1, heads, d), and pass seqused_k to attention and attention_backward"
-        )
-    if backend != "reference":
-        raise UnsupportedError(f"page_table: {_UNSUPPORTED['page_table']}")
+        raise UnsupportedError(f"page_table: {_PAGES_WITHOUT_GRADIENTS}")
+
+
+_PAGES_WITHOUT_GRADIENTS = (
+    "keys in pages have no gradients: gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), "
+    "and pass seqused_k to attention and attention_backward"
+)
 
 
 def _refuse_cache(backend: str) -> None:
@@ -829,10 +830,6 @@ def _refuse_cache(backend: str) -> None:
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
-    "page_table": (
-        "no kernel reads paged keys: gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), "
-        "and pass seqused_k"
-    ),
     "split_size": "no kernel splits the keys of a row: leave it None",
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
 }
@@ -882,7 +879,7 @@ def _prepare(
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
     if "page_table" in views:
-        _refuse_pages(_backend(q.device, framework, backend or config.backend), backward is not None)
+        _refuse_pages(backward is not None)
     packed = validate.layout(views)
     validate.same_device(views, plain)
     backend = _backend(q.device, framework, backend or config.backend)
@@ -1002,7 +999,11 @@ def _plan(
     if mods is not None:
         slopes = None if "alibi_slopes" in _captured_names(mods, views) else slopes
         fields["mods"] = mods
-    fields |= {f"{name}_strides": _problem_strides(steps, packed) for name, steps in strides.items()}
+    pages = views.get("page_table")
+    fields |= {
+        f"{name}_strides": _problem_strides(steps, packed and (pages is None or name not in "kv"))
+        for name, steps in strides.items()
+    }
     fields |= {
         "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()]),
         "seqused_q": "seqused_q" in views,
@@ -1013,6 +1014,9 @@ def _plan(
     }
     if backward is None:
         ops = _forward()
+        if pages is not None:
+            fields |= {"page_size": views["k"].shape[1], "max_pages": pages.shape[1]}
+            fields["page_table_stride"] = pages.strides[0]
         return ops.plan(ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes), arch)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}
@@ -1314,7 +1318,7 @@ class Support:
 _SERVED = (
     "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
     "causal", "window_size", "softcap", "alibi_slopes", "sink", "dropout_p", "seed", "offset", "deterministic", "out",
-    "lse", "max_logit", "dropout_mask", *_MODS,
+    "lse", "max_logit", "dropout_mask", "page_table", *_MODS,
 )  # fmt: skip
 
 
@@ -1357,7 +1361,7 @@ def supports(
         except UnsupportedError as error:
             return Support(str(error))
     for name, value in features.items():
-        if name in _SERVED:
+        if name in _SERVED and not (backward and name == "page_table"):
             continue
         require(
             name in FEATURES,
@@ -1365,7 +1369,7 @@ def supports(
         )
         unused = value is None or (isinstance(value, (bool, int, float)) and not value)
         if not unused:
-            return Support(f"{name}: {_UNSUPPORTED[name]}")
+            return Support(f"{name}: {_UNSUPPORTED.get(name, _PAGES_WITHOUT_GRADIENTS)}")
     return Support("")
 
 
@@ -1419,7 +1423,8 @@ def warmup(
         dropout_p=0.5 if features.get("dropout_p") else 0.0,
         mods=mods,
     )
-    problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields))]
+    paged = features.get("page_table") is not None and features["page_table"] is not False
+    problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields, page_size=int(paged)))]
     if backward:
         gradients = dict(dout_strides=values, dq_strides=rows, dk_strides=rows, dv_strides=values, max_seqlen_k=None)
         sums = dict(dsink=bool(features.get("sink")), dcaptured=wanted)

@@ -15,7 +15,7 @@ HW_KERNEL(kThreads) cuflash_dropout_mask(HW_GRID_CONSTANT DropoutMaskParams p) {
   const i32 sequence = hw::block_idx_x() / p.rows;
   const i32 query = hw::block_idx_x() - sequence * p.rows;
   const i32 head = hw::block_idx_y(), heads_q = hw::grid_dim_y();
-  const Sequence seq = read_sequence(p, sequence);
+  const Sequence seq = p.cu_seqlens_k == nullptr ? read_sequence<true>(p, sequence) : read_sequence(p, sequence);
   const Dropout dropout = read_dropout(p, sequence, head, heads_q);
   u8* row = p.dropout_mask + ((static_cast<i64>(sequence) * heads_q + head) * p.rows + query) * p.keys;
   for (i32 key = hw::thread_idx(); key < p.keys; key += kThreads) {
