@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,34 @@ CALLS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", CALLS)
 def test_against_caches_by_hand(rng, what, where):
     Step(rng, page_size=where if isinstance(where, int) else 0, index=where == "by index", **CALLS[what]).check()
+
+
+@pytest.mark.parametrize("part", range(8))
+def test_drawn_cases(part):
+    """40 combinations of everything, each."""
+    rng = np.random.default_rng([int(os.environ["CUFLASH_TEST_SEED"]), part])
+    some = lambda chance, value, otherwise=None: value if rng.random() < chance else otherwise  # noqa: E731
+    for _ in range(40):
+        new = int(rng.integers(0, 5))
+        before = tuple(int(n) for n in rng.integers(0, ROOM - 4, 3))
+        case = {
+            "page_size": int(rng.choice([0, 0, 1, 2, 3, 7, 16, 64])), "before": before, "new": new or None,
+            "packed": bool(rng.integers(2)), "packed_new": bool(new and rng.integers(2)),
+            "pad": some(0.3, tuple(int(rng.integers(0, n + 1)) for n in before)),
+            "rotary_dim": some(0.6, 2 * int(rng.integers(1, 9)), 0) if new else 0, "interleaved": bool(rng.integers(2)),
+            "causal": bool(rng.integers(2)),
+            "window_size": some(0.4, tuple(map(int, rng.integers(-1, 9, 2))), (-1, -1)),
+            "softcap": some(0.3, 2.5, 0.0), "sink": some(0.3, rng.standard_normal(4).astype(np.float32)),
+            "alibi_slopes": some(0.3, rng.random((3, 4)[rng.integers(2) :]).astype(np.float32)),
+        }  # fmt: skip
+        case["index"] = not case["page_size"] and bool(rng.integers(2))
+        if case["rotary_dim"]:
+            case["rotary_seqlens"] = some(0.3, tuple(map(int, rng.integers(0, 30, 3))))
+        try:
+            Step(rng, **case).check()
+        except Exception as error:
+            error.add_note(f"of the case {case}")
+            raise
 
 
 @pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys"])
