@@ -72,15 +72,15 @@ struct PagedRowLoader {
 };
 
 // What copies tiles of a sequence's keys, or values, of one head: array, and a stride in bytes from page to page where
-// there are pages, from sequence to sequence where there are none (0 in the packed layout).
-template <class V, class Tile, class Params>
+// there are pages, from sequence to sequence where there are none (0 in the packed layout). kRolled: see RowLoader.
+template <class V, class Tile, bool kRolled = false, class Params>
 HW_DEVICE auto key_loader(const Params& p, const Sequence& seq, i32 sequence, u32 tile, const void* array,
                           i64 stride_batch, i64 stride_row, i64 head_offset) {
   const u8* head = static_cast<const u8*>(array) + head_offset;
   if constexpr (V::kPaged) {
     return PagedRowLoader<Params, Tile, V::kBlockK, V::kThreads, V::kLoadBytes>(p, sequence, tile, head, stride_batch);
   } else {
-    return RowLoader<Tile, V::kBlockK, V::kThreads, V::kLoadBytes>(
+    return RowLoader<Tile, V::kBlockK, V::kThreads, V::kLoadBytes, kRolled>(
         tile, at_row(head, seq, stride_batch, seq.k_begin, stride_row), stride_row);
   }
 }

@@ -97,8 +97,9 @@ HW_DEVICE u32x4 read_unit(const u8* from, i32 left) {
 
 // Copies tiles of kRows rows from global memory: one thread's share of it, its place worked out once. Rows past the end
 // and bytes past a row's end become zeros and are not read. kLoadBytes is what source and stride are aligned to: 16 and 4
-// go by cp.async (the caller commits and waits), 2 through registers.
-template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes>
+// go by cp.async (the caller commits and waits), 2 through registers. kRolled: a row's units one after the other, which
+// takes fewer registers.
+template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes, bool kRolled = false>
 struct RowLoader {
   static constexpr i32 kGroup = Tile::kPeriod;  // threads that share a row
   static constexpr i32 kRowStep = min_of(kThreads / kGroup, kRows);  // where rows are few, threads are left over
@@ -120,12 +121,18 @@ struct RowLoader {
     const u8* row_source = source + skip + begin * stride;
     const auto copy_row = [&](i32 step) {
       const bool inside = begin + first_row() + step * kRowStep < rows;
-      HW_UNROLL
-      for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) {
+      const auto copy_group = [&](i32 group) {
         const i32 left = inside ? row_bytes - (first_unit() + group * kGroup) * 16 : 0;
         u32 to = address + stage + static_cast<u32>(step * kRowStep * Tile::kRowBytes + group * kGroup * 16);
         if constexpr (kRowStep % 8 != 0) to = key_of_step(step, to);
         copy_unit(to, row_source + group * kGroup * 16, left);
+      };
+      if constexpr (kRolled) {
+        HW_NO_UNROLL
+        for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) copy_group(group);
+      } else {
+        HW_UNROLL
+        for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) copy_group(group);
       }
       row_source += kRowStep * stride;
     };
