@@ -61,13 +61,13 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
                 "    // wait   V landed <- own copies of V\n",
                 "    n = find_tile(n - 1);\n    if (n >= first_k_tile) {\n"
                 "      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
-                "      hw::cp_async_commit();\n    }\n",
+                "      hw::cp_async_commit();\n      stage(n);\n    }\n",
             ),
             Edit(
                 KERNEL,
                 "any more\n    hw::sync_threads();\n    n = find_tile(n - 1);\n    if (n >= first_k_tile) {\n"
                 "      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);\n"
-                "      hw::cp_async_commit();\n    }\n",
+                "      hw::cp_async_commit();\n      stage(n);\n    }\n",
                 "any more\n    hw::sync_threads();\n",
             ),
         ),
@@ -120,7 +120,7 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         None,
     ),
     "K rows gathered before they are written": (
-        (Edit(KERNEL, "    hw::cp_async_commit();\n  }\n\n  // KV loop", "  }\n\n  // KV loop"),),
+        (Edit(KERNEL, "    hw::cp_async_commit();\n    stage(n);\n  }\n", "    stage(n);\n  }\n"),),
         None,
     ),
 }
