@@ -119,10 +119,14 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
 DROPOUT_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (2, 192): both(Tile(128, 32, 8)),  # 72 KB; 128 x 64 spills on compute capability 10.0
 }
+# The same where rows are not aligned to 16 bytes.
+NARROW_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
+    (4, 256): both(Tile(32, 16, 2)),  # 64 KB; 64 x 16 spills on compute capability 12.0
+}
 # The same for a score_mod, whose terms take registers.
 MOD_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (2, 64): both(Tile(128, 64, 8)),  # 32 KB
-    (2, 128): both(Tile(128, 64, 8)),  # 64 KB
+    (2, 128): (Tile(128, 64, 8), Tile(128, 32, 8)),  # 64 KB, 48 KB: the larger spills on compute capability 12.0
     (2, 192): both(Tile(128, 32, 8)),  # 72 KB
     (2, 256): both(Tile(128, 16, 8)),  # 80 KB
 }
@@ -192,6 +196,8 @@ def choose_variant(
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
     large, small = DROPOUT_TILES.get(row, TILES[row]) if dropout else TILES[row]
+    if load_bytes < 16:
+        large, small = NARROW_TILES.get(row, (large, small))
     if mods is not None and mods.score is not None:
         large, small = MOD_TILES.get(row, (large, small))
     tile = large if arch.smem_bytes >= SMALL_SMEM else small

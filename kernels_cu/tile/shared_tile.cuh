@@ -127,7 +127,7 @@ struct RowLoader {
         if constexpr (kRowStep % 8 != 0) to = key_of_step(step, to);
         copy_unit(to, row_source + group * kGroup * 16, left);
       };
-      if constexpr (kRolled) {
+      if constexpr (kRolled || (kLoadBytes < 16 && Tile::kRowBytes >= 1024)) {
         HW_NO_UNROLL
         for (i32 group = 0; group < Tile::kUnits / kGroup; ++group) copy_group(group);
       } else {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,10 +50,10 @@ LONGEST = 48  # rows of a document
 
 
 def documents() -> list[np.ndarray]:
-    """Paragraphs of the project's README, of unequal length: ASCII, each a byte longer than its rows, as the last byte
-    is only ever predicted."""
-    text = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    parts = [part.strip().encode("ascii", "ignore")[: LONGEST + 1] for part in text.split("\n\n")]
+    """Clauses of the project's licence, which does not change, of unequal length: ASCII, each a byte longer than its
+    rows, as the last byte is only ever predicted."""
+    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text(encoding="utf-8")
+    parts = [part.strip().encode("ascii", "ignore")[: LONGEST + 1] for part in re.split(r"[.,;:\n]+", text)]
     return [np.array(list(part)) for part in parts if len(part) > 8]
 
 

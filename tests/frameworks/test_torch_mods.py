@@ -203,7 +203,7 @@ def test_vmap(mapped, reads_b):
 # --- Compilers ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_call_has_one_graph_and_its_gradients(backend):
     args = tensors()
     score_mod, mask = cuflash.mod(score_mod_of(*args[3:5])), cuflash.mod(mask_mod)
