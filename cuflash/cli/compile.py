@@ -24,9 +24,10 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import backward, dropout_mask, forward
+    from ..ops import backward, decode, dropout_mask, forward
 
-    return [*forward.representative(arch), *backward.representative(arch), dropout_mask.SPEC]
+    tiled = (ops.representative(arch) for ops in (forward, backward, decode))
+    return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
 
 
 def compile_kernels(

@@ -159,3 +159,10 @@ class DecodePlan:
         for spec, grid in ((self.decode, self.grid), (self.combine, self.combine_grid)):
             if 0 not in grid:
                 module.load(spec, self.arch, backend, device).launch(grid, params, stream=stream, buffers=buffers)
+
+
+def representative(arch: Arch) -> list[module.KernelSpec]:
+    """Variants that between them compile every line: both key layouts, the widest rows of each size of element."""
+    variants = [DecodeVariant(dtypes.bfloat16, d, d, 16, paged) for d, paged in ((128, True), (256, False))]
+    variants += [DecodeVariant(dtypes.float32, d, d, 16, d == 256) for d in (192, 256)]
+    return [*map(kernel_spec, variants), combine_spec(CombineVariant(dtypes.bfloat16))]

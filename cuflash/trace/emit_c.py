@@ -304,7 +304,6 @@ def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = (
         "kMask": mods.mask is not None,
         "kKeepQ": by_query is not None and by_query.rest is not None,
         "kKeepK": by_key is not None and by_key.rest is not None,
-        "kLoads": any("load" in leaves(x) or "dot" in leaves(x) for x in (*element, *rows)),
         "kSlope": slope is not None and not (slope.op == "const" and slope.value == 1.0),
     }
     parts = ["struct Mods {\n"]
@@ -360,8 +359,7 @@ def staged(text: str) -> tuple[int, int]:
 NO_MODS = (
     "struct Mods {\n"
     + "".join(
-        f"  static constexpr bool {name} = false;\n"
-        for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kLoads", "kSlope")
+        f"  static constexpr bool {name} = false;\n" for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kSlope")
     )
     + "".join(f"  static constexpr i32 {name} = 0;\n" for name in ("kGradients", "kStagedQ", "kStagedK"))
     + "};\n"

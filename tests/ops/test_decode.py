@@ -151,10 +151,7 @@ def test_what_is_refused():
 @needs_nvrtc
 def test_machine_code(name):
     target = arch.named(name)
-    variants = [decode.DecodeVariant(dtypes.bfloat16, d, d, 16, paged) for d, paged in ((128, True), (256, False))]
-    variants += [decode.DecodeVariant(dtypes.float32, d, d, 16, d == 256) for d in (192, 256)]
-    specs = [*map(decode.kernel_spec, variants), decode.combine_spec(decode.CombineVariant(dtypes.bfloat16))]
-    for spec in specs:
+    for spec in decode.representative(target):
         resources = module.compile(spec, target).resources
         assert (resources.spill_stores, resources.spill_loads, resources.stack_bytes) == (0, 0, 0)
         assert spec.smem_bytes <= target.smem_bytes

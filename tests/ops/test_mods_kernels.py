@@ -226,9 +226,12 @@ def test_planted_bug_is_caught(edited, name):
     rng = np.random.default_rng(5)
     keywords, arguments = everything(rng)
     rows = rng.standard_normal(150).astype(np.float32) * 1e-5  # as many as the longest sequence has keys
+    weights = rng.standard_normal(150).astype(np.float32)
     inner = keywords["score_mod"]
     # One more array, whose gradients are sums over queries and whose values are small; heads with masks of their own.
-    keywords["score_mod"] = lambda s, b, h, q_idx, kv_idx: inner(s, b, h, q_idx, kv_idx) + rows[kv_idx] * 1e-5
+    keywords["score_mod"] = lambda s, b, h, q_idx, kv_idx: (
+        inner(s, b, h, q_idx, kv_idx) + rows[kv_idx] * 1e-5 + weights[kv_idx]
+    )
     keywords["mask_mod"] = lambda b, h, q_idx, kv_idx: (kv_idx >= 64 * (h % 2)) & (q_idx >= kv_idx)
     expected = gradients(arguments, keywords)
     edited(BUGS[name])
