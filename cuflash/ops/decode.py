@@ -95,7 +95,7 @@ def combine_spec(variant: CombineVariant) -> module.KernelSpec:
 
 POINTERS = (
     "q", "k", "v", "out", "lse", "partial_out", "partial_lse", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k",
-    "page_table", "alibi_slopes", "sink",
+    "page_table", "cache_leftpad", "alibi_slopes", "sink",
 )  # fmt: skip
 
 

@@ -254,7 +254,7 @@ def slots_of(*, packed: bool, batch: int, rows: int, block: int) -> int:
 # Pointers of ForwardParams and the name of the array each is taken from.
 POINTERS = (
     "q", "k", "v", "out", "lse", "max_logit", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table",
-    "alibi_slopes", "sink", "seed", "offset",
+    "cache_leftpad", "alibi_slopes", "sink", "seed", "offset",
 )  # fmt: skip
 _WRITTEN = ("out", "lse", "max_logit", "dropout_mask")
 

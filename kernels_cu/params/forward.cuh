@@ -17,6 +17,7 @@ struct ForwardParams {
   const i32* seqused_q;       // [batch]; null: all of each sequence
   const i32* seqused_k;       // [batch]; null: all of each sequence
   const i32* page_table;      // [batch, max_pages]; read where Variant::kPaged is set
+  const i32* cache_leftpad;   // [batch], likewise: slots of a sequence's pages before its first key; null: none
   const float* alibi_slopes;  // [heads_q] or [batch, heads_q]; null: none
   const void* sink;           // [heads_q] float32 or the element type; null: none
   const u32* seed;            // dropout's, one integer as seed_format says; null: seed_value

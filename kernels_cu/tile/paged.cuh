@@ -1,5 +1,6 @@
-// Keys in pages: row j of sequence b is row j % page_size of page page_table[b, j / page_size]. A tile's rows may lie in
-// as many pages as it has rows, so every thread looks up the page of each row it copies. (Kwon et al. 2023, "Efficient
+// Keys in pages: slot j of sequence b is row j % page_size of page page_table[b, j / page_size], and its key i is in slot
+// i, or cache_leftpad[b] + i. A tile's rows may lie in as many pages as it has rows, so every thread looks up the page of
+// each row it copies. (Kwon et al. 2023, "Efficient
 // Memory Management for Large Language Model Serving with PagedAttention")
 #pragma once
 #include <base.cuh>
@@ -27,24 +28,28 @@ struct PagedRowLoader {
   u32 address;       // where its unit of the tile's row 0 goes
   i64 page_stride;
 
+  // The slot of the sequence's first key. NOTE: asked for at every tile: kept, it would cost a register.
+  HW_DEVICE i32 leftpad() const { return p.cache_leftpad == nullptr ? 0 : hw::load_global(p.cache_leftpad + sequence); }
+
   HW_DEVICE PagedRowLoader(const Params& params, i32 sequence_, u32 tile, const u8* first, i64 page_stride_)
       : p(params), sequence(sequence_), source(first + Rows::first_unit() * 16),
         address(Tile::address(tile, Rows::first_row(), Rows::first_unit())), page_stride(page_stride_) {}
 
-  // Entries of the table past the page of row `rows - 1` are not read.
+  // Entries of the table past the page of key `rows - 1` are not read.
   HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
     if (kThreads / Rows::kGroup > kRows && Rows::first_row() >= kRows) return;
     const i32* table = p.page_table + sequence * p.page_table_stride;
-    const auto row_of = [&](i32 step) { return begin + Rows::first_row() + step * Rows::kRowStep; };
-    const auto look_up = [&](i32 row) {
-      return row < rows ? hw::load_global(table + page_of_row(row, p.page_multiplier, p.page_shift)) : 0;
+    const i32 pad = leftpad(), slots = rows + pad;
+    const auto slot_of = [&](i32 step) { return begin + pad + Rows::first_row() + step * Rows::kRowStep; };
+    const auto look_up = [&](i32 slot) {
+      return slot < slots ? hw::load_global(table + page_of_row(slot, p.page_multiplier, p.page_shift)) : 0;
     };
     const auto copy_row = [&](i32 step, i32 page) {
-      const i32 row = row_of(step);
-      const i32 in_page = row - page_of_row(row, p.page_multiplier, p.page_shift) * p.page_size;
+      const i32 slot = slot_of(step);
+      const i32 in_page = slot - page_of_row(slot, p.page_multiplier, p.page_shift) * p.page_size;
       const u8* from = source + page * page_stride + in_page * stride;
       const auto copy_group = [&](i32 group) {
-        const i32 left = row < rows ? row_bytes - (Rows::first_unit() + group * Rows::kGroup) * 16 : 0;
+        const i32 left = slot < slots ? row_bytes - (Rows::first_unit() + group * Rows::kGroup) * 16 : 0;
         const u32 to = address + static_cast<u32>(step * Rows::kRowStep * Tile::kRowBytes + group * Rows::kGroup * 16);
         Rows::copy_unit(to, from + group * Rows::kGroup * 16, left);
       };
@@ -61,12 +66,12 @@ struct PagedRowLoader {
       // All pages before any copy: nothing moves across a copy, and one look-up at a time would be waited for.
       i32 pages[kSteps];
       HW_UNROLL
-      for (i32 step = 0; step < kSteps; ++step) pages[step] = look_up(row_of(step));
+      for (i32 step = 0; step < kSteps; ++step) pages[step] = look_up(slot_of(step));
       HW_UNROLL
       for (i32 step = 0; step < kSteps; ++step) copy_row(step, pages[step]);
     } else {
       HW_NO_UNROLL
-      for (i32 step = 0; step < kSteps; ++step) copy_row(step, look_up(row_of(step)));
+      for (i32 step = 0; step < kSteps; ++step) copy_row(step, look_up(slot_of(step)));
     }
   }
 };

@@ -37,11 +37,11 @@ def decoded(given: Launch, split_size: int = 64) -> tuple[np.ndarray, np.ndarray
     return arrays["out"], arrays["lse"]
 
 
-def check(case: Case, rng: np.random.Generator, page_size: int = 0, split_size: int = 64) -> None:
+def check(case: Case, rng: np.random.Generator, page_size: int = 0, split_size: int = 64, **how: Any) -> None:
     inputs = case.inputs()
     given = launched(attend(inputs))
     if page_size:
-        given = in_pages(given, page_size, rng)
+        given = in_pages(given, page_size, rng, **how)
     out, lse = decoded(given, split_size)
     check_forward(inputs.q, inputs.k, inputs.v, out, lse, **inputs.keywords)
 
@@ -65,6 +65,11 @@ def test_dense_queries(features, page_size, q_len, heads, rng):
         **FEATURES[features],
     )  # fmt: skip
     check(case, rng, page_size)
+
+
+def test_padding_before_the_first_key(rng):
+    case = Case("float16", (3,) * 3, (300,) * 3, 4, 2, 64, 64, packed=False, causal=True, seqused_k=(300, 0, 70))
+    check(case, rng, 16, leftpad=np.array([3, 5, 130]))
 
 
 @pytest.mark.parametrize("hint", [None, 1, 40])

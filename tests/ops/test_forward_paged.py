@@ -77,13 +77,20 @@ def launched(call: Callable[[], Any], name: str = "sm_80") -> Launch:
 
 
 def in_pages(
-    given: Launch, page_size: int, rng: np.random.Generator, *, layout: str = "contiguous", offset: int = 0
+    given: Launch,
+    page_size: int,
+    rng: np.random.Generator,
+    *,
+    layout: str = "contiguous",
+    offset: int = 0,
+    leftpad: np.ndarray | None = None,
 ) -> Launch:
     """The same launch, not yet run, with keys in shuffled pages: NaN in every slot that is not a key, absurd entries
     for pages that no key needs, and no entry at all behind the last one that the longest sequence needs."""
     problem, arrays = given.plan.problem, dict(given.arrays)
     lengths = given.lengths()
-    needed = -(-lengths // page_size)
+    pad = np.zeros_like(lengths) if leftpad is None else leftpad
+    needed = -(-(lengths + pad) // page_size)
     max_pages = int(max(needed, default=0))
     spare = 3  # pages that no sequence owns
     ids = rng.permutation(int(needed.sum()) + spare).astype(np.int32)
@@ -96,13 +103,17 @@ def in_pages(
     }
     starts = arrays.pop("cu_seqlens_k", None)
     for b, length in enumerate(lengths):
-        table[b, : needed[b]], ids = ids[: needed[b]], ids[needed[b] :]
+        used, ids = ids[: needed[b]], ids[needed[b] :]
+        table[b, pad[b] // page_size : needed[b]] = used[pad[b] // page_size :]
         for name in "kv":
             keys = arrays[name][b] if starts is None else arrays[name][starts[b] :]
             for j in range(length):
-                pages[name][table[b, j // page_size], j % page_size] = keys[j]
+                slot = pad[b] + j
+                pages[name][table[b, slot // page_size], slot % page_size] = keys[j]
     arrays |= pages
     arrays |= {"seqused_k": lengths.astype(np.int32), "page_table": table}
+    if leftpad is not None:
+        arrays["cache_leftpad"] = pad.astype(np.int32)
     for name in ("out", *AUX):
         if name in arrays:
             arrays[name] = array.empty_host(arrays[name].shape, dtypes.BY_NUMPY[arrays[name].dtype])
@@ -162,6 +173,13 @@ def test_page_sizes(page_size, lengths_q, packed, rng):
     )  # fmt: skip
     inputs = case.inputs()
     check_paged(attend(inputs), page_size, rng)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 100])
+def test_padding_before_the_first_key(page_size, rng):
+    """NaN there, and of pages that hold nothing else no entry is read."""
+    case = Case("float16", (130, 0, 1, 7), (300, 256, 0, 17), 4, 2, 64, 64, causal=True, window_size=(200, 0))
+    check_paged(attend(case.inputs()), page_size, rng, leftpad=np.array([3, 0, 5, 130]))
 
 
 @pytest.mark.parametrize("name", ["sm_86", "sm_90a"])
@@ -279,22 +297,25 @@ def test_launch_bytes_do_not_depend_on_lengths(rng):
 # Planted bugs --------------------------------------------------------------------------------------------------------
 
 LOADER = "tile/paged.cuh"
+PAD = np.array([0, 5])
 BUGS = {
-    "an entry read past the last page": (Edit(LOADER, "return row < rows ?", "return row < rows + 16 ?"),),
+    "an entry read past the last page": (Edit(LOADER, "return slot < slots ?", "return slot < slots + 16 ?"),),
     "rows copied past the end": (
-        Edit(LOADER, "return row < rows ?", "return row <= rows ?"),
-        Edit(LOADER, "const i32 left = row < rows ?", "const i32 left = row <= rows ?"),
+        Edit(LOADER, "return slot < slots ?", "return slot <= slots ?"),
+        Edit(LOADER, "const i32 left = slot < slots ?", "const i32 left = slot <= slots ?"),
     ),
     "the page of a thread's first row for all its rows": (
-        Edit(LOADER, "pages[step] = look_up(row_of(step));", "pages[step] = look_up(row_of(0));"),
+        Edit(LOADER, "pages[step] = look_up(slot_of(step));", "pages[step] = look_up(slot_of(0));"),
     ),
     "a row counted from the tile and not from its page": (
-        Edit(LOADER, "const i32 in_page = row -", "const i32 in_page = row - begin -"),
+        Edit(LOADER, "const i32 in_page = slot -", "const i32 in_page = slot - begin -"),
     ),
     "division off by a bit": (Edit(LOADER, ">> 32) >> shift);", ">> 31) >> shift);"),),
     "another sequence's table": (
         Edit(LOADER, "p.page_table + sequence * p.page_table_stride;", "p.page_table + 0 * p.page_table_stride;"),
     ),
+    "padding forgotten": (Edit(LOADER, "slots = rows + pad;", "slots = rows;"),),
+    "padding of the first sequence for all": (Edit(LOADER, "p.cache_leftpad + sequence)", "p.cache_leftpad)"),),
     "pages a page size of rows apart": (
         Edit(LOADER, "page * page_stride + in_page", "page * (p.page_size * stride) + in_page"),
     ),
@@ -323,13 +344,13 @@ def test_planted_bug_is_caught(edited, name, rng):
     edited(BUGS[name])
     contiguous = launched(attend(inputs))
     with pytest.raises((EmulatorError, AssertionError)):
-        assert run(in_pages(contiguous, 24, rng, layout="heads_first")) == contiguous.results
+        assert run(in_pages(contiguous, 24, rng, layout="heads_first", leftpad=PAD)) == contiguous.results
 
 
 def test_nothing_planted_nothing_caught(edited, rng):
     edited(())
     inputs = Case("float16", (5, 7), (40, 90), 2, 2, 64, 64, causal=True).inputs()
-    check_paged(attend(inputs), 24, rng, layout="heads_first")
+    check_paged(attend(inputs), 24, rng, layout="heads_first", leftpad=PAD)
 
 
 def test_every_paged_tile_fits_its_chip():
