@@ -606,7 +606,9 @@ def _bind(
 
     uploads: dict[str, np.ndarray] = {}
     on_device = prepared.device[0] == "cuda"
-    if config.check and on_device:
+    # Reading back waits for the device, which nothing may under capture.
+    checking = config.check and on_device and not framework.capturing(prepared.device[1])
+    if checking:
         host_values = {**_read_back(framework, views, prepared.device), **host_values}
     if host_values:
         _check_lengths(views, host_values)
@@ -619,6 +621,11 @@ def _bind(
                 )
     if on_device and bound is not None:
         uploads |= _captured_uploads(framework, bound, views, prepared.device)
+    if checking and prepared.mods is not None:
+        _check_indices(
+            prepared.mods, scalars, views, host_values, lambda names: _download(framework, views, names),
+            prepared.window, prepared.scale,
+        )  # fmt: skip
     return _Call(framework, views, uploads, prepared, targets, scalars, random)
 
 
@@ -691,14 +698,48 @@ def _check_lengths(views: dict[str, TensorView], values: dict[str, np.ndarray]) 
 
 
 def _read_back(framework: Framework, views: dict[str, TensorView], device: Device) -> dict[str, np.ndarray]:
-    """The values of device lengths, for `config.check`. Waits for the device, so it does nothing under capture."""
+    """The values of device lengths, for `config.check`."""
+    names = [n for n in (*_LENGTHS, "page_table") if n in views and views[n].device[0] == "cuda"]
+    return _download(framework, views, names)
+
+
+def _download(framework: Framework, views: dict[str, TensorView], names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Arrays of a call copied to the host, for `config.check`. Waits for the device."""
     from .frameworks import cupy
 
-    if framework.capturing(device[1]):
-        return {}
-    names = [n for n in (*_LENGTHS, "page_table") if n in views]
-    stream = framework.stream(device[1])
-    return {n: cupy.download(views[n], stream) for n in names if views[n].device[0] == "cuda"}
+    return {
+        name: x.as_numpy() if x.device[0] == "cpu" else cupy.download(x, framework.stream(x.device[1]))
+        for name, x in ((name, views[name]) for name in names)
+    }
+
+
+def _check_indices(
+    mods: Mods,
+    scalars: tuple[int | float, ...],
+    views: dict[str, TensorView],
+    lengths: dict[str, np.ndarray],
+    fetch: Callable[[Sequence[str]], dict[str, np.ndarray]],
+    window: tuple[int, int],
+    scale: float | None,
+) -> None:
+    """Refuses mods that read outside of an array they captured, where kernels would read at its end, for
+    `config.check`. `lengths` are those among the views, `fetch` copies others to the host."""
+    from .trace.host import HostMods
+
+    host = HostMods(mods, [*fetch(_captured_names(mods, views)).values()], scalars)
+    if host.reads_by_score:
+        from . import reference
+
+        arrays: dict[str, Any] = {**fetch(["q", "k", "v"]), **lengths, **host.functions}
+        reference.attention(**arrays, window_size=window, scale=scale)
+        return
+    sides = []
+    for side in "qk":
+        starts, used = lengths.get(f"cu_seqlens_{side}"), lengths.get(f"seqused_{side}")
+        rows = views[side].shape
+        whole = np.full(rows[0], rows[1]) if starts is None else np.diff(starts)
+        sides.append((whole if used is None else used).tolist())
+    host.check_indices([*zip(*sides, strict=True)], views["q"].shape[-2], window)
 
 
 # Mods -------------------------------------------------------------------------------------------------------------
@@ -1123,7 +1164,26 @@ def _known_lengths(views: dict[str, TensorView], given: dict[str, Any]) -> dict[
     return known
 
 
-frameworks.calls |= {"prepare": _prepare_traced, "execute": _execute_traced, "known_lengths": _known_lengths}
+def _check_known(
+    bound: Bound,
+    views: dict[str, TensorView],
+    arrays: dict[str, np.ndarray],
+    scale: float | None,
+    window_size: tuple[int, int],
+    softcap: float,
+) -> None:
+    """`_check_indices` of a call whose arrays are at hand; its views need no memory."""
+    mods, scalars, _ = _folded(bound, views, softcap)
+    lengths = {name: arrays[name] for name in _LENGTHS if name in arrays}
+    _check_indices(mods, scalars, views, lengths, lambda names: {n: arrays[n] for n in names}, window_size, scale)
+
+
+frameworks.calls |= {
+    "prepare": _prepare_traced,
+    "execute": _execute_traced,
+    "known_lengths": _known_lengths,
+    "check_known": _check_known,
+}
 
 
 # Questions --------------------------------------------------------------------------------------------------------

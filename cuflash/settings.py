@@ -3,7 +3,8 @@
 backend     CUFLASH_BACKEND     "auto" (cuda for device arrays, reference for host arrays), "cuda", "emulator",
                                 "reference"
 arch        CUFLASH_ARCH        architecture whose kernels the emulator runs, e.g. "sm_80"
-check       CUFLASH_CHECK       1: also check on the device what only the device knows
+check       CUFLASH_CHECK       1: also check what only the device knows, lengths, page ids and where mods read: waits
+                                for it, and takes host time
 cache_dir   CUFLASH_CACHE_DIR   where compiled kernels are kept
 dump        CUFLASH_DUMP        a folder that receives the .cu, .cubin and .sass of every kernel compiled
 on_compile  CUFLASH_ON_COMPILE  "progress", "quiet", "error", or (in Python only) a function of the event

@@ -11,7 +11,7 @@ from backends import using
 from recorded import KINDS, recording
 
 import cuflash
-from cuflash import api, reference
+from cuflash import api, frameworks, reference
 from cuflash.errors import ArgumentError, UnsupportedError
 
 AUX = ("lse", "max_logit")
@@ -263,6 +263,50 @@ def test_an_index_outside_of_its_array_is_named(rng):
             cuflash.attention(q, k, v, **mods)
         with pytest.raises(ArgumentError, match=match):
             cuflash.attention_backward(out, q, k, v, out, lse, **mods)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "dlpack"])
+def test_checking_mode_follows_what_mods_read(rng, monkeypatch, kind):
+    """Kernels bring an index inside without a word: `config.check` finds it before they are launched."""
+    monkeypatch.setattr(cuflash.config, "check", True)
+    with recording() as recorder:
+        monkeypatch.setattr(frameworks.cupy, "download", lambda view, stream: recorder.behind[view.ptr][1])
+        make = recorder.arrays[kind]
+        host = rng.standard_normal(9), rng.standard_normal((2, 4)), np.arange(6), rng.standard_normal((9, 3))
+        bias, pairs, table, rows = (make(x.astype(np.float32 if x.dtype.kind == "f" else np.int32)) for x in host)
+        (q, k, v), lengths = packed(rng)
+        q, k, v = (make(x.astype(np.float16)) for x in (q, k, v))
+        lengths = {name: make(x) for name, x in lengths.items()}  # of 5 and 7 queries, 8 and 3 keys
+        few = {"seqused_q": make(np.array([4, 0], np.int32)), "seqused_k": make(np.array([6, 3], np.int32))}
+
+        def bias_of(index):
+            return lambda s, b, h, i, j: s + bias[index(b, h, i, j)]
+
+        inside = [
+            {"score_mod": bias_of(lambda b, h, i, j: i + 2)},
+            # What causal rules out does not count.
+            {"score_mod": bias_of(lambda b, h, i, j: i % 5 - j + 3), "causal": True},
+            {"mask_mod": lambda b, h, i, j: table[j] == 0, **few},
+            {"score_mod": lambda s, b, h, i, j: s + bias[(s > 0) * 8], "softcap": 5.0},
+        ]
+        for at, keywords in enumerate(inside):
+            cuflash.attention(q, k, v, **lengths, **keywords)
+            assert len(recorder.launches) == at + 1
+        for keywords, match in (
+            ({"score_mod": bias_of(lambda b, h, i, j: i + 3)}, "^bias: index 9 is outside of axis 0, which has 9 elem"),
+            ({"score_mod": bias_of(lambda b, h, i, j: i % 5 - j + 2), "causal": True}, "^bias: index -1 "),
+            ({"score_mod": lambda s, b, h, i, j: s + pairs[b, h + (i == 6)]}, "^pairs: index 4 is outside of axis 1"),
+            ({"score_mod": bias_of(lambda b, h, i, j: table[j % 6] + i)}, "^bias: index 9"),
+            ({"mask_mod": lambda b, h, i, j: table[j] == 0}, "^table: index 6 is outside of axis 0, which has 6 elem"),
+            ({"mask_mod": lambda b, h, i, j: table[j - 1] == 0, **few}, "^table: index -1 "),
+            ({"score_mod": lambda s, b, h, i, j: s + np.dot(rows[i], rows[j + 2])}, "^rows: index 9"),
+            ({"score_mod": lambda s, b, h, i, j: s + bias[(s > 0) * 9]}, "^bias: index 9"),
+        ):
+            with pytest.raises(ArgumentError, match=match):
+                cuflash.attention(q, k, v, **lengths, **keywords)
+            assert len(recorder.launches) == len(inside)
+        recorder.capturing = True  # nobody may wait then
+        cuflash.attention(q, k, v, **lengths, score_mod=bias_of(lambda b, h, i, j: i + 3))
 
 
 def test_captured_dtypes(rng, backend):

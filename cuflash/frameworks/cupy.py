@@ -90,14 +90,16 @@ def download(view: TensorView, stream: int) -> np.ndarray:
     """Copy a device array to the host after the work on `stream`. Waits for it."""
     cupy = _cupy()
     itemsize = view.dtype.itemsize
-    held = np.empty(view.nbytes // itemsize, view.dtype.numpy)  # gaps of a strided array included
+    before, after = view.extent
+    held = np.empty((before + after) // itemsize, view.dtype.numpy)  # gaps of a strided array included
     if held.nbytes:
         with cupy.cuda.Device(view.device[1]):
             cupy.cuda.runtime.memcpyAsync(
-                held.ctypes.data, view.ptr, held.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream
+                held.ctypes.data, view.ptr - before, held.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, stream
             )
             cupy.cuda.runtime.streamSynchronize(stream)
-    return np.lib.stride_tricks.as_strided(held, view.shape, [s * itemsize for s in view.strides], writeable=False)
+    first, strides = held[before // itemsize :], [s * itemsize for s in view.strides]
+    return np.lib.stride_tricks.as_strided(first, view.shape, strides, writeable=False)
 
 
 def retain(views: Iterable[TensorView], device: int) -> None:

@@ -96,6 +96,8 @@ def attention(
     if dropout_p:
         whole |= {"seed": _random_number("seed", seed), "offset": _random_number("offset", offset)}
     _description("attention", static, floats | whole)  # what is wrong is said here, where the caller is
+    if config.check and bound is not None:
+        _check_known(bound, floats | whole, static)
     # Under shard_map, every array varies over the axes that any varies over; the gradient of one that did not is
     # summed over them by the transpose of this cast.
     axes = frozenset().union(*(_varying(x) for x in (floats | whole).values()))
@@ -132,6 +134,14 @@ def _known_lengths(floats: Arrays, lengths: Arrays) -> Arrays:
             known[name] = np.asarray(x)
     views = {side: _spec(side, floats[side]).at(0, HOST, True) for side in "qk"}
     return lengths | {name: jnp.asarray(x) for name, x in calls["known_lengths"](views, known).items()}
+
+
+def _check_known(bound: Any, arrays: Arrays, static: Static) -> None:
+    """Refuses mods that read outside of an array, where all it takes to know is at hand."""
+    if not any(isinstance(x, jax.core.Tracer) or not x.is_fully_addressable for x in arrays.values()):
+        views = {name: _spec(name, x).at(0, HOST, True) for name, x in arrays.items()}
+        known = {name: np.asarray(x) for name, x in arrays.items()}
+        calls["check_known"](bound, views, known, static.scale, static.window_size, static.softcap)
 
 
 def _random_number(name: str, x: Any) -> Any:

@@ -87,12 +87,14 @@ def evaluate(
     arrays: Sequence[np.ndarray] = (),
     scalars: Sequence[int | float] = (),
     real: Any = np.float32,
+    clip: bool = False,
 ) -> list[np.ndarray]:
     """The values of expressions.
 
     leaves   "score", "q_idx", ... -> arrays that broadcast with each other; only those that occur
     arrays, scalars   what the slots hold; an index outside of its array raises IndexError
     real     float32 or float64: what floats are computed in
+    clip     bring such an index inside instead, as kernels on a GPU do
 
     >>> from .expr import coordinate, make
     >>> evaluate([make("ge", coordinate("q_idx"), coordinate("kv_idx"))],
@@ -108,10 +110,10 @@ def evaluate(
             elif x.op == "scalar":
                 done[x] = _made(scalars[x.value], x.kind, real)
             elif x.op == "load":
-                done[x] = _made(_element(arrays[x.value], args), x.kind, real)
+                done[x] = _made(_element(arrays[x.value], args, clip), x.kind, real)
             elif x.op == "dot":
                 a, b, split = x.value
-                rows = _element(arrays[a], args[:split]), _element(arrays[b], args[split:])
+                rows = _element(arrays[a], args[:split], clip), _element(arrays[b], args[split:], clip)
                 done[x] = np.sum(_made(rows[0], "float", real) * _made(rows[1], "float", real), axis=-1)
             elif x.op == "float":
                 done[x] = _made(args[0], "float", real)
@@ -122,11 +124,18 @@ def evaluate(
     return [np.asarray(done[x]) for x in roots]
 
 
-def _element(array: np.ndarray, indices: Sequence[Any]) -> np.ndarray:
+def require_inside(array: np.ndarray, indices: Sequence[Any], where: Any = True) -> None:
+    """Raises IndexError for the first index outside of its axis among those with `where`, which broadcasts to them."""
     for axis, i in enumerate(indices):
         bad = (i < 0) | (i >= array.shape[axis])
-        if np.any(bad):
-            raise IndexError(
-                f"index {int(np.asarray(i)[bad][0])} is outside of axis {axis}, which has {array.shape[axis]} elements"
-            )
+        if np.any(bad) and np.any(bad := bad & where):
+            index = int(np.broadcast_to(i, bad.shape)[bad][0])
+            raise IndexError(f"index {index} is outside of axis {axis}, which has {array.shape[axis]} elements")
+
+
+def _element(array: np.ndarray, indices: Sequence[Any], clip: bool) -> np.ndarray:
+    if clip:
+        indices = [np.clip(i, 0, n - 1) for i, n in zip(indices, array.shape, strict=False)]
+    else:
+        require_inside(array, indices)
     return array[tuple(indices)] if indices else array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -10,8 +11,12 @@ import numpy as np
 
 from ..errors import ArgumentError
 from .derive import gradients
-from .emit_numpy import evaluate
+from .emit_numpy import evaluate, require_inside
 from .expr import Expr, Mods, walk
+from .expr import leaves as leaves_of
+
+_Read = list[tuple[int, Sequence[Expr]]]  # slots of arrays, each with the indices of one element or row
+_CHECKED_AT_ONCE = 2**22  # pairs of a query and a key
 
 
 class HostMods:
@@ -49,19 +54,63 @@ class HostMods:
             self._refuse(roots, leaves, error)
 
     def _refuse(self, roots: Sequence[Expr], leaves: Mapping[str, Any], error: IndexError) -> NoReturn:
-        """Names the array: the first that cannot be read alone."""
-        for x in walk(*roots):
-            if x.op in ("load", "dot"):
-                try:
-                    evaluate([x], leaves, self.arrays, self.scalars)
-                except IndexError as found:
-                    slots = (x.value,) if x.op == "load" else x.value[:2]
-                    names = " or ".join(self.mods.arrays[slot].name for slot in slots)
-                    raise ArgumentError(
-                        f"{names}: {found}; a mod reads it there for some b, h, q_idx, kv_idx, and negative indices do "
-                        "not count from the end: clamp the index, as by np.clip, also where np.where would not use it"
-                    ) from error
+        """Names the array that is read outside of."""
+        for read in _reads(*roots):
+            self._require_inside(read, leaves)
         raise error
+
+    @property
+    def reads_by_score(self) -> bool:
+        """Whether a score decides where an array is read."""
+        return any("score" in leaves_of(i) for read in self._reads for _, indices in read for i in indices)
+
+    def check_indices(self, lengths: Sequence[tuple[int, int]], heads: int, window: tuple[int, int]) -> None:
+        """Raises ArgumentError if an array is read outside of for a query and a key that the window leaves.
+
+        lengths  (q_len, kv_len) of each sequence
+        window   with causal folded in, -1 for unlimited
+        """
+        left, right = (math.inf if side < 0 else side for side in window)
+        for b, (q_len, kv_len) in enumerate(lengths):
+            rows = max(_CHECKED_AT_ONCE // max(heads * kv_len, 1), 1)
+            for first in range(0, q_len, rows):
+                q_idx = np.arange(first, min(first + rows, q_len), dtype=np.int32)[:, None]
+                kv_idx = np.arange(kv_len, dtype=np.int32)
+                distance = kv_idx - (q_idx + (kv_len - q_len))
+                at = dict(
+                    b=np.full((1, 1, 1), b, np.int32), h=np.arange(heads, dtype=np.int32)[:, None, None],
+                    q_idx=q_idx, kv_idx=kv_idx, q_len=q_len, kv_len=kv_len,
+                )  # fmt: skip
+                for read in self._reads:
+                    self._require_inside(read, at, (distance >= -left) & (distance <= right))
+
+    @property
+    def _reads(self) -> list[_Read]:
+        return _reads(*(x for x in (self.mods.score, self.mods.mask) if x is not None))
+
+    def _require_inside(self, read: _Read, leaves: Mapping[str, Any], where: Any = True) -> None:
+        for slot, indices in read:
+            try:
+                values = evaluate(indices, leaves, self.arrays, self.scalars, clip=True)
+                require_inside(self.arrays[slot], values, where)
+            except IndexError as error:
+                raise ArgumentError(
+                    f"{self.mods.arrays[slot].name}: {error}; a mod reads it there for some b, h, q_idx, kv_idx, and "
+                    "negative indices do not count from the end: clamp the index, as by np.clip, also where np.where "
+                    "would not use it"
+                ) from None
+
+
+def _reads(*roots: Expr) -> list[_Read]:
+    """Every place where expressions read arrays, those that others' indices need first."""
+    found: list[_Read] = []
+    for x in walk(*roots):
+        if x.op == "load":
+            found.append([(x.value, x.args)])
+        elif x.op == "dot":
+            a, b, split = x.value
+            found.append([(a, x.args[:split]), (b, x.args[split:])])
+    return found
 
 
 class _Score:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_reading_back_waits_for_the_stream(fake):
     view = array.TensorView(0x7000, (3,), (1,), dtypes.int32, ("cuda", 0), False, None)
     assert adapter.download(view, 5).shape == (3,)
     assert fake.copies == [(0x7000, 12)] and fake.synchronized == [5]
+
+
+def test_steps_backwards_are_read_back(fake, monkeypatch):
+    x = np.arange(24, dtype=np.int16).reshape(4, 6)[::-1, 4:0:-2]
+    monkeypatch.setattr(fake.cuda.runtime, "memcpyAsync", lambda to, at, count, *_: ctypes.memmove(to, at, count))
+    view = array.TensorView(x.ctypes.data, x.shape, (-6, -2), dtypes.int16, ("cuda", 0), False, None)
+    assert np.array_equal(adapter.download(view, 5), x)
 
 
 def test_borrowed_arrays_live_until_their_work_is_done(fake):

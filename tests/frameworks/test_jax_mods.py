@@ -185,7 +185,7 @@ def test_mods_traced_before(given):
     close(f(block_mask=block_mask), expected)
 
 
-def test_refused_by_name(given):
+def test_refused_by_name(given, monkeypatch):
     q, k, v, bias, *_ = given
     array = np.asarray(bias)
     with pytest.raises(ArgumentError, match=r"array, which a mod captured, is a ndarray and .*jnp\.asarray"):
@@ -194,5 +194,8 @@ def test_refused_by_name(given):
         cuflash.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + array[h, j])
     with pytest.raises(jax.errors.JaxRuntimeError, match="bias: index -1 is outside of axis 1"):
         jax.jit(lambda q: cuflash.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[h, i - j]))(q)
+    with monkeypatch.context() as patch, pytest.raises(ArgumentError, match=r"^bias: index -1 is outside of axis 1"):
+        patch.setattr(cuflash.config, "check", True)  # known before anything runs, wherever that would be
+        cuflash.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[h, i - j])
     with pytest.raises(UnsupportedError, match="first derivatives"):
         jax.grad(lambda bias: jax.grad(lambda x: call(q, k, v, x, *given[4:]).sum())(bias).sum())(bias)
