@@ -330,8 +330,11 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     const bool mixed = moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end;
     if constexpr (M::kMask) {
       if (mixed | !unmasked) {
-        mask_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
-                                   terms_stage, center, left, right, moved_len - moved_first);
+        const typename M::Tile t = M::tile(p, sequence, head, seq.q_len, seq.k_len);
+        mask_by_mod<M, !kKeysHeld>(p, t, s, row_first, moved_first, terms_stage, [&](i32 i) {
+          const i32 row = S::row_of(i);
+          return bounds_of_row<M, !kKeysHeld>(p, t, row_first + row, center + moved_first + row, left, right);
+        });
       }
     } else if (mixed) {
       mask_scores(s, center, left, right, moved_len - moved_first);

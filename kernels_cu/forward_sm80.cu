@@ -15,6 +15,7 @@
 //           k      kBlockK   kHeadDim       32 KB
 //           v      kBlockK   kHeadDimV      32 KB
 //           terms  kBlockK   M::kStagedK words      what mods need of each key, where it is dear (tile/mods.cuh)
+//           bounds kBlockQ   2 words                the keys each query has to do with, where there is a mask_mod
 //
 //   barrier, per key tile    what it separates
 //   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T; of the terms likewise
@@ -60,7 +61,10 @@ struct ForwardPlan {
   static constexpr i32 kQBytes = V::kBlockQ * max_of(V::kHeadDim, V::kHeadDimV) * kBytes;
   static constexpr i32 kKBytes = V::kBlockK * V::kHeadDim * kBytes;
   static constexpr i32 kVBytes = V::kBlockK * V::kHeadDimV * kBytes;
-  static_assert(kQBytes + kKBytes + kVBytes + staged_bytes<Mods, true, V::kBlockK>() <= V::kSharedBytes, "the host asks for as much shared memory as is used");
+  static constexpr i32 kTermsBytes = staged_bytes<Mods, true, V::kBlockK>();
+  static constexpr i32 kBoundsBytes = bounds_bytes<Mods, V::kBlockQ>();
+  static_assert(kQBytes + kKBytes + kVBytes + kTermsBytes + kBoundsBytes <= V::kSharedBytes,
+                "the host asks for as much shared memory as is used");
 };
 
 // The sequence's query tile number `from_end`, counted from its end.
@@ -80,6 +84,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
   const u32 k_smem = q_smem + Plan::kQBytes;
   const u32 v_smem = k_smem + Plan::kKBytes;
   const u32 terms_smem = v_smem + Plan::kVBytes;
+  const u32 bounds_smem = terms_smem + Plan::kTermsBytes;
 
   // This tile
   const Sequence seq = read_sequence<V::kPaged>(p, sequence);
@@ -96,19 +101,28 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
   const i32 diagonal = seq.diagonal() + q_first;  // the key that this tile's row 0 stands on
   const i32 last_row = min_of(V::kBlockQ, seq.q_len - q_first) - 1;
-  const TileInterval keys =
-      interval_of_tile(diagonal, diagonal + last_row, p.window_left, p.window_right, seq.k_len);
+  TileInterval keys = interval_of_tile(diagonal, diagonal + last_row, p.window_left, p.window_right, seq.k_len);
+  if constexpr (M::kMask) {
+    if (last_row >= 0) {
+      keys = stage_bounds<M, V::kBlockQ, Plan::kThreads>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len),
+                                                         bounds_smem, q_first, diagonal, p.window_left, p.window_right);
+    }
+  }
   const i32 first_k_tile = keys.any.begin / V::kBlockK;
   const bool sees_keys = last_row >= 0 && keys.any.begin < keys.any.end;
   const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
-  // From the last to the first; of these, those that mask_mod leaves something of.
+  // From the last to the first; of these, those that mask_mod leaves something of. Bounds have said all there is to say
+  // of a mask that has nothing else.
+  constexpr bool kWalk = M::kMask && M::kKeepQ;
   TileWalk<-1> walk(k_tiles_end - 1);
   const auto find_tile = [&](i32 n) {
-    if constexpr (M::kMask) {
+    if constexpr (kWalk) {
       return walk.find(n, first_k_tile - 1, [&](i32 tile) {
-        const i32 first = tile * V::kBlockK;
-        return M::classify(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), q_first, q_first + last_row, first,
-                              min_of(first + V::kBlockK, seq.k_len) - 1);
+        const i32 first = tile * V::kBlockK, end = first + V::kBlockK;
+        const Interval all = interval_of_tile(diagonal, diagonal + last_row, p.window_left, p.window_right, seq.k_len).all;
+        const i32 kind = M::classify(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), q_first, q_first + last_row,
+                                     first, min_of(end, seq.k_len) - 1);
+        return first < all.begin || end > all.end ? min_of(kind, kTileMixed) : kind;
       });
     }
     return n;
@@ -161,14 +175,18 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     } else {
       score<Element>(p, sequence, head, s, center);
     }
-    if constexpr (M::kMask) {
-      mixed |= !walk.is_full(n);
-      if (mixed) {
+    if constexpr (kWalk) mixed = !walk.is_full(n);
+    if (mixed) {
+      if constexpr (M::kMask) {
+        const u32 bounds = bounds_smem + static_cast<u32>(4 * warp_row);
         mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first,
-                             terms_smem, center, p.window_left, p.window_right, seq.k_len - k_first);
+                             terms_smem, [&](i32 i) {
+                               const u32 row = bounds + static_cast<u32>(4 * S::row_of(i));
+                               return Interval{hw::load_shared<i32>(row), hw::load_shared<i32>(row + 4 * V::kBlockQ)};
+                             });
+      } else {
+        mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
       }
-    } else if (mixed) {
-      mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
     }
 
     // wait   V landed <- own copies of V

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +43,22 @@ class Loop:
     """An innermost loop of a kernel: its instructions in order, from the label jumped back to."""
 
     instructions: tuple[str, ...]
+    skips: tuple[tuple[int, int], ...] = ()  # branches forward within it: the instruction, the one it goes to
 
     @property
     def length(self) -> int:
         return len(self.instructions)
+
+    @property
+    def selecting(self) -> int:
+        """How many instructions only a masked tile executes: those that one branch goes over and that select scores.
+
+        >>> Loop(("HMMA R4, R8, R12, R4", "@P0 BRA 4", "FSEL R1, R2, R3, P1", "FSEL R2, R3, R4, P1", "EXIT"),
+        ...      skips=((1, 4),)).selecting
+        2
+        """
+        over = [self.instructions[a + 1 : b] for a, b in self.skips]
+        return max(((count(x)["FSEL"], -len(x)) for x in over), default=(0, 0))[1] * -1
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
@@ -168,4 +180,12 @@ def _matrix_loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]
             if any(opcode(i).split(".")[0] in MATRIX for i in instructions[begin : at + 1]):
                 ranges.append((begin, at))
     inner = [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
-    return [Loop(tuple(instructions[a : b + 1])) for a, b in inner]
+    return [Loop(tuple(instructions[a : b + 1]), tuple(_skips(instructions, labels, a, b))) for a, b in inner]
+
+
+def _skips(instructions: list[str], labels: dict[str, int], begin: int, end: int) -> Iterator[tuple[int, int]]:
+    """Branches forward within [begin, end], counted from begin."""
+    for at in range(begin, end + 1):
+        m = _TARGET.search(instructions[at])
+        if m and at < labels.get(m[1], at) <= end:
+            yield at - begin, labels[m[1]] - begin

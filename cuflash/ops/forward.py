@@ -148,10 +148,13 @@ class ForwardVariant:
 
     @property
     def smem_bytes(self) -> int:
-        """Q (where the output is gathered at the end), one tile of K, one of V, and what mods need of each key."""
+        """Q (where the output is gathered at the end), one tile of K, one of V, what mods need of each key, and the
+        bounds of each query under a mask."""
         q = self.tile.block_q * max(self.head_dim, self.head_dim_v)
+        tiles = (q + self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize
         terms = 4 * self.tile.block_k * emit_c.staged(self.mods)[1]
-        return (q + self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize + terms
+        bounds = 8 * self.tile.block_q if emit_c.has_mask(self.mods) else 0
+        return tiles + terms + bounds
 
     def members(self) -> dict[str, str | int | bool]:
         return {

@@ -356,6 +356,11 @@ def staged(text: str) -> tuple[int, int]:
     return q, k
 
 
+def has_mask(text: str) -> bool:
+    """Of the same: whether there is a mask_mod."""
+    return " kMask = true;" in text
+
+
 NO_MODS = (
     "struct Mods {\n"
     + "".join(

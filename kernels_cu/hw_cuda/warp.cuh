@@ -31,4 +31,8 @@ HW_DEVICE u32 ballot(bool predicate) { return __ballot_sync(0xffffffffu, predica
 HW_DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate) != 0; }
 HW_DEVICE bool all(bool predicate) { return __all_sync(0xffffffffu, predicate) != 0; }
 
+// The least and the greatest of the lanes' values: one instruction, whose result the compiler knows to be the same in all.
+HW_DEVICE i32 reduce_min(i32 value) { return __reduce_min_sync(0xffffffffu, value); }
+HW_DEVICE i32 reduce_max(i32 value) { return __reduce_max_sync(0xffffffffu, value); }
+
 }  // namespace hw

@@ -37,4 +37,19 @@ HW_DEVICE bool all(bool predicate, Site site = Site::here()) {
   return cuflash_emu_ballot(predicate, "all", site) == 0xffffffffu;
 }
 
+HW_DEVICE i32 reduce_min(i32 value, Site site = Site::here()) {
+  for (i32 mask = 1; mask < 32; mask *= 2) {
+    const u32 other = cuflash_emu_shuffle(static_cast<u32>(value), lane_idx() ^ mask, "reduce_min", site);
+    value = min_of(value, static_cast<i32>(other));
+  }
+  return value;
+}
+HW_DEVICE i32 reduce_max(i32 value, Site site = Site::here()) {
+  for (i32 mask = 1; mask < 32; mask *= 2) {
+    const u32 other = cuflash_emu_shuffle(static_cast<u32>(value), lane_idx() ^ mask, "reduce_max", site);
+    value = max_of(value, static_cast<i32>(other));
+  }
+  return value;
+}
+
 }  // namespace hw

@@ -93,24 +93,60 @@ HW_DEVICE void score_by_mod(const Params& p, const typename M::Tile& t, S& s, i3
                                });
 }
 
-// -inf where mask_mod says so, or causal, window and length: as `mask_scores`, with its arguments.
-template <class M, bool kRowsAreQueries, class Params, class S>
+// The columns that a row has to do with by causal, window, length and mask_mod's bounds; center: the one it stands on.
+template <class M, bool kRowsAreQueries, class Params>
+HW_DEVICE Interval bounds_of_row(const Params& p, const typename M::Tile& t, i32 row, i32 center, i32 left, i32 right) {
+  Interval bounds;
+  if constexpr (kRowsAreQueries) {
+    bounds = M::bounds_q(p, t, inside(row, t.q_len));
+  } else {
+    bounds = M::bounds_k(p, t, inside(row, t.kv_len));
+  }
+  const i32 length = kRowsAreQueries ? t.kv_len : t.q_len;
+  return {max_of(center - left, bounds.begin), min_of(min_of(center + right + 1, length), bounds.end)};
+}
+
+// Those of a tile of queries, once for all of its key tiles: row i has [begin[i], end[i]), 2 kRows words of shared memory.
+template <class M, i32 kRows>
+constexpr i32 bounds_bytes() {
+  return M::kMask ? 8 * kRows : 0;
+}
+
+// Fills it, for the tile whose row 0 is the query `first` < q_len and stands on the key `center`. Gives what the tile as a
+// whole has to do with, of the rows that see anything, and what all of its rows see.
+template <class M, i32 kRows, i32 kThreads, class Params>
+HW_DEVICE TileInterval stage_bounds(const Params& p, const typename M::Tile& t, u32 smem, i32 first, i32 center,
+                                    i32 left, i32 right) {
+  for (i32 i = hw::thread_idx(); i < kRows; i += kThreads) {
+    const i32 row = min_of(i, t.q_len - 1 - first);
+    const Interval own = bounds_of_row<M, true>(p, t, first + row, center + row, left, right);
+    const i32 begin = max_of(min_of(own.begin, t.kv_len), 0);
+    hw::store_shared(smem + static_cast<u32>(4 * i), begin);
+    hw::store_shared(smem + static_cast<u32>(4 * (kRows + i)), max_of(own.end, begin));
+  }
+  // sync   bounds written <-> all warps: each looks through all of them
+  hw::sync_threads();
+  Interval any{t.kv_len, 0}, all{0, t.kv_len};
+  for (i32 i = hw::lane_idx(); i < kRows; i += 32) {
+    const i32 begin = hw::load_shared<i32>(smem + static_cast<u32>(4 * i));
+    const i32 end = hw::load_shared<i32>(smem + static_cast<u32>(4 * (kRows + i)));
+    if (begin < end) any = {min_of(any.begin, begin), max_of(any.end, end)};
+    all = {max_of(all.begin, begin), min_of(all.end, end)};
+  }
+  return {{hw::reduce_min(any.begin), hw::reduce_max(any.end)}, {hw::reduce_max(all.begin), hw::reduce_min(all.end)}};
+}
+
+// -inf where mask_mod says so, or causal, window and length: bounds(i) gives the columns that a thread's row i has to do
+// with by `bounds_of_row`.
+template <class M, bool kRowsAreQueries, class Params, class S, class Bounds>
 HW_DEVICE void mask_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first, u32 smem,
-                           i32 center, i32 left, i32 right, i32 length) {
+                           const Bounds& bounds) {
   i32 begin[S::kRows], end[S::kRows];
   HW_UNROLL
   for (i32 i = 0; i < S::kRows; ++i) {
-    const i32 row = inside(row_first + S::row_of(i), kRowsAreQueries ? t.q_len : t.kv_len);
-    Interval bounds;
-    if constexpr (kRowsAreQueries) {
-      bounds = M::bounds_q(p, t, row);
-    } else {
-      bounds = M::bounds_k(p, t, row);
-    }
-    const i32 from_first = center + S::row_of(i) - S::first_col();
-    const i32 first = column_first + S::first_col();
-    begin[i] = max_of(from_first - left, bounds.begin - first);
-    end[i] = min_of(min_of(from_first + right + 1, length - S::first_col()), bounds.end - first);
+    const Interval own = bounds(i);
+    begin[i] = own.begin - column_first - S::first_col();
+    end[i] = own.end - column_first - S::first_col();
   }
   if constexpr (kRowsAreQueries ? M::kKeepQ : M::kKeepK) {
     visit_terms<M, kRowsAreQueries>(

@@ -29,6 +29,10 @@ BODIES = {
         "hw::store_global(out<u32>() + lane, hw::shfl(hw::load_global(a<u32>() + lane), "
         "hw::load_global(b<i32>() + lane)));", 32, 0),
     "shfl_up": ("hw::store_global(out<u32>() + lane, hw::shfl_up(hw::load_global(a<u32>() + lane), n));", 32, 0),
+    "reduce": ("""
+      hw::store_global(out<i32>() + lane, hw::reduce_min(hw::load_global(a<i32>() + lane)));
+      hw::store_global(out<i32>() + 32 + lane, hw::reduce_max(hw::load_global(a<i32>() + lane)));
+    """, 32, 0),
     "vote": ("""
       const bool mine = hw::load_global(a<u32>() + lane) != 0;
       hw::store_global(out<u32>() + lane, hw::ballot(mine));
@@ -218,6 +222,14 @@ def test_shfl_up(run, rng, backend, delta):
     lanes = np.arange(32)
     found = run("shfl_up", backend, a=x, out=np.zeros(32, np.uint32), n=delta)
     np.testing.assert_array_equal(found, x[np.where(lanes < delta, lanes, lanes - delta)])
+
+
+@each_backend
+def test_reduce(run, rng, backend):
+    x = rng.integers(-(2**31), 2**31, size=32).astype(np.int32)
+    least, greatest = run("reduce", backend, a=x, out=np.zeros((2, 32), np.int32))
+    assert set(least.tolist()) == {x.min()}
+    assert set(greatest.tolist()) == {x.max()}
 
 
 @each_backend

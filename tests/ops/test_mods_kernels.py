@@ -15,7 +15,7 @@ from recorded import recording
 import cuflash
 from cuflash import arch, dtypes
 from cuflash.errors import EmulatorError
-from cuflash.jit import module, nvrtc
+from cuflash.jit import module, nvrtc, sass
 from cuflash.jit.source import Edit
 from cuflash.ops import backward, forward
 from cuflash.trace import tracer
@@ -188,7 +188,12 @@ BUGS: dict[str, Edit] = {
     "the columns' terms of another column": Edit(
         MODS_FILE, "M::k_terms(p, t, inside(first + i, t.kv_len))", "M::k_terms(p, t, inside(first + i + 1, t.kv_len))"
     ),
-    "bounds one off": Edit(MODS_FILE, "bounds.end - first);\n", "bounds.end - first + 1);\n"),
+    "bounds one off": Edit(MODS_FILE, "length), bounds.end)}", "length), bounds.end + 1)}"),
+    "bounds read before all are written": Edit(
+        MODS_FILE, "each looks through all of them\n  hw::sync_threads();\n", "each looks through all of them\n"
+    ),
+    "a masked tile taken for full": Edit(MODS_FILE, "hw::reduce_min(all.end)", "t.kv_len"),
+    "a tile too few": Edit(MODS_FILE, "max_of(any.end, end)};", "max_of(any.end, end - 64)};"),
     "gradients of one lane of four": Edit(MODS_FILE, "const float sum = quad_sum(sums[i]);",
                                           "const float sum = sums[i];"),
     "what a fixed sum leaves is lost": Edit("tile/fixed_sum.cuh", "if (low != 0) hw::atomic_add",
@@ -300,6 +305,28 @@ def test_bounds_are_all_that_half_lines_cost():
             dtypes.float16, 64, 64, 16, arch.named("sm_80"), mods=tracer.bind(None, mask_mod).mods
         ).mods
         assert "kKeepQ = false" in text and "kKeepK = false" in text
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("name", ["sm_80", "sm_90a"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_bounds_cost_what_causal_and_window_do(name, d):
+    """Instructions of the KV loop beside those of the kernel without mods, where causal and window stand by hand:
+    none more in a full tile, at most 3 in a masked one."""
+    target = arch.named(name)
+
+    def loop(mask_mod: Callable[..., Any] | None) -> sass.Loop:
+        mods = mask_mod and tracer.bind(None, mask_mod).mods
+        spec = forward.kernel_spec(forward.choose_variant(dtypes.bfloat16, d, d, 16, target, mods=mods))
+        (found,) = sass.functions(sass.disassemble(module.compile(spec, target).path))[spec.entry].loops
+        return found
+
+    by_hand = loop(None)
+    for mask_mod in (CODES["causal and window"][1], MASKS["prefix"][0], MASKS["chunks"][0]):
+        found = loop(mask_mod)
+        assert 0 < found.selecting < found.length / 4
+        assert found.length - found.selecting <= by_hand.length - by_hand.selecting
+        assert found.length <= by_hand.length + 3
 
 
 @needs_nvrtc
