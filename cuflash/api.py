@@ -860,15 +860,6 @@ _PAGES_WITHOUT_GRADIENTS = (
 )
 
 
-def _refuse_cache(backend: str) -> None:
-    """The one place that says where `flash_attn_with_kvcache` is not served."""
-    if backend != "reference":
-        raise UnsupportedError(
-            "flash_attn_with_kvcache: no kernel appends to a cache: write the new keys and values into k_cache and "
-            "v_cache, then call cuflash.attention(q, k_cache, v_cache, seqused_k=<lengths after appending>, causal=...)"
-        )
-
-
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
     "split_size": "no kernel splits the keys of a row: leave it None",

@@ -1,20 +1,27 @@
 """`flash_attn_with_kvcache`: append to a cache of keys and values, then attend to it.
 
-Arrays in host memory are served by the NumPy reference. Everything is checked before the cache is touched.
+As in `api`, a call is *bound* (its arrays viewed), *checked and planned* where its metadata is new, and *run*: one
+launch writes new keys and values into the cache, rotates queries and works out lengths, then attention is launched on
+the whole cache, by the kernel that splits the keys where queries are few. Everything is checked before the first of
+them. In host memory NumPy does the same, unless the emulator is asked for.
 """
 
 from __future__ import annotations
 
 import numbers
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import api, dtypes, frameworks, reference, validate
-from .array import HOST, TensorView, of_numpy
+from .array import Device, TensorView, contiguous_strides, of_numpy
+from .dtypes import DType
 from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import Framework
 from .settings import config
+from .trace.expr import Mods
+from .trace.tracer import Bound
 
 Array = Any
 Views = dict[str, TensorView]
@@ -76,15 +83,21 @@ def flash_attn_with_kvcache(
     return_softmax_lse  return (out, lse); lse float32 [batch, heads_q, q_len] or [heads_q, total_q]
 
     The last query sees the last key, appended ones included; q_len and kv_len of mods, and kv_idx, count without the
-    left padding. The other keywords are those of `attention`. num_splits and split_size, of which only one may be
-    given, and pack_gqa change how kernels share out the work and no result.
+    left padding. The other keywords are those of `attention`.
+
+    Where at most 64 queries share a key head, kernels may take its keys in parts, so that more of the GPU has work: how
+    many follows from the cache's size (num_splits=0), or there are num_splits of them, or parts of split_size keys, a
+    multiple of 64. Only one may be given. They change the order of sums, and so last bits; with split_size a sequence's
+    bits are the same in any batch. pack_gqa changes nothing.
 
     JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. At a call
     torch.compile breaks its graph.
 
-    Raises `UnsupportedError` where kernels run, for gradients, and for qv, descales and attention_chunk; the message
-    says what to use instead. A refused call has written nothing: it is checked before that all lengths, pages and
-    positions lie within the cache and its tables, and that no two new keys go to one place.
+    Raises `UnsupportedError` for gradients, JAX arrays on a GPU or that jax.jit traces, and for qv, descales and
+    attention_chunk; the message says what to use instead. A refused call has written nothing: it is checked before that
+    all lengths, pages and positions lie within the cache and its tables, and that no two new keys go to one place. Of
+    arrays on a device that is known to the device alone, and checked where `config.check` asks for it; lengths in lists
+    and NumPy arrays always are, and copied there.
 
     >>> import numpy as np
     >>> cache = np.full((2, 16, 1, 8), np.nan, np.float32)  # room for 16 keys, of which sequences have 0 and 3
@@ -118,83 +131,419 @@ def flash_attn_with_kvcache(
     block_table = page_table if block_table is None else block_table
     if hasattr(window_size, "tolist"):  # flash-attn takes a tensor of two
         window_size = tuple(np.ravel(window_size.tolist()).tolist())  # type: ignore[attr-defined]
-    window = validate.window(window_size, causal)
-
+    length = None
+    if isinstance(cache_seqlens, numbers.Integral):
+        length, cache_seqlens = int(cache_seqlens), None
+        require(0 <= length < 2**31, f"cache_seqlens={length} must be from 0 to 2**31 - 1")
+    given = dict(zip(_ARRAYS, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sink), strict=True))
+    arrays = {name: x for name, x in given.items() if x is not None or name in _ARRAYS[:3]}
+    given = dict(zip(_INDICES, (
+        cache_seqlens, cache_batch_idx, cache_leftpad, block_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
+    ), strict=True))  # fmt: skip
+    indices = {name: x for name, x in given.items() if x is not None}
+    options = _Options(
+        validate.window(window_size, causal), softmax_scale, softcap, bool(rotary_interleaved), num_splits, split_size,
+        max_seqlen_q, bool(return_softmax_lse), length is not None,
+    )  # fmt: skip
+    bound = None
+    if score_mod is not None or mask_mod is not None:
+        bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
     framework = frameworks.of(q)
-    named = {"q": q, "k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "rotary_cos": rotary_cos,
-             "rotary_sin": rotary_sin}  # fmt: skip
-    arrays = {name: x for name, x in named.items() if x is not None or "cache" in name}
-    if framework.operation(*arrays.values(), alibi_slopes, sink) is not None:
+    if framework.operation(*arrays.values()) is not None:
         raise UnsupportedError(
             "flash_attn_with_kvcache has no gradient and is followed by no transformation: call it outside of "
             "autograd, autocast, torch.func, torch.export and jax.jit, in PyTorch under torch.no_grad(), with arrays "
             "in host memory; to train, call cuflash.attention"
         )
+    out, *others = _append_and_attend(framework, arrays, indices, options, length, bound)
+    return (out, *others) if others else out
+
+
+def _append_and_attend(
+    framework: Framework,
+    arrays: dict[str, Array],
+    indices: dict[str, Any],
+    options: _Options,
+    length: int | None,
+    bound: Bound | None,
+) -> tuple[Array, ...]:
+    """The call, of arrays that nobody follows -> out, lse if wanted, JAX's new caches."""
     views = api._views(framework, arrays)
-    api._refuse_cache(api._backend(views["q"].device, framework, config.backend))
-
-    # Lengths and places, all on the host.
-    batch, starts_q = _batch(views, cu_seqlens_q, framework)
-    _check_arrays(views, framework, batch, packed_new=cu_seqlens_k_new is not None)
-    num_pages, page_size = views["k_cache"].shape[:2]
-    table = _table(framework, batch, num_pages, block_table, cache_batch_idx)
-    before = _lengths_before(framework, cache_seqlens, batch, page_size, appends=k is not None, paged=block_table)
-    new = _new_lengths(views, framework, cu_seqlens_k_new, batch)
-    after = before + new
-    _check_room(before, new, table.shape[1], page_size, cache_seqlens is None)
-    pad = None if cache_leftpad is None else _ints(framework, "cache_leftpad", cache_leftpad, (batch,))
-    if pad is not None:
-        _check_each("cache_leftpad", pad, after, "the keys of sequence {b}")
-    validate.page_ids(table, after, num_pages, page_size)
-    _check_places(table, page_size, before, new)
-
-    rotary: dict[str, Any] = {}
-    turned = before if rotary_seqlens is None else _ints(framework, "rotary_seqlens", rotary_seqlens, (batch,))
-    advance = max(window) >= 0
-    if "rotary_cos" in views or "rotary_sin" in views or rotary_seqlens is not None:
-        lengths_q = np.diff(starts_q) if starts_q is not None else np.full(batch, views["q"].shape[1])
-        _check_rotary(views, turned, np.maximum(new, lengths_q if advance else np.minimum(lengths_q, 1)))
-        rotary = {name: views[name].as_numpy() for name in ("rotary_cos", "rotary_sin")}
-
-    bound = None
-    if score_mod is not None or mask_mod is not None:
-        bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
-    call = api._bind(
-        q, k_cache, v_cache, starts_q, None, max_seqlen_q, None, None, after, table, softmax_scale, causal,
-        tuple(window_size), softcap, alibi_slopes, sink, bound, 0.0, None, 0, None, None, None,
-        ("lse",) if return_softmax_lse else (),
-    )  # fmt: skip
-    results = []
+    plain = tuple(name for name, x in indices.items() if isinstance(x, (list, tuple, np.ndarray)))
+    views |= {name: api._lengths_view(framework, x, name) for name, x in indices.items()}
+    starts = views.get("cu_seqlens_q")
+    if starts is not None and starts.device[0] == "cpu" and options.max_seqlen_q is None:
+        options = replace(options, max_seqlen_q=api._longest(starts.as_numpy()))
+    scalars: tuple[int | float, ...] = ()
+    mods = None
+    if bound is not None:
+        views |= api._captured_views(framework, bound, views["q"].device)
+        softcap = validate.softcap(options.softcap) if options.softcap else 0.0
+        mods, scalars, softcap = api._folded(bound, views, softcap)
+        options = replace(options, softcap=softcap)
+    prepared = _prepared_for(framework, views, plain, options, mods)
+    step = _Step(framework, views, prepared, scalars, length)
+    step.check()
+    if bound is not None and prepared.device[0] == "cuda":
+        step.uploads |= api._captured_uploads(framework, bound, views, prepared.device)
 
     # From here on nothing is refused.
-    if k is not None:
-        for name in ("k", "v"):
-            cache, given = call.views[name], named[f"{name}_cache"]
-            if framework.NAME == "JAX":
-                call.views[name] = framework.empty(cache.shape, cache.dtype, HOST)
-                call.views[name].as_numpy()[...] = cache.as_numpy()
-                results.append(call.views[name])
-            else:
-                framework.written(given)
-        cu_new = None if cu_seqlens_k_new is None else np.concatenate([[0], np.cumsum(new)])
-        reference.append_kv(
-            *(call.views[name].as_numpy() for name in ("k", "v")), *(views[name].as_numpy() for name in ("k", "v")),
-            cache_seqlens=before, page_table=table, cu_seqlens_k_new=cu_new, rotary_seqlens=turned,
-            rotary_interleaved=rotary_interleaved, **rotary,
-        )  # fmt: skip
-    if rotary:
-        turned_q = reference.rotate_queries(
-            views["q"].as_numpy(), *rotary.values(), starts=turned, advance=advance, cu_seqlens_q=starts_q,
-            interleaved=rotary_interleaved,
-        )  # fmt: skip
-        call.views["q"] = of_numpy(turned_q)
-    if pad is not None:
-        call.views["leftpad_k"] = of_numpy(pad)
-    out = call.run()
-    first = (out.out, out.lse) if return_softmax_lse else (out,)
-    if results:
-        return (*first, *map(framework.wrap, results))
-    return first if return_softmax_lse else out
+    results = [name for name, _, _ in prepared.results]
+    if "k" in views and framework.NAME == "JAX":
+        for name in _CACHES:
+            cache = views[name]
+            views[name] = framework.empty(cache.shape, cache.dtype, cache.device)
+            views[name].as_numpy()[...] = cache.as_numpy()
+        results += _CACHES
+    step.run()
+    if "k" in views and framework.NAME != "JAX":
+        for name in _CACHES:
+            framework.written(arrays[name])
+    return tuple(framework.wrap(views[name]) for name in results)
+
+
+_CACHES = ("k_cache", "v_cache")
+_ARRAYS = ("q", *_CACHES, "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sink")
+_INDICES = (
+    "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table", "cu_seqlens_q", "cu_seqlens_k_new",
+    "rotary_seqlens",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What a call is given beside arrays, the value of an int `cache_seqlens` apart."""
+
+    window: tuple[int, int]  # causal folded in
+    scale: Any
+    softcap: Any
+    interleaved: bool
+    num_splits: int
+    split_size: int | None
+    max_seqlen_q: Any
+    lse: bool
+    counted: bool  # cache_seqlens is an int
+
+
+# Prepare --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """What one kind of call needs, whatever its pointers: checked once, then found by the call's metadata."""
+
+    attention: api._Prepared
+    append: Any  # ops.append.AppendPlan; None on the reference, and where there is nothing to do before attention
+    options: _Options
+    batch: int
+    new: int | None  # keys appended to each sequence; None: packed ones
+    page_size: int  # of a cache in one piece the keys a sequence has room for
+    pages: int  # that a sequence has
+    given: dict[str, str]  # which of the call's arrays each of attention's is
+    extents: dict[str, tuple[int, int]]  # of every array the bytes before and behind its pointer
+    results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype)
+    workspace: dict[str, tuple[tuple[int, ...], DType]]  # of kernels: (shape, dtype) by name
+
+    @property
+    def device(self) -> Device:
+        return self.attention.device
+
+    @property
+    def capacity(self) -> int:
+        return self.page_size * self.pages
+
+
+_prepared: dict[Any, _Prepared] = {}
+_PREPARED_LIMIT = 4096
+
+
+def _prepared_for(
+    framework: Framework, views: Views, plain: tuple[str, ...], options: _Options, mods: Mods | None
+) -> _Prepared:
+    q, k_cache, v_cache, k, v = (views.get(name) for name in ("q", *_CACHES, "k", "v"))
+    assert q is not None and k_cache is not None and v_cache is not None
+    alignment = (q.ptr | k_cache.ptr | v_cache.ptr) & 15
+    new = 0 if k is None or v is None else (k.ptr | v.ptr) & 15
+    key = (
+        framework.NAME, config.version, alignment, new, plain, options, mods,
+        *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()],
+    )  # fmt: skip
+    try:
+        prepared = _prepared.get(key)
+    except TypeError:  # something no key can hold, such as an array for the scale: the checks will name it
+        prepared, key = None, None
+    if prepared is None:
+        prepared = _prepare(framework, views, plain, alignment, alignment | new, options, mods)
+        if key is not None:
+            if len(_prepared) >= _PREPARED_LIMIT:
+                _prepared.clear()
+            _prepared[key] = prepared
+    if k is not None and framework.NAME != "JAX":  # whose caches are copied
+        _check_overlaps(views, prepared.extents)
+    return prepared
+
+
+def _prepare(
+    framework: Framework,
+    views: Views,
+    plain: tuple[str, ...],
+    alignment: int,
+    alignment_append: int,
+    options: _Options,
+    mods: Mods | None,
+    backend: str | None = None,
+) -> _Prepared:
+    """Check everything that does not depend on pointers and values, choose backend and kernels."""
+    q, k = views["q"], views.get("k")
+    device = q.device
+    validate.same_device(views, plain)
+    backend = api._backend(device, framework, backend or config.backend)
+    packed, pad = "cu_seqlens_q" in views, "cache_leftpad" in views
+    batch = _batch(views, framework)
+    _check_arrays(views, framework, batch)
+    page_size, pages = _check_places(views, framework, batch)
+    _check_rotary(views, framework)
+    counted = options.counted or "cache_seqlens" in views
+    require(
+        counted or (k is None and "block_table" not in views),
+        "cache_seqlens is None: pass how many keys each sequence of the cache has"
+        + (", behind which k and v are written" if k is not None else ", for its pages may have room for more"),
+    )
+
+    # What attention is given. Kernels find a cache in one piece by pages of that size where more than its beginning is
+    # to be said of a sequence; what only the device knows, the launch before attention writes.
+    workspace: dict[str, tuple[tuple[int, ...], DType]] = {}
+    given = {"q": "q", "k": "k_cache", "v": "v_cache"}
+    if backend == "reference" or packed or pad or "block_table" in views or "cache_batch_idx" in views:
+        given["page_table"] = next((n for n in ("block_table", "cache_batch_idx") if n in views), "pages")
+        if given["page_table"] == "pages":
+            workspace["pages"] = ((batch,), dtypes.int32)
+    if "cache_seqlens" in views and k is None and not pad:
+        given["seqused_k"] = "cache_seqlens"
+    elif counted or "page_table" in given:
+        given["seqused_k"] = "seqused_k"
+        workspace["seqused_k"] = ((batch,), dtypes.int32)
+    if "rotary_cos" in views:
+        given["q"] = "q_rotated"
+        workspace["q_rotated"] = (q.shape, q.dtype)
+    if pad:
+        given["cache_leftpad"] = "cache_leftpad"
+    captured = [name for name in views if name.startswith("captured")]
+    given |= {name: name for name in ("cu_seqlens_q", "alibi_slopes", "sink", *captured) if name in views}
+
+    # By shapes alone: what is made later, or copied to the device, lies there.
+    there = {name: _spec(x.shape, x.dtype, device) for name in plain if (x := views[name]).device != device}
+    made = {name: _spec(shape, dtype, device) for name, (shape, dtype) in workspace.items()}
+    attend = _attended(given, views | there | made)
+    attend.pop("cache_leftpad", None)  # which `attention` does not have
+    attention = api._prepare(
+        framework, attend, (), alignment, options.scale, False, options.window, options.softcap, options.max_seqlen_q,
+        None, ("lse",) if options.lse else (), mods, 0.0, (), None, backend,
+    )  # fmt: skip
+    append = None
+    if backend != "reference":
+        attention = replace(attention, plan=_split(attention.plan, options))
+        if k is not None or workspace:
+            append = _append_plan(views, attention.plan.arch, alignment_append, options, batch, pages)
+        workspace |= attention.workspace()
+    return _Prepared(
+        attention, append, options, batch, None if "cu_seqlens_k_new" in views else 0 if k is None else k.shape[1],
+        page_size, pages, given, {name: x.extent for name, x in views.items()}, attention.results, workspace,
+    )  # fmt: skip
+
+
+def _spec(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
+    return TensorView(0, shape, contiguous_strides(shape), dtype, device, False, None)
+
+
+def _attended(given: dict[str, str], views: Views) -> Views:
+    """The arrays of attention, by its names."""
+    attend = {name: views[own] for name, own in given.items()}
+    table = attend.get("page_table")
+    if table is not None and table.ndim == 1:  # of a cache in one piece, whose sequences are its pages
+        shape = (*table.shape, 1)
+        attend["page_table"] = TensorView(table.ptr, shape, (1, 1), table.dtype, table.device, True, table.owner)
+    return attend
+
+
+def _split(plan: Any, options: _Options) -> Any:
+    """The plan that takes the keys in parts, where queries are few or parts are asked for; else the plan given."""
+    from .ops import decode
+
+    problem = plan.problem
+    longest = min(problem.q_rows, problem.max_seqlen_q or problem.q_rows) if problem.packed else problem.q_rows
+    few = longest * (problem.heads_q // problem.heads_kv) <= decode.BLOCK_Q
+    asked = options.num_splits > 1 or options.split_size is not None
+    if not (few or asked) or problem.mods is not None:
+        return plan
+    if options.split_size is not None:
+        return decode.DecodePlan(problem, plan.arch, options.split_size)
+    split = decode.DecodePlan(problem, plan.arch)
+    if options.num_splits:
+        block = split.variant.block_k
+        blocks = max(1, -(-problem.k_rows // (options.num_splits * block)))
+        split = decode.DecodePlan(problem, plan.arch, blocks * block)
+    return split
+
+
+def _append_plan(views: Views, arch: Any, alignment: int, options: _Options, batch: int, pages: int) -> Any:
+    from .ops import append
+
+    q, k_cache, v_cache = views["q"], views["k_cache"], views["v_cache"]
+    k, v, cos, sin = (views.get(name) for name in ("k", "v", "rotary_cos", "rotary_sin"))
+    packed, packed_new, contiguous = "cu_seqlens_q" in views, "cu_seqlens_k_new" in views, contiguous_strides(q.shape)
+    fields: dict[str, Any] = {}
+    if cos is not None and sin is not None:
+        fields = {
+            "rotary_dim": 2 * cos.shape[1], "interleaved": options.interleaved, "advance": max(options.window) >= 0,
+            "tables": cos.dtype, "cos_stride": cos.strides[0], "sin_stride": sin.strides[0],
+        }  # fmt: skip
+    arrays = {"k": (k, packed_new), "v": (v, packed_new), "k_cache": (k_cache, False), "v_cache": (v_cache, False)}
+    arrays["q"] = (q, packed)
+    for name, (x, rows) in arrays.items():
+        fields[f"{name}_strides"] = (0, 0, 0) if x is None else api._problem_strides(x.strides, rows)
+    strides = [x.strides for x, _ in arrays.values() if x is not None]
+    return append.plan(append.AppendProblem(
+        dtype=q.dtype,
+        batch=batch,
+        new_rows=0 if k is None else k.shape[-3],
+        packed_new=packed_new,
+        q_rows=q.shape[-3],
+        packed_q=packed,
+        heads_q=q.shape[-2],
+        heads_kv=k_cache.shape[-2],
+        head_dim=q.shape[-1],
+        head_dim_v=v_cache.shape[-1],
+        q_rotated_strides=api._problem_strides(contiguous, packed),
+        load_bytes=api._load_bytes(alignment, q.dtype.itemsize, [*strides, contiguous]),
+        page_size=k_cache.shape[1],
+        max_pages=pages,
+        page_table_stride=views["block_table"].strides[0] if "block_table" in views else 1,
+        **fields,
+    ), arch)  # fmt: skip
+
+
+# Run ------------------------------------------------------------------------------------------------------------------
+
+
+class _Values(NamedTuple):
+    """Lengths and places, in NumPy; None for those that only the device knows, or that are not given."""
+
+    starts_q: np.ndarray | None
+    starts_new: np.ndarray | None
+    before: np.ndarray | None  # [batch]
+    new: np.ndarray | None
+    table: np.ndarray | None  # [batch, pages]
+    pad: np.ndarray | None
+    turned: np.ndarray | None  # where rotary embeddings begin
+
+    @property
+    def after(self) -> np.ndarray | None:
+        return None if self.before is None or self.new is None else self.before + self.new
+
+
+class _Step:
+    """One call: its arrays, and what was prepared for their metadata.
+
+    length  the keys that every sequence has, where `views` have no cache_seqlens; None: all there is room for
+    """
+
+    def __init__(
+        self, framework: Framework, views: Views, prepared: _Prepared, scalars: tuple[int | float, ...],
+        length: int | None,
+    ) -> None:  # fmt: skip
+        self.framework, self.views, self.prepared, self.scalars = framework, views, prepared, scalars
+        self.length = prepared.capacity if length is None else length
+        self.uploads: dict[str, np.ndarray] = {}  # host values that kernels on a device need
+
+    def check(self) -> None:
+        """What the host knows of lengths and places; with `config.check` what the device does, too."""
+        framework, views, device = self.framework, self.views, self.prepared.device
+        known = {name: views[name].as_numpy() for name in _INDICES if name in views and views[name].device[0] == "cpu"}
+        if device[0] == "cuda":
+            self.uploads = dict(known)
+            if known and framework.capturing(device[1]):
+                raise ArgumentError(
+                    f"{', '.join(known)} in host memory cannot enter a CUDA graph, which would replay these very "
+                    "values: copy to the device before the capture and pass that array"
+                )
+            if config.check and not framework.capturing(device[1]):
+                known |= api._download(framework, views, [n for n in _INDICES if n in views and n not in known])
+        if known or self.prepared.options.counted:
+            _check_values(self.prepared, views, self._values(known))
+
+    def _values(self, known: dict[str, np.ndarray]) -> _Values:
+        prepared, views, batch = self.prepared, self.views, self.prepared.batch
+        starts_new = known.get("cu_seqlens_k_new")
+        before = known.get("cache_seqlens")
+        if "cache_seqlens" not in views:
+            before = np.full(batch, self.length, np.int32)
+        new = np.full(batch, prepared.new, np.int32) if prepared.new is not None else None
+        if starts_new is not None:
+            new = np.diff(starts_new)
+        table = known.get("block_table")
+        if "cache_batch_idx" in known:
+            table = known["cache_batch_idx"][:, None]
+        elif "block_table" not in views and "cache_batch_idx" not in views:
+            table = np.arange(batch, dtype=np.int32)[:, None]
+        turned = known.get("rotary_seqlens") if "rotary_seqlens" in views else before
+        return _Values(known.get("cu_seqlens_q"), starts_new, before, new, table, known.get("cache_leftpad"), turned)
+
+    def run(self) -> None:
+        """Computes what `prepared.results` names, in `views` where that is there."""
+        prepared, framework, views = self.prepared, self.framework, self.views
+        attend = self._run_reference() if prepared.attention.plan is None else self._launch_append()
+        names = [*(name for name, _, _ in prepared.results), *prepared.attention.workspace()]
+        attend |= {name: views[name] for name in names if name in views}
+        api._Call(framework, attend, {}, prepared.attention, {}, self.scalars, {})._execute()
+        views |= {name: attend[name] for name, _, _ in prepared.results}
+
+    def _launch_append(self) -> Views:
+        """The launch before attention -> attention's arrays."""
+        prepared, framework, views, device = self.prepared, self.framework, self.views, self.prepared.device
+        for name, values in self.uploads.items():
+            views[name] = framework.upload(values, device)
+        for name, (shape, dtype) in prepared.workspace.items():
+            if name not in views:
+                views[name] = framework.empty(shape, dtype, device)
+        if prepared.append is not None:
+            table = views.get("block_table") or views.get("cache_batch_idx")
+            arrays = views if table is None else {**views, "page_table": table}
+            where: dict[str, Any] = {"backend": "emulator"}
+            if device[0] == "cuda":
+                where = {"backend": "cuda", "device": device[1], "stream": framework.stream(device[1])}
+            prepared.append.launch(arrays, self.length, **where)
+            if device[0] == "cuda":
+                framework.retain(views.values(), device[1])
+        return _attended(prepared.given, views)
+
+    def _run_reference(self) -> Views:
+        """The same in NumPy."""
+        views, options = self.views, self.prepared.options
+        arrays = {name: view.as_numpy() for name, view in views.items()}
+        values = self._values(arrays)
+        before, after, table, turned = values.before, values.after, values.table, values.turned
+        assert before is not None and after is not None and table is not None and turned is not None
+        tables = {name: arrays[name] for name in ("rotary_cos", "rotary_sin") if name in arrays}
+        if "k" in views:
+            reference.append_kv(
+                *(arrays[name] for name in (*_CACHES, "k", "v")), cache_seqlens=before, page_table=table,
+                cu_seqlens_k_new=values.starts_new, rotary_seqlens=turned,
+                rotary_interleaved=options.interleaved, **tables,
+            )  # fmt: skip
+        made = {"pages": table[:, 0], "seqused_k": after.astype(np.int32)}
+        if tables:
+            made["q_rotated"] = reference.rotate_queries(
+                arrays["q"], *tables.values(), starts=turned, advance=max(options.window) >= 0,
+                cu_seqlens_q=values.starts_q, interleaved=options.interleaved,
+            )  # fmt: skip
+        attend = _attended(self.prepared.given, views | {name: of_numpy(x) for name, x in made.items()})
+        if "cache_leftpad" in attend:
+            attend["leftpad_k"] = attend.pop("cache_leftpad")
+        return attend
+
+
+# Checks ---------------------------------------------------------------------------------------------------------------
 
 
 def _refuse(**given: Any) -> None:
@@ -224,31 +573,35 @@ def _check_splits(num_splits: Any, split_size: Any) -> None:
     )
 
 
-def _batch(views: Views, cu_seqlens_q: Any, framework: Framework) -> tuple[int, np.ndarray | None]:
-    """The batch size, and where packed queries begin."""
-    shape, packed = views["q"].shape, cu_seqlens_q is not None
-    layout = "[total_q, heads, head_dim], as cu_seqlens_q are given" if packed else "[batch, q_len, heads, head_dim]"
-    require(
-        len(shape) == 4 - packed,
-        f"q.shape={shape} must have {4 - packed} dimensions, {layout}: reshape it"
-        + ("" if packed else ", or pass cu_seqlens_q for packed queries"),
+def _batch(views: Views, framework: Framework) -> int:
+    """The batch size."""
+    shape, starts = views["q"].shape, views.get("cu_seqlens_q")
+    layout = (
+        "[batch, q_len, heads, head_dim]" if starts is None else "[total_q, heads, head_dim], as cu_seqlens_q are given"
     )
-    if not packed:
-        return shape[0], None
-    starts = _ints(framework, "cu_seqlens_q", cu_seqlens_q, None)
+    require(
+        len(shape) == 3 + (starts is None),
+        f"q.shape={shape} must have {3 + (starts is None)} dimensions, {layout}: reshape it"
+        + (", or pass cu_seqlens_q for packed queries" if starts is None else ""),
+    )
+    if starts is None:
+        return shape[0]
+    require(
+        starts.ndim == 1, f"cu_seqlens_q.shape={starts.shape} must have one dimension: pass cu_seqlens_q.reshape(-1)"
+    )
     require(starts.size > 0, "cu_seqlens_q.shape=(0,) must be (batch + 1,): it starts with 0 even for an empty batch")
-    validate.cu_seqlens("cu_seqlens_q", starts, shape[0])
-    return starts.size - 1, starts
+    return starts.size - 1
 
 
-def _check_arrays(views: Views, framework: Framework, batch: int, packed_new: bool) -> None:
-    """Shapes and dtypes of caches and of what is appended."""
+def _check_arrays(views: Views, framework: Framework, batch: int) -> None:
+    """Shapes, dtypes and strides of caches and of what is appended."""
     q, k_cache, v_cache = views["q"], views["k_cache"], views["v_cache"]
+    packed_new = "cu_seqlens_k_new" in views
     require(
         ("k" in views) == ("v" in views),
         "of k and v one is given and one is None: new keys and values are appended together; pass both or none",
     )
-    for name in ("k_cache", "v_cache"):
+    for name in _CACHES:
         x = views[name]
         require(
             x.ndim == 4,
@@ -265,13 +618,22 @@ def _check_arrays(views: Views, framework: Framework, batch: int, packed_new: bo
         f"k_cache.shape[3]={k_cache.shape[3]} must equal q.shape[{q.ndim - 1}]={q.shape[-1]}: queries and keys are "
         "multiplied",
     )
-    for name in ("k_cache", "v_cache", "k", "v"):
+    for name in ("q", *_CACHES, "k", "v"):
         if name in views:
-            dtype = views[name].dtype
+            x = views[name]
             require(
-                dtype is q.dtype,
-                f"{name}.dtype={dtype} must equal q.dtype={q.dtype}: pass {framework.advise(q.dtype.name, name)}",
+                x.dtype is q.dtype,
+                f"{name}.dtype={x.dtype} must equal q.dtype={q.dtype}: pass {framework.advise(q.dtype.name, name)}",
             )
+            require(
+                x.strides[-1] == 1 and min(x.strides) >= 0,
+                f"{name}.strides={x.strides} (in elements) must end in 1 and not be negative: the elements of a row "
+                f"lie side by side; pass {framework.advise('contiguous', name)}",
+            )
+    require(
+        not packed_new or "k" in views,
+        "cu_seqlens_k_new is given and k is None: pass the packed keys and values, or leave it out",
+    )
     if "k" not in views:
         return
     for name in ("k", "v"):
@@ -284,7 +646,7 @@ def _check_arrays(views: Views, framework: Framework, batch: int, packed_new: bo
             + (", and as many in v as in k" if name == "v" else ""),
         )
     if framework.NAME != "JAX":  # whose caches are copied
-        for name in ("k_cache", "v_cache"):
+        for name in _CACHES:
             x = views[name]
             require(not x.readonly, f"{name} is read-only: pass a writable array")
             require(
@@ -292,76 +654,126 @@ def _check_arrays(views: Views, framework: Framework, batch: int, packed_new: bo
                 f"{name}.strides={x.strides}: an expanded array (stride 0) has several keys in one place; pass one "
                 "with memory for each",
             )
-        validate.no_overlap(views, ("k_cache", "v_cache"))
 
 
-def _ints(framework: Framework, name: str, x: Any, shape: tuple[int, ...] | None) -> np.ndarray:
-    """The values of an index array, int32 and of the right shape (None: one dimension)."""
-    view = api._lengths_view(framework, x, name)
+def _check_places(views: Views, framework: Framework, batch: int) -> tuple[int, int]:
+    """Dtypes and shapes of what says where keys are -> the page size, and how many pages a sequence has."""
+    shapes = dict.fromkeys(_INDICES, (batch,)) | dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k_new"), (batch + 1,))
+    for name in _INDICES:
+        if name not in views:
+            continue
+        x = views[name]
+        require(
+            x.dtype is dtypes.int32,
+            f"{name}.dtype={x.dtype} must be int32: pass {framework.advise('int32', name)}",
+        )
+        if name == "block_table":
+            require(
+                x.ndim == 2 and x.shape[0] == batch,
+                f"block_table.shape={x.shape} must be ({batch}, max_pages): a row a sequence, with the ids of its "
+                "pages",
+            )
+        else:
+            require(x.shape == shapes[name], f"{name}.shape={x.shape} must be {shapes[name]}: one entry a sequence")
+        require(
+            x.strides[-1] == 1 and min(x.strides) >= 0,
+            f"{name}.strides={x.strides} (in elements) must end in 1 and not be negative: pass "
+            f"{framework.advise('contiguous', name)}",
+        )
+    (num_pages, page_size), k = views["k_cache"].shape[:2], views.get("k")
+    require(page_size > 0, "k_cache.shape[1]=0 must be at least 1: make room for keys")
+    pages = views["block_table"].shape[1] if "block_table" in views else 1
     require(
-        view.dtype is dtypes.int32,
-        f"{name}.dtype={view.dtype} must be int32: pass {framework.advise('int32', name)}",
+        "block_table" not in views or "cache_batch_idx" not in views,
+        "cache_batch_idx is given beside block_table, which says already where sequences lie: pass "
+        "block_table[cache_batch_idx]",
     )
-    if shape is None:
-        require(view.ndim == 1, f"{name}.shape={view.shape} must have one dimension: pass {name}.reshape(-1)")
-    else:
-        require(view.shape == shape, f"{name}.shape={view.shape} must be {shape}: one entry a sequence")
-    return np.ascontiguousarray(view.as_numpy())
-
-
-def _table(framework: Framework, batch: int, num_pages: int, block_table: Any, batch_idx: Any) -> np.ndarray:
-    """The page table; of a cache in one piece, whose sequences are its pages, one column."""
-    if block_table is not None:
+    require(
+        "block_table" in views or "cache_batch_idx" in views or num_pages == batch,
+        f"k_cache.shape[0]={num_pages} must equal the batch, {batch}: pass cache_batch_idx to say which sequences "
+        "of the cache these are",
+    )
+    if k is not None and k.ndim == 4:
         require(
-            batch_idx is None,
-            "cache_batch_idx is given beside block_table, which says already where sequences lie: pass "
-            "block_table[cache_batch_idx]",
+            k.shape[1] <= pages * page_size,
+            f"k.shape[1]={k.shape[1]} must be at most {pages * page_size}, the keys that a sequence of the cache has "
+            f"room for ({pages} x {page_size}): make it longer, or block_table wider",
         )
-        view = api._views(frameworks.of(block_table, "block_table"), {"block_table": block_table})["block_table"]
-        require(
-            view.dtype is dtypes.int32,
-            f"block_table.dtype={view.dtype} must be int32: pass {framework.advise('int32', 'block_table')}",
-        )
-        require(
-            view.ndim == 2 and view.shape[0] == batch,
-            f"block_table.shape={view.shape} must be ({batch}, max_pages): a row a sequence, with the ids of its pages",
-        )
-        return np.ascontiguousarray(view.as_numpy())
-    if batch_idx is None:
-        require(
-            num_pages == batch,
-            f"k_cache.shape[0]={num_pages} must equal the batch, {batch}: pass cache_batch_idx to say which sequences "
-            "of the cache these are",
-        )
-        return np.arange(batch, dtype=np.int32)[:, None]
-    index = _ints(framework, "cache_batch_idx", batch_idx, (batch,))
-    _check_each("cache_batch_idx", index, np.full(batch, num_pages - 1), "the last sequence of k_cache")
-    return index[:, None]
+    return page_size, pages
 
 
-def _lengths_before(
-    framework: Framework, given: Any, batch: int, page_size: int, appends: bool, paged: Any
-) -> np.ndarray:
-    if given is None:
+def _check_rotary(views: Views, framework: Framework) -> None:
+    """Tables of a rotary embedding."""
+    given = [name for name in ("rotary_cos", "rotary_sin", "rotary_seqlens") if name in views]
+    if not given:
+        return
+    require(
+        given[:2] == ["rotary_cos", "rotary_sin"],
+        "rotary_cos and rotary_sin belong together, and rotary_seqlens to both: pass both tables, or none",
+    )
+    require("k" in views, "rotary_cos is given and k is None: rotate q yourself, or pass the keys to append")
+    cos, sin, q = views["rotary_cos"], views["rotary_sin"], views["q"]
+    require(
+        cos.ndim == 2 and cos.shape == sin.shape,
+        f"rotary_cos.shape={cos.shape} and rotary_sin.shape={sin.shape} must both be (positions, rotary_dim / 2): pass "
+        "tables made together",
+    )
+    require(
+        0 < 2 * cos.shape[1] <= q.shape[-1],
+        f"rotary_cos.shape[1]={cos.shape[1]} must be at most {q.shape[-1] // 2}, half of q's head dim, and at least 1: "
+        "rotary_dim is twice that",
+    )
+    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
+        require(x.dtype in (q.dtype, dtypes.float32), f"{name}.dtype={x.dtype} must be {q.dtype} or float32: cast it")
         require(
-            not appends and paged is None,
-            "cache_seqlens is None: pass how many keys each sequence of the cache has"
-            + (", behind which k and v are written" if appends else ", for its pages may have room for more"),
+            x.strides[1] == 1 and x.strides[0] >= 0,
+            f"{name}.strides={x.strides} (in elements) must end in 1 and not be negative: pass "
+            f"{framework.advise('contiguous', name)}",
         )
-        return np.full(batch, page_size, np.int32)
-    if isinstance(given, numbers.Integral):
-        require(0 <= int(given) < 2**31, f"cache_seqlens={given} must be from 0 to 2**31 - 1")
-        return np.full(batch, int(given), np.int32)
-    return _ints(framework, "cache_seqlens", given, (batch,))
+    require(
+        cos.dtype is sin.dtype,
+        f"rotary_sin.dtype={sin.dtype} must equal rotary_cos.dtype={cos.dtype}: pass tables made together",
+    )
 
 
-def _new_lengths(views: Views, framework: Framework, cu_seqlens_k_new: Any, batch: int) -> np.ndarray:
-    if cu_seqlens_k_new is None:
-        return np.full(batch, views["k"].shape[1] if "k" in views else 0, np.int32)
-    require("k" in views, "cu_seqlens_k_new is given and k is None: pass the packed keys and values, or leave it out")
-    starts = _ints(framework, "cu_seqlens_k_new", cu_seqlens_k_new, (batch + 1,))
-    validate.cu_seqlens("cu_seqlens_k_new", starts, views["k"].shape[0])
-    return np.diff(starts)
+def _check_overlaps(views: Views, extents: dict[str, tuple[int, int]]) -> None:
+    """Caches share no memory with each other or with what is read. Mostly their ranges show it."""
+    reach = {name: (x.ptr - extents[name][0], x.ptr + extents[name][1]) for name, x in views.items()}
+    for cache in _CACHES:
+        begin, end = reach[cache]
+        if any(b < end and begin < e for name, (b, e) in reach.items() if name != cache):
+            return validate.no_overlap(views, _CACHES)
+
+
+def _check_values(prepared: _Prepared, views: Views, values: _Values) -> None:
+    """Lengths lie within arrays, pages within the cache, and no two new keys go to one place, as far as is known."""
+    if values.starts_q is not None:
+        validate.cu_seqlens("cu_seqlens_q", values.starts_q, views["q"].shape[0])
+    if values.starts_new is not None:
+        validate.cu_seqlens("cu_seqlens_k_new", values.starts_new, views["k"].shape[0])
+    before, new, after, table = values.before, values.new, values.after, values.table
+    num_pages, page_size = views["k_cache"].shape[:2]
+    if before is not None:
+        _check_room(before, np.zeros_like(before) if new is None else new, prepared.pages, page_size)
+    if values.pad is not None:
+        largest = np.full(prepared.batch, prepared.capacity) if after is None else after
+        _check_each("cache_leftpad", values.pad, largest, "the keys of sequence {b}")
+    if table is not None:
+        if "cache_batch_idx" in views:
+            largest = np.full(prepared.batch, num_pages - 1)
+            _check_each("cache_batch_idx", table[:, 0], largest, "the last sequence of k_cache")
+        elif after is not None:
+            validate.page_ids(table, after, num_pages, page_size)
+        if before is not None and new is not None and ("cache_batch_idx" in views or "block_table" in views):
+            _check_apart(table, page_size, before, new)
+    if "rotary_cos" in views and values.turned is not None:
+        steps = np.zeros(prepared.batch, np.int32) if new is None else new
+        lengths_q = None if values.starts_q is None else np.diff(values.starts_q)
+        if "cu_seqlens_q" not in views:
+            lengths_q = np.full(prepared.batch, views["q"].shape[1])
+        if lengths_q is not None:
+            steps = np.maximum(steps, lengths_q if max(prepared.options.window) >= 0 else np.minimum(lengths_q, 1))
+        _check_positions(values.turned, steps, views["rotary_cos"].shape[0])
 
 
 def _check_each(name: str, values: np.ndarray, largest: np.ndarray, what: str) -> None:
@@ -372,9 +784,9 @@ def _check_each(name: str, values: np.ndarray, largest: np.ndarray, what: str) -
         raise ArgumentError(f"{name}[{b}]={values[b]} must be from 0 to {largest[b]}, {what.format(b=b)}: mend it")
 
 
-def _check_room(before: np.ndarray, new: np.ndarray, pages: int, page_size: int, whole: bool) -> None:
+def _check_room(before: np.ndarray, new: np.ndarray, pages: int, page_size: int) -> None:
     capacity = pages * page_size
-    wrong = np.flatnonzero((before < 0) | (before.astype(np.int64) + new > capacity)) if not whole else np.zeros(0, int)
+    wrong = np.flatnonzero((before < 0) | (before.astype(np.int64) + new > capacity))
     if wrong.size:
         b = int(wrong[0])
         appended = f", and {new[b]} new keys behind them" if new[b] else ""
@@ -384,7 +796,7 @@ def _check_room(before: np.ndarray, new: np.ndarray, pages: int, page_size: int,
         )
 
 
-def _check_places(table: np.ndarray, page_size: int, before: np.ndarray, new: np.ndarray) -> None:
+def _check_apart(table: np.ndarray, page_size: int, before: np.ndarray, new: np.ndarray) -> None:
     """No two new keys go to one place."""
     at = [reference.cache_slots(table[b], page_size, int(before[b]), int(n)) for b, n in enumerate(new)]
     places = np.concatenate([pages.astype(np.int64) * page_size + rows for pages, rows in at] or [np.zeros(0, int)])
@@ -399,30 +811,12 @@ def _check_places(table: np.ndarray, page_size: int, before: np.ndarray, new: np
         )
 
 
-def _check_rotary(views: Views, starts: np.ndarray, steps: np.ndarray) -> None:
+def _check_positions(starts: np.ndarray, steps: np.ndarray, positions: int) -> None:
     """Tables of a rotary embedding reach far enough: `steps` positions from each start on."""
-    require(
-        "rotary_cos" in views and "rotary_sin" in views,
-        "rotary_cos and rotary_sin belong together, and rotary_seqlens to both: pass both tables, or none",
-    )
-    require("k" in views, "rotary_cos is given and k is None: rotate q yourself, or pass the keys to append")
-    cos, sin, q = views["rotary_cos"], views["rotary_sin"], views["q"]
-    require(
-        cos.ndim == 2 and cos.shape == sin.shape,
-        f"rotary_cos.shape={cos.shape} and rotary_sin.shape={sin.shape} must both be (positions, rotary_dim / 2): pass "
-        "tables made together",
-    )
-    require(
-        2 * cos.shape[1] <= q.shape[-1],
-        f"rotary_cos.shape[1]={cos.shape[1]} must be at most {q.shape[-1] // 2}, half of q's head dim: rotary_dim is "
-        "twice that",
-    )
-    for name, x in (("rotary_cos", cos), ("rotary_sin", sin)):
-        require(x.dtype in (q.dtype, dtypes.float32), f"{name}.dtype={x.dtype} must be {q.dtype} or float32: cast it")
-    wrong = np.flatnonzero((starts < 0) | (starts.astype(np.int64) + steps > cos.shape[0]))
+    wrong = np.flatnonzero((starts < 0) | (starts.astype(np.int64) + steps > positions))
     if wrong.size:
         b = int(wrong[0])
         raise ArgumentError(
-            f"rotary_cos.shape[0]={cos.shape[0]}: sequence {b} needs positions {starts[b]} to "
+            f"rotary_cos.shape[0]={positions}: sequence {b} needs positions {starts[b]} to "
             f"{int(starts[b]) + int(steps[b]) - 1}: pass longer tables"
         )

@@ -389,8 +389,8 @@ def cu_seqlens(name: str, values: np.ndarray, rows: int) -> None:
         )
     if values[-1] > rows:
         raise ArgumentError(
-            f"{name}[-1]={values[-1]} must not exceed {rows}, the rows of {name[-1]}: the last sequence would end past "
-            "the array"
+            f"{name}[-1]={values[-1]} must not exceed {rows}, the rows of {name.split('_')[2]}: the last sequence "
+            "would end past the array"
         )
 
 

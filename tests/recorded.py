@@ -27,12 +27,14 @@ import numpy as np
 from cuflash import arch, array, dtypes, frameworks
 from cuflash.array import TensorView
 from cuflash.jit import layout, module
-from cuflash.ops import backward, forward
+from cuflash.ops import append, backward, forward
 
 _WRITTEN = {
     "ForwardParams": forward._WRITTEN,
     "BackwardParams": backward._WRITTEN,
     "CapturedGradientParams": ("sums", "out"),
+    "AppendParams": append.WRITTEN,
+    "DecodeParams": ("out", "lse", "partial_out", "partial_lse"),
 }
 STREAM = 0x57EA  # the address of every framework's current stream
 

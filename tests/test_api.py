@@ -203,11 +203,6 @@ def test_drop_ins_refuse_what_no_kernel_does(rng):
     flat, cu = q.reshape(-1, 4, 32), np.array([0, 7, 14], np.int32)
     with pytest.raises(ArgumentError, match=r"dropout_p=0\.1 with NumPy.*cuflash\.attention\(.*seed="):
         cuflash.flash_attn_func(q, q, q, 0.1)
-    with (
-        using("emulator"),
-        pytest.raises(UnsupportedError, match=r"cuflash\.attention\(q, k_cache, v_cache, seqused_k="),
-    ):
-        cuflash.flash_attn_with_kvcache(q, q, q)
     with pytest.raises(ArgumentError, match=r"qkv\.shape=\(2, 7, 4, 32\) must have 5 dimensions, \[batch, len, 3"):
         cuflash.flash_attn_qkvpacked_func(q)
     with pytest.raises(ArgumentError, match=r"kv\.shape=\(14, 4, 32\) must have 4 dimensions, \[total, 2"):

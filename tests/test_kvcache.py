@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from backends import using
+from needs import needs_nvrtc
 from test_paging import ABSURD
 
 import cuflash
-from cuflash import reference
-from cuflash.errors import ArgumentError, UnsupportedError
+from cuflash import arch, reference
+from cuflash.errors import ArgumentError, EmulatorError, UnsupportedError
+from cuflash.jit import layout, module
+from cuflash.jit.source import Edit
+from cuflash.ops import append, decode, forward
 
+BACKENDS = ("reference", "emulator")
 HEADS, HEADS_KV, D, D_V, ROOM = 4, 2, 16, 24, 24
 
 
@@ -32,11 +40,12 @@ class Step:
 
     def __init__(
         self, rng: np.random.Generator, *, page_size: int = 0, before=(5, 0, 13), new: Any = 3, packed=False,
-        packed_new=False, index=False, pad=None, rotary_dim=0, interleaved=True, rotary_seqlens=None, **features: Any,
+        packed_new=False, index=False, pad=None, rotary_dim=0, interleaved=True, rotary_seqlens=None, queries=3,
+        counts=(1, 0, 4), **features: Any,
     ) -> None:  # fmt: skip
         batch, draw = len(before), lambda *shape: rng.standard_normal(shape).astype(np.float32)
-        lengths_q = [2, 4, 1] if packed else [3] * batch
-        counts = [1, 0, 4] if packed_new else [new or 0] * batch
+        lengths_q = [2, queries + 1, 1] if packed else [queries] * batch
+        counts = counts if packed_new else [new or 0] * batch
         self.features, self.lengths_q = features, lengths_q
         after = [b + n for b, n in zip(before, counts, strict=True)]
         self.q = draw(sum(lengths_q), HEADS, D)
@@ -109,12 +118,15 @@ class Step:
         if packed:
             self.arguments["cu_seqlens_q"] = starts_q.astype(np.int32)
         else:
-            self.q = self.q.reshape(batch, 3, HEADS, D)
+            self.q = self.q.reshape(batch, queries, HEADS, D)
 
-    def check(self, array=np.asarray, host=np.asarray) -> None:
+    def check(self, array: Any = np.asarray, host: Any = np.asarray, backend: str = "reference") -> None:
         caches = [array(x) for x in self.caches]
         given = {n: array(x) if isinstance(x, np.ndarray) else x for n, x in self.arguments.items()}
-        out, lse, *returned = cuflash.flash_attn_with_kvcache(array(self.q), *caches, **given, return_softmax_lse=True)
+        with using(backend):
+            out, lse, *returned = cuflash.flash_attn_with_kvcache(
+                array(self.q), *caches, **given, return_softmax_lse=True
+            )
         rows = host(out).reshape(-1, HEADS, D_V)
         np.testing.assert_allclose(rows, np.concatenate(self.out), atol=3e-6)
         lse = host(lse) if host(lse).ndim == 2 else np.concatenate([*host(lse)], axis=1)
@@ -145,22 +157,31 @@ CALLS: dict[str, dict[str, Any]] = {
     "rotary, all queries at one place": {"rotary_dim": 6, "interleaved": False},
     "rotary from elsewhere": {"rotary_dim": 8, "rotary_seqlens": (30, 2, 0), "causal": True},
     "rotary, packed": {"rotary_dim": 14, "packed": True, "packed_new": True, "causal": True, "pad": (1, 0, 2)},
+    "one long among many": {"before": (5,) * 10, "packed_new": True, "counts": (1, 0, 0, 11, *[0] * 6)},
     "full": {"before": (21, 21, 21)},
+    "a chunk of a prompt": {"queries": 36, "causal": True, "rotary_dim": 8, "rotary_seqlens": (0, 2, 3)},
+    "chunks beside steps": {"queries": 36, "packed": True, "packed_new": True, "pad": (1, 0, 2)},
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("where", ["in one piece", "by index", 1, 5, 8, 256])
 @pytest.mark.parametrize("what", CALLS)
-def test_against_caches_by_hand(rng, what, where):
-    Step(rng, page_size=where if isinstance(where, int) else 0, index=where == "by index", **CALLS[what]).check()
+def test_against_caches_by_hand(rng, what, where, backend):
+    step = Step(rng, page_size=where if isinstance(where, int) else 0, index=where == "by index", **CALLS[what])
+    step.check(backend=backend)
+
+
+DRAWN = [("reference", 40), ("emulator", 10), pytest.param("emulator", 40, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("part", range(8))
-def test_drawn_cases(part):
-    """40 combinations of everything, each."""
+@pytest.mark.parametrize("backend, count", DRAWN)
+def test_drawn_cases(part, backend, count):
+    """Combinations of everything: with all parts 320 of them."""
     rng = np.random.default_rng([int(os.environ["CUFLASH_TEST_SEED"]), part])
     some = lambda chance, value, otherwise=None: value if rng.random() < chance else otherwise  # noqa: E731
-    for _ in range(40):
+    for _ in range(count):
         new = int(rng.integers(0, 5))
         before = tuple(int(n) for n in rng.integers(0, ROOM - 4, 3))
         case = {
@@ -172,14 +193,19 @@ def test_drawn_cases(part):
             "window_size": some(0.4, tuple(map(int, rng.integers(-1, 9, 2))), (-1, -1)),
             "softcap": some(0.3, 2.5, 0.0), "sink": some(0.3, rng.standard_normal(4).astype(np.float32)),
             "alibi_slopes": some(0.3, rng.random((3, 4)[rng.integers(2) :]).astype(np.float32)),
+            "queries": int(rng.choice([1, 3, 3, 36])),
         }  # fmt: skip
+        splits = [{}, {}, {"num_splits": 1}, {"num_splits": 3}, {"split_size": 64}][rng.integers(5)]
         case["index"] = not case["page_size"] and bool(rng.integers(2))
         if case["rotary_dim"]:
             case["rotary_seqlens"] = some(0.3, tuple(map(int, rng.integers(0, 30, 3))))
+            case["queries"] = min(case["queries"], 3)  # of whose positions the tables have 40
+        step = Step(rng, **case)
+        step.arguments |= splits
         try:
-            Step(rng, **case).check()
+            step.check(backend=backend)
         except Exception as error:
-            error.add_note(f"of the case {case}")
+            error.add_note(f"of the case {case} with {splits}")
             raise
 
 
@@ -389,18 +415,7 @@ def test_memory_that_cannot_be_written():
     refused({"k_cache": cache, "k": cache[:, :3]}, r"k_cache shares memory with k, which is still read", ArgumentError)
 
 
-def test_kernels_and_gradients_refuse():
-    with using("emulator"):
-        refused(
-            {}, r"no kernel appends to a cache.*cuflash\.attention\(q, k_cache, v_cache, seqused_k=", UnsupportedError
-        )
-    from recorded import recording
-
-    with recording() as recorder:
-        make = recorder.arrays["cupy stand-in"]
-        arguments = {n: make(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
-        with pytest.raises(UnsupportedError, match=r"no kernel appends to a cache"):
-            cuflash.flash_attn_with_kvcache(**arguments)  # and nothing looked into memory
+def test_gradients_are_refused():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
     arguments["q"].requires_grad_()
@@ -408,3 +423,288 @@ def test_kernels_and_gradients_refuse():
         UnsupportedError, match=r"has no gradient.*torch\.no_grad\(\).*to train, call cuflash\.attention"
     ):
         cuflash.flash_attn_with_kvcache(**arguments)
+
+
+# Kernels --------------------------------------------------------------------------------------------------------------
+
+
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+@pytest.mark.parametrize("dtype, d, load_bytes", [
+    ("float16", 64, 16), ("bfloat16", 72, 16), ("bfloat16", 30, 4), ("float16", 17, 2), ("float32", 40, 16),
+    ("float32", 11, 4),
+])  # fmt: skip
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_caches_have_the_bits_of_the_reference(rng, dtype, d, load_bytes, interleaved):
+    """No queries, so that nothing but the append is launched; every load width, tables of either dtype, strides."""
+    draw = lambda *shape: rng.standard_normal(shape).astype(DTYPES[dtype])  # noqa: E731
+    heads, new = 3, rng.integers(1, 6)
+    kv = draw(2, new, 2, heads, d)  # keys and values side by side
+    for tables in {np.dtype(np.float32), np.dtype(DTYPES[dtype])}:
+        dim = 2 * int(rng.integers(1, d // 2 + 1))
+        cos, sin = (rng.uniform(-1, 1, (40, dim // 2)).astype(tables) for _ in range(2))
+        arguments = {
+            "k": kv[:, :, 0], "v": kv[:, :, 1], "rotary_cos": cos, "rotary_sin": sin,
+            "cache_seqlens": i32(*rng.integers(0, 30, 2)), "rotary_interleaved": interleaved,
+            "block_table": rng.permutation(12).reshape(2, 6).astype(np.int32),
+        }  # fmt: skip
+        caches = [[np.zeros((12, 6, heads, d), DTYPES[dtype]) for _ in "kv"] for _ in BACKENDS]
+        for backend, own in zip(BACKENDS, caches, strict=True):
+            with using(backend):
+                cuflash.flash_attn_with_kvcache(draw(2, 0, heads, d), *own, **arguments)
+        for x, y in zip(*caches, strict=True):
+            assert x.tobytes() == y.tobytes() and x.any()
+        assert load_bytes == last_append().load_bytes
+
+
+def last_append() -> append.AppendVariant:
+    """The variant of the append that was planned last."""
+    from cuflash import kvcache
+
+    plans = [p.append for p in kvcache._prepared.values() if p.append is not None]
+    return plans[-1].spec.variant
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (2, 0), (2, 1)])
+@pytest.mark.parametrize("new", [0, 2])
+def test_nothing_is_legal(rng, shape, new):
+    """No sequence, no query, no new key; no key at all."""
+    batch, q_len = shape
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+    cache, k = np.full((batch, 4, 2, 16), np.nan, np.float32), draw(batch, new, 2, 16)
+    for backend in BACKENDS:
+        with using(backend):
+            out, lse = cuflash.flash_attn_with_kvcache(
+                draw(batch, q_len, 4, 16), cache, cache.copy(), k, k, cache_seqlens=0, return_softmax_lse=True
+            )
+        assert out.shape == (batch, q_len, 4, 16)
+        if not new:
+            assert not out.any() and (lse == -np.inf).all()
+
+
+def test_which_kernel(rng):
+    """Few queries to a key head go to the one that splits keys, as do those that are asked to; others do not."""
+
+    def plan(**keywords: Any) -> Any:
+        step = Step(rng, **keywords.pop("step", {}))
+        step.arguments |= keywords
+        found = []
+        with using("emulator"), pytest.MonkeyPatch.context() as patch:
+            for plans in (decode.DecodePlan, forward.ForwardPlan):
+                patch.setattr(plans, "launch", lambda self, *args, **kwargs: found.append(self))
+            cuflash.flash_attn_with_kvcache(step.q, *step.caches, **step.arguments)
+        return found[0]
+
+    assert isinstance(plan(), decode.DecodePlan)
+    assert isinstance(plan(step={"queries": 32}), decode.DecodePlan)
+    assert isinstance(plan(step={"queries": 33}), forward.ForwardPlan)
+    assert isinstance(plan(step={"queries": 33, "packed": True}, max_seqlen_q=8), decode.DecodePlan)
+    assert isinstance(plan(step={"queries": 33}, num_splits=1), forward.ForwardPlan)
+    assert isinstance(plan(step={"queries": 33}, num_splits=2), decode.DecodePlan)
+    assert plan(step={"queries": 33}, split_size=128).split_size == 128
+    assert [plan(step={"page_size": 256}, num_splits=n).split_size for n in (1, 2, 3, 99)] == [256, 128, 128, 64]
+
+
+def test_numbers_compile_nothing(rng):
+    """Lengths, batch, pages, splits, heads and head dims of one class: two variants of attention, two of the append."""
+    specs = set()
+    load = module.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "load", lambda spec, *rest: (specs.add(spec), load(spec, *rest))[1])
+        cases: tuple[dict[str, Any], ...] = (
+            {"page_size": 8}, {"page_size": 3, "before": (0, 1)}, {"page_size": 64, "before": (9,) * 5},
+            {"before": (4, 4)}, {"before": (4, 4), "index": True}, {"packed_new": True}, {"pad": (1, 0, 2)},
+            {"rotary_dim": 8}, {"rotary_dim": 10, "interleaved": False},
+        )  # fmt: skip
+        for case in cases:
+            for splits in ({}, {"num_splits": 2}, {"split_size": 64}):
+                step = Step(rng, **case)
+                step.arguments |= splits
+                step.check(backend="emulator")
+    names = sorted(spec.source for spec in specs)
+    assert names == ["append_kv.cu", "combine.cu", "decode_sm80.cu", "decode_sm80.cu"]
+
+
+# A step as it is launched: the bytes, and what they do.
+
+
+def recorded(recorder, step: Step, kind: str, **arguments: Any) -> tuple[Any, list[Any]]:
+    make = recorder.arrays[kind]
+    given = {n: make(x) if isinstance(x, np.ndarray) else x for n, x in (step.arguments | arguments).items()}
+    caches = [make(x) for x in step.caches]
+    return cuflash.flash_attn_with_kvcache(make(step.q), *caches, **given, return_softmax_lse=True), caches
+
+
+LAUNCHED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "rotary, packed": (CALLS["rotary, packed"], ["append_kv.cu", "decode_sm80.cu", "combine.cu"]),
+    "leftpad": (CALLS["leftpad"], ["append_kv.cu", "decode_sm80.cu", "combine.cu"]),
+    "no new keys": (CALLS["no new keys"], ["decode_sm80.cu", "combine.cu"]),
+    "a chunk of a prompt": (CALLS["a chunk of a prompt"], ["append_kv.cu", "forward_sm80.cu"]),
+}
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("what", LAUNCHED)
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_recorded_bytes_give_the_right_answer(rng, what, page_size):
+    from recorded import STREAM, recording
+
+    case, sources = LAUNCHED[what]
+    step = Step(rng, page_size=page_size, **case)
+    with recording("sm_80") as recorder:
+        (out, _), caches = recorded(recorder, step, "cupy stand-in")
+        assert [launch.kernel.spec.source for launch in recorder.launches] == sources
+        assert {launch.stream for launch in recorder.launches} == {STREAM}
+        recorder.replay(len(sources))
+        np.testing.assert_allclose(recorder.host(out).reshape(-1, HEADS, D_V), np.concatenate(step.out), atol=3e-6)
+        for got, expected in zip(caches, step.expected_caches, strict=True):
+            np.testing.assert_allclose(recorder.host(got), expected, atol=1e-6)
+
+
+@needs_nvrtc
+def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
+    """So a captured graph replays right when lengths and pages in the same arrays change."""
+    from recorded import recording
+
+    step = Step(rng, page_size=8, pad=(1, 0, 2), rotary_dim=8, causal=True)
+    with recording() as recorder:
+        recorder.capturing = True
+        make = recorder.arrays["cupy stand-in"]
+        given = {n: make(x) if isinstance(x, np.ndarray) else x for n, x in step.arguments.items()}
+        q, caches = make(step.q), [make(x) for x in step.caches]
+        for _ in range(2):
+            cuflash.flash_attn_with_kvcache(q, *caches, **given)
+            for name in ("cache_seqlens", "block_table", "cache_leftpad"):
+                step.arguments[name][...] = 0
+        first, second = recorder.launches[:3], recorder.launches[3:]
+        scratch = {"seqused_k", "q_rotated", "out", "partial_out", "partial_lse", "q", "lse"}  # allocated by each call
+        for a, b in zip(first, second, strict=True):
+            one, other = (layout.load(x.kernel.spec.params).unpack(x.params) for x in (a, b))
+            assert {n: x for n, x in one.items() if n not in scratch} == {
+                n: x for n, x in other.items() if n not in scratch
+            }
+            assert a.grid == b.grid and a.kernel is b.kernel
+
+
+@needs_nvrtc
+def test_lengths_in_host_memory_beside_device_arrays(rng):
+    """They are checked, copied once, and do not enter a graph."""
+    from recorded import recording
+
+    step = Step(rng)
+    with recording("sm_80") as recorder:
+        (out, _), _ = recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 0, 13])
+        assert [x.tolist() for x in recorder.uploads] == [[5, 0, 13]]
+        recorder.replay(3)
+        np.testing.assert_allclose(recorder.host(out).reshape(-1, HEADS, D_V), np.concatenate(step.out), atol=3e-6)
+        launches = len(recorder.launches)
+        with pytest.raises(ArgumentError, match=r"cache_seqlens\[1\]=22, and 3 new keys behind them"):
+            recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 22, 13])
+        with pytest.raises(ArgumentError, match=r"cache_seqlens\[0\]=22, and 3 new keys behind them"):
+            recorded(recorder, step, "cupy stand-in", cache_seqlens=22)
+        recorder.capturing = True
+        with pytest.raises(ArgumentError, match=r"cache_seqlens in host memory cannot enter a CUDA graph"):
+            recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 0, 13])
+        assert len(recorder.launches) == launches
+
+
+DEVICE_KNOWN = {
+    "lengths": {"cache_seqlens": i32(4, 10)}, "leftpad": {"cache_leftpad": i32(0, 8)},
+    "index": {"cache_batch_idx": i32(0, 2)}, "index twice": {"cache_batch_idx": i32(1, 1), "cache_seqlens": i32(4, 4)},
+    "a page": PAGED | {"block_table": i32([0, 1, 6], [5, 4, 3])}, "positions": {"rotary_seqlens": i32(0, 10)},
+    "new lengths": {"cu_seqlens_k_new": i32(0, 3, 7), "k": x(6, 2, 16), "v": x(6, 2, 16)},
+    "queries": {"q": x(6, 4, 16), "cu_seqlens_q": i32(0, 3, 7)},
+}  # fmt: skip
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("what", DEVICE_KNOWN)
+def test_what_only_the_device_knows_is_checked_where_asked(what, monkeypatch):
+    from recorded import recording
+
+    from cuflash.frameworks import cupy
+
+    with recording("sm_80") as recorder:
+        make = recorder.arrays["cupy stand-in"]
+        arguments = right() | DEVICE_KNOWN[what]
+        given = {n: make(a) if isinstance(a, np.ndarray) else a for n, a in arguments.items()}
+        cuflash.flash_attn_with_kvcache(**given)
+        count = len(recorder.launches)
+        monkeypatch.setattr(cupy, "download", lambda view, stream: recorder.behind[view.ptr][1])
+        monkeypatch.setattr(cuflash.config, "check", True)
+        with pytest.raises(ArgumentError, match=r"\[|sequence"):
+            cuflash.flash_attn_with_kvcache(**given)
+        assert len(recorder.launches) == count
+        cuflash.flash_attn_with_kvcache(**{n: make(a) if isinstance(a, np.ndarray) else a for n, a in right().items()})
+        assert len(recorder.launches) == count + 3
+
+
+@pytest.mark.parametrize("name", ["sm_80", "sm_90a"])
+@needs_nvrtc
+def test_machine_code(name):
+    target = arch.named(name)
+    for spec in append.representative(target):
+        resources = module.compile(spec, target).resources
+        assert (resources.spill_stores, resources.spill_loads, resources.stack_bytes) == (0, 0, 0)
+
+
+KERNEL = "append_kv.cu"
+BUGS = {
+    "rows of the first sequence": Edit(KERNEL, "hw::load_global(cu_seqlens + sequence);", "0;"),
+    "rows beyond the grid": Edit(KERNEL, "hw::grid_dim_x()) {\n    const i32 s", "rows.count) {\n    const i32 s"),
+    "one slot too far": Edit(KERNEL, "const i32 slot = before + i;", "const i32 slot = before + i + 1;"),
+    "the table's first column": Edit(KERNEL, "* p.page_table_stride + column", "* p.page_table_stride"),
+    "the table's first row": Edit(KERNEL, "p.page_table + sequence * p.page_table_stride", "p.page_table"),
+    "a slot counted from the cache's begin": Edit(KERNEL, "(slot - column * p.page_size) *", "slot *"),
+    "values where keys go": Edit(KERNEL, "(keys ? p.k_cache : p.v_cache)", "(p.k_cache)"),
+    "values rotated": Edit(KERNEL, "keys && p.rotary_cos != nullptr", "p.rotary_cos != nullptr"),
+    "rotated from 0": Edit(KERNEL, "rotated ? start + i : -1", "rotated ? i : -1"),
+    "queries all alike": Edit(KERNEL, "start + i * p.advance", "start"),
+    "queries rotated where they are": Edit(KERNEL, "rows.begin * p.q_rotated_stride_row;", "0;"),
+    "the other sign": Edit(KERNEL, "is_a ? xc - ys", "is_a ? xc + ys"),
+    "rotated past rotary_dim": Edit(KERNEL, "if (e < p.rotary_dim) {", "if (e < p.rotary_dim + 2) {"),
+    "units past the first head": Edit(KERNEL, "at = (i - head * units) * 16;", "at = i * 16;"),
+    "padding counted": Edit(KERNEL, "p.capacity) - pad)", "p.capacity))"),
+    "new keys not counted": Edit(KERNEL, "min_of(before + fresh.count, p.capacity)", "min_of(before, p.capacity)"),
+    "lengths of the wrong array": Edit(KERNEL, "hw::load_global(p.rotary_seqlens + sequence)", "before"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def edited(monkeypatch) -> Iterator[Callable[[Edit | None], None]]:
+    """A function that makes every append kernel that is built from now on contain an edit."""
+    from cuflash import kvcache
+
+    original = append.kernel_spec
+
+    def forget() -> None:
+        kvcache._prepared.clear()
+        append.plan.cache_clear()
+
+    def apply(edit: Edit | None) -> None:
+        changed = lambda v: dataclasses.replace(original(v), edits=() if edit is None else (edit,))  # noqa: E731
+        monkeypatch.setattr(append, "kernel_spec", changed)
+        forget()
+
+    yield apply
+    forget()
+
+
+@pytest.mark.parametrize("name", [None, *BUGS])
+def test_planted_bug_is_caught(edited, name, rng):
+    steps = Step(rng, page_size=5, **CALLS["one long among many"]), Step(
+        rng, page_size=5, packed=True, packed_new=True, pad=(1, 0, 2), rotary_dim=6, rotary_seqlens=(30, 2, 0),
+        causal=True,
+    )  # fmt: skip
+    edited(BUGS.get(name))
+
+    def run() -> None:
+        for step in steps:
+            step.check(backend="emulator")
+
+    if name is None:
+        run()
+    else:
+        with pytest.raises((EmulatorError, AssertionError)):
+            run()

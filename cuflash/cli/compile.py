@@ -24,9 +24,9 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import backward, decode, dropout_mask, forward
+    from ..ops import append, backward, decode, dropout_mask, forward
 
-    tiled = (ops.representative(arch) for ops in (forward, backward, decode))
+    tiled = (ops.representative(arch) for ops in (forward, backward, append, decode))
     return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
 
 
