@@ -15,11 +15,13 @@ class Arch:
     capability   (major, minor) of the devices it runs on
     smem_bytes   shared memory one block may ask for (CUDA C Programming Guide, "Technical
                  Specifications per Compute Capability")
+    multiprocessors  of the device, or of the largest of its kind that is sold
     """
 
     name: str
     capability: tuple[int, int]
     smem_bytes: int
+    multiprocessors: int = 132
 
     def __str__(self) -> str:
         return self.name
@@ -32,16 +34,16 @@ _KB = 1024
 ARCHES = {
     a.name: a
     for a in (
-        Arch("sm_80", (8, 0), 163 * _KB),
-        Arch("sm_86", (8, 6), 99 * _KB),
-        Arch("sm_87", (8, 7), 163 * _KB),
-        Arch("sm_89", (8, 9), 99 * _KB),
-        Arch("sm_90a", (9, 0), 227 * _KB),
-        Arch("sm_100a", (10, 0), 227 * _KB),
-        Arch("sm_103a", (10, 3), 227 * _KB),
-        Arch("sm_110a", (11, 0), 227 * _KB),
-        Arch("sm_120a", (12, 0), 99 * _KB),
-        Arch("sm_121a", (12, 1), 99 * _KB),
+        Arch("sm_80", (8, 0), 163 * _KB, 108),
+        Arch("sm_86", (8, 6), 99 * _KB, 84),
+        Arch("sm_87", (8, 7), 163 * _KB, 16),
+        Arch("sm_89", (8, 9), 99 * _KB, 142),
+        Arch("sm_90a", (9, 0), 227 * _KB, 132),
+        Arch("sm_100a", (10, 0), 227 * _KB, 148),
+        Arch("sm_103a", (10, 3), 227 * _KB, 148),
+        Arch("sm_110a", (11, 0), 227 * _KB, 20),
+        Arch("sm_120a", (12, 0), 99 * _KB, 188),
+        Arch("sm_121a", (12, 1), 99 * _KB, 48),
     )
 }
 _BY_CAPABILITY = {a.capability: a for a in ARCHES.values()}
@@ -70,7 +72,7 @@ def of_capability(major: int, minor: int) -> Arch:
     Raises `UnsupportedError` below 8.0.
 
     >>> of_capability(8, 8)
-    Arch(name='sm_88', capability=(8, 8), smem_bytes=101376)
+    Arch(name='sm_88', capability=(8, 8), smem_bytes=101376, multiprocessors=132)
     """
     exact = _BY_CAPABILITY.get((major, minor))
     if exact is not None:

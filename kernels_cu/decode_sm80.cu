@@ -1,12 +1,13 @@
-// Attention of few queries to many keys, for compute capability 8.0 and later: each part of the keys by itself.
+// Attention of few queries to many keys, for compute capability 8.0 and later: each piece of the keys by itself.
 //
-//   part s of a sequence: keys [s split_size, (s + 1) split_size)
-//   S = scale Q K^T, m, l, O    as forward_sm80.cu, over the part's keys alone
+//   S = scale Q K^T, m, l, O    as forward_sm80.cu, over the piece's keys alone; through the user's mods likewise
 //   partial_out = O / l         float32
-//   partial_lse = log2(l) + m   combine.cu puts the parts together by it
+//   partial_lse = log2(l) + m   combine.cu puts the pieces together by it
+//   partial_max                 the largest score, where it is wanted
 //
-//   grid    (part and row tile, key head, sequence). What a part's result is made of does not depend on the grid, the
-//           batch or other lengths: with split_size fixed a sequence has the same bits in any batch
+//   grid    of a fixed split_size, (piece and row tile, key head, sequence): what a piece's result is made of does not
+//           depend on the grid, the batch or other lengths, so a sequence has the same bits in any batch. Else one block
+//           a share, which has as much work as any other: tile/pieces.cuh
 //   rows    the queries of all heads that share a key head: row r is query r / head_group of head r % head_group, so
 //           that keys and values are read once for all of them
 //   roles   every warp computes 16 rows, those that have none only copy.
@@ -15,9 +16,10 @@
 //           q      kBlockQ   kHeadDim       16 KB
 //           k      kBlockK   kHeadDim       16 KB
 //           v      kBlockK   kHeadDimV      16 KB
+//           terms  kBlockK   M::kStagedK words      what mods need of each key, where it is dear (tile/mods.cuh)
 //
 //   barrier, per key tile    what it separates
-//   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T
+//   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T; of the terms likewise
 //                            the reads of the previous V        | the copy of this V
 //   V landed                 every thread's copies of V         | the reads of O += P V
 //                            the reads of K                     | the copy of the next K
@@ -29,16 +31,17 @@
 #include <tile/fragment.cuh>
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
+#include <tile/mods.cuh>
 #include <tile/paged.cuh>
+#include <tile/pieces.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
 #include <tile/shared_tile.cuh>
 #include <tile/softmax.cuh>
 #include <variant.cuh>
 
-// The row tile that begins at row `first` against part `part` of the keys.
-template <class V>
-HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 first) {
+template <class V, class M>
+HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
   using Element = typename V::Element;
   constexpr i32 kBytes = static_cast<i32>(sizeof(Element));
   using QTile = SharedTile<V::kHeadDim * kBytes>;
@@ -48,6 +51,7 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
   using O = Fragment<1, V::kHeadDimV / 8>;
   using QRows = RowLoader<QTile, V::kBlockQ, V::kThreads, V::kLoadBytes>;
   static_assert(V::kBlockQ == V::kThreads / 2, "every warp has 16 rows");
+  static_assert(V::kBlockQ == kTileRows, "pieces are of tiles of as many rows");
 
   // Roles
   const i32 lane = hw::lane_idx();
@@ -57,33 +61,51 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
   const u32 q_smem = hw::smem_base();
   const u32 k_smem = q_smem + static_cast<u32>(V::kBlockQ * V::kHeadDim * kBytes);
   const u32 v_smem = k_smem + static_cast<u32>(V::kBlockK * V::kHeadDim * kBytes);
+  const u32 terms_smem = v_smem + static_cast<u32>(V::kBlockK * V::kHeadDimV * kBytes);
 
-  // This tile
+  // This piece
+  const i32 sequence = piece.sequence, head_kv = piece.head_kv, first = piece.first;
   const Sequence seq = read_sequence<true>(p, sequence);
-  const i32 head_kv = hw::block_idx_y();
-  const i32 rows = seq.q_len * p.head_group;
-  const i32 last = min_of(first + V::kBlockQ, rows) - 1;
+  const i32 last = min_of(first + V::kBlockQ, rows_of(p, seq)) - 1;
   const i32 row_bytes = p.head_dim * kBytes, row_bytes_v = p.head_dim_v * kBytes;
   // Rolled, for float32 of head dim 192 and 256 spills otherwise on compute capability 10.0.
   const auto k_loader = key_loader<V, KTile, KTile::kRowBytes >= 768>(
       p, seq, sequence, k_smem, p.k, p.k_stride_batch, p.k_stride_row, head_kv * p.k_stride_head);
   const auto v_loader = key_loader<V, VTile, VTile::kRowBytes >= 768>(
       p, seq, sequence, v_smem, p.v, p.v_stride_batch, p.v_stride_row, head_kv * p.v_stride_head);
-  const TileInterval seen =
-      interval_of_tile(seq.diagonal() + first / p.head_group, seq.diagonal() + last / p.head_group, p.window_left,
-                       p.window_right, seq.k_len);
-  const i32 keys_begin = max_of(seen.any.begin, part * p.split_size);
-  const i32 keys_end = min_of(seen.any.end, (part + 1) * p.split_size);
-  const bool sees_keys = keys_begin < keys_end;
-  const i32 tiles_end = sees_keys ? ceil_div(keys_end, V::kBlockK) : 0;
+  const TileInterval seen = keys_of_rows(p, seq, first);
+  const i32 tiles_begin = max_of(seen.any.begin / V::kBlockK, piece.tile_begin);
+  const i32 tiles_end = seen.any.begin < seen.any.end ? min_of(ceil_div(seen.any.end, V::kBlockK), piece.tile_end) : 0;
   const bool has_rows = first + warp_row <= last;
-  i32 n = sees_keys ? keys_begin / V::kBlockK : 0;
+  // Of the key tiles, those that mask_mod leaves something of for any head.
+  TileWalk<1> walk(tiles_begin);
+  const auto find_tile = [&](i32 n) {
+    if constexpr (M::kMask) {
+      return walk.find(n, tiles_end, [&](i32 tile) {
+        const i32 key = tile * V::kBlockK;
+        return classify_heads<M>(p, sequence, seq, head_kv, first / p.head_group, last / p.head_group, key,
+                                 min_of(key + V::kBlockK, seq.k_len) - 1);
+      });
+    }
+    return n;
+  };
+  i32 n = find_tile(tiles_begin);
+  const bool sees_keys = n < tiles_end;
 
   // Of this thread's row i: the key its query stands on, and its head. NOTE: kept through the loop they cost registers.
   // A row behind the last counts as one more query: what is computed of it is never stored.
   const auto row_of = [&](i32 i) { return first + warp_row + S::row_of(i); };
   const auto center_of = [&](i32 i) { return seq.diagonal() + row_of(i) / p.head_group; };
   const auto head_of = [&](i32 i) { return head_kv * p.head_group + row_of(i) % p.head_group; };
+  const auto tile_of = [&](i32 i) {
+    if constexpr (M::kScore || M::kMask) return M::tile(p, sequence, head_of(i), seq.q_len, seq.k_len);
+  };
+  const auto query_of = [&](i32 i) { return inside(row_of(i) / p.head_group, seq.q_len); };
+  const auto stage = [&](i32 tile) {
+    if constexpr (M::kStagedK > 0 && !M::kHead) {
+      stage_terms<M, true, V::kBlockK, V::kThreads>(p, tile_of(0), terms_smem, tile * V::kBlockK);
+    }
+  };
   const LaneRows<QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
   const LaneRows<KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
   OnlineSoftmax<S::kRows> softmax(p.softmax_scale);
@@ -106,6 +128,7 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
     }
     k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
     hw::cp_async_commit();
+    stage(n);
   }
 
   // KV loop
@@ -123,7 +146,12 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
     s.fill(0.0f);
     if (has_rows) {
       multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
-      if (!p.raw_scores) {
+      if constexpr (M::kScore) {
+        s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
+        visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem,
+                            [&](float& x, const typename M::Tile& t, i32, i32, const typename M::QTerms& q,
+                                const typename M::KTerms& k) { x = M::score(p, t, q, k, x); });
+      } else if (!p.raw_scores) {
         if (p.score_cap != 0.0f) {
           s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
         } else {
@@ -141,18 +169,33 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
           });
         }
       }
-      if (k_first < seen.all.begin || k_first + V::kBlockK > seen.all.end) {
+      bool mixed = k_first < seen.all.begin || k_first + V::kBlockK > seen.all.end;
+      if constexpr (M::kMask) mixed |= !walk.is_full(n);
+      if (mixed) {
         i32 begin[S::kRows], end[S::kRows];
         HW_UNROLL
         for (i32 i = 0; i < S::kRows; ++i) {
-          const Interval own = interval_of_row(center_of(i), p.window_left, p.window_right, seq.k_len);
+          Interval own = interval_of_row(center_of(i), p.window_left, p.window_right, seq.k_len);
+          if constexpr (M::kMask) {
+            const Interval bounds = M::bounds_q(p, tile_of(i), query_of(i));
+            own = {max_of(own.begin, bounds.begin), min_of(own.end, bounds.end)};
+          }
           begin[i] = own.begin - k_first - S::first_col();
           end[i] = own.end - k_first - S::first_col();
         }
-        s.for_each([&](float& x, i32 row, i32 column) {
-          const bool keep = (column >= begin[row]) & (column < end[row]);
-          x = keep ? x : -kInfinity;
-        });
+        if constexpr (M::kMask && M::kKeepQ) {
+          visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem,
+                              [&](float& x, const typename M::Tile& t, i32 row, i32 column, const typename M::QTerms& q,
+                                  const typename M::KTerms& k) {
+                                const bool keep = (column >= begin[row]) & (column < end[row]) & M::keep_q(p, t, q, k);
+                                x = keep ? x : -kInfinity;
+                              });
+        } else {
+          s.for_each([&](float& x, i32 row, i32 column) {
+            const bool keep = (column >= begin[row]) & (column < end[row]);
+            x = keep ? x : -kInfinity;
+          });
+        }
       }
     }
 
@@ -160,9 +203,11 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
     hw::cp_async_wait<0>();
     // sync   V landed <-> all warps: V is whole; nobody reads K any more
     hw::sync_threads();
-    if (++n < tiles_end) {
+    n = find_tile(n + 1);
+    if (n < tiles_end) {
       k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
       hw::cp_async_commit();
+      stage(n);
     }
     if (has_rows) {
       softmax.update(s, o);
@@ -177,10 +222,13 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
   for (i32 i = 0; i < S::kRows; ++i) {
     const typename OnlineSoftmax<S::kRows>::Row finished = softmax.finish(i, -kInfinity);
     const i32 row = row_of(i);
-    if (row < owner.q_len * p.head_group) {
-      const i64 line = (static_cast<i64>(part) * hw::grid_dim_y() * p.head_group + head_of(i)) * p.partial_rows +
-                       owner.dense_idx * static_cast<i64>(p.q_len) + owner.q_begin + row / p.head_group;
-      if (lane % 4 == 0) hw::store_global(p.partial_lse + line, finished.lse * kLog2e);
+    if (row < rows_of(p, owner)) {
+      const i64 line =
+          piece.lines + (piece.by_row ? line_of_row(p, owner, head_of(i), row / p.head_group) : row - first);
+      if (lane % 4 == 0) {
+        hw::store_global(p.partial_lse + line, finished.lse * kLog2e);
+        if (p.partial_max != nullptr) hw::store_global(p.partial_max + line, finished.max_logit);
+      }
       float* out = p.partial_out + line * p.head_dim_v;
       HW_UNROLL
       for (i32 c = 0; c < O::kColTiles; ++c) {
@@ -197,14 +245,7 @@ HW_DEVICE void decode_tile(const DecodeParams& p, i32 sequence, i32 part, i32 fi
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_decode_sm80(HW_GRID_CONSTANT DecodeParams p) {
-  const i32 sequence = hw::block_idx_z();
-  const i32 part = hw::block_idx_x() % p.splits;
-  if (part * p.split_size >= read_sequence<true>(p, sequence).k_len) return;
-  // NOTE: how many rows there are is asked again each time: kept, it would cost a register in the KV loop.
-  const auto rows = [&] { return read_sequence<true>(p, sequence).q_len * p.head_group; };
-  const i32 step = hw::grid_dim_x() / p.splits * Variant::kBlockQ;
-  // Nobody reads Q or K any more where a tile's last V has landed, so the next tile's may come at once.
-  for (i32 first = hw::block_idx_x() / p.splits * Variant::kBlockQ; first < rows(); first += step) {
-    decode_tile<Variant>(p, sequence, part, first);
-  }
+  // Nobody reads Q or K any more where a piece's last V has landed, so the next piece's may come at once.
+  i32 done = 0;
+  for (Piece piece; next_piece(p, done, piece);) decode_piece<Variant, Mods>(p, piece);
 }

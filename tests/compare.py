@@ -9,6 +9,7 @@ array; here it holds for each row, since a wrong row in a long sequence is small
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import ml_dtypes
@@ -146,6 +147,8 @@ def naive(
     softcap: float = 0.0,
     alibi_slopes: np.ndarray | None = None,
     sink: np.ndarray | None = None,
+    score_mod: Any = None,
+    mask_mod: Any = None,
     dropout_p: float = 0.0,
     seed: int = 0,
     offset: int = 0,
@@ -181,6 +184,8 @@ def naive(
         n = len(k_b) if seqused_k is None else int(seqused_k[b])
         distance = np.arange(n) - (np.arange(m)[:, None] + n - m)
         keep = (distance >= -left) & (distance <= right)
+        places = np.arange(m)[:, None], np.arange(n)
+        lengths = {"q_len": m, "kv_len": n}
         for h in range(heads_q):
             h_kv = h // (heads_q // heads_kv)
             with np.errstate(all="ignore"):
@@ -191,7 +196,11 @@ def naive(
                 if alibi_slopes is not None:
                     slope = np.broadcast_to(alibi_slopes, (batch, heads_q))[b, h]
                     s = rounded(s - rounded(slope * np.abs(distance)))
+                if score_mod is not None:
+                    s = rounded(score_mod(s, b, h, *places, **_named(score_mod, lengths)))
                 s = np.where(keep, s, -np.inf)
+                if mask_mod is not None:
+                    s = np.where(mask_mod(b, h, *places, **_named(mask_mod, lengths)), s, -np.inf)
                 max_b[h, :m] = s.max(axis=1, initial=-np.inf)
                 if sink is not None:
                     s = np.concatenate([s, np.full((m, 1), rounded(sink[h]), wide)], axis=1)
@@ -206,6 +215,11 @@ def naive(
                 out_b[:m, h] = rounded(p @ v_b[:n, h_kv].astype(wide))
                 lse_b[h, :m] = (np.where(np.isneginf(top), 0, top) + np.log(total))[:, 0]
     return out, lse, max_logit
+
+
+def _named(mod: Any, lengths: dict[str, int]) -> dict[str, int]:
+    """Those lengths that a mod names."""
+    return {name: n for name, n in lengths.items() if name in inspect.signature(mod).parameters}
 
 
 # Gradients. ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from threading import Lock
 from typing import Any, NoReturn
@@ -145,6 +145,7 @@ class Machine:
     driver: tuple[int, int]
     cupy: tuple[int, int]
     nvrtc: tuple[int, int]
+    multiprocessors: int | None = None
 
 
 def current_device() -> int:
@@ -179,6 +180,7 @@ def machine(device: int) -> Machine:
         driver=_cuda_version(runtime.driverGetVersion()),
         cupy=_cuda_version(runtime.runtimeGetVersion()),
         nvrtc=nvrtc.version(),
+        multiprocessors=runtime.deviceGetAttribute(16, device),  # cudaDevAttrMultiProcessorCount
     )
 
 
@@ -202,7 +204,7 @@ def check(machine: Machine, cuda_version: str | None = None) -> Arch:
             f"different major versions in one process do not share a GPU safely; "
             f"pip uninstall cupy-cuda{machine.cupy[0]}x && {install(major)}"
         )
-    return arch
+    return arch if machine.multiprocessors is None else replace(arch, multiprocessors=machine.multiprocessors)
 
 
 def install(cuda_major: int | None = None) -> str:

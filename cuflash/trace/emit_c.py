@@ -305,6 +305,7 @@ def mods_text(mods: Mods, *, backward: bool = False, wanted: tuple[int, ...] = (
         "kKeepQ": by_query is not None and by_query.rest is not None,
         "kKeepK": by_key is not None and by_key.rest is not None,
         "kSlope": slope is not None and not (slope.op == "const" and slope.value == 1.0),
+        "kHead": any("h" in leaves(x) for x in (score, mods.mask) if x is not None),
     }
     parts = ["struct Mods {\n"]
     parts += [f"  static constexpr bool {name} = {str(value).lower()};\n" for name, value in constants.items()]
@@ -364,7 +365,8 @@ def has_mask(text: str) -> bool:
 NO_MODS = (
     "struct Mods {\n"
     + "".join(
-        f"  static constexpr bool {name} = false;\n" for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kSlope")
+        f"  static constexpr bool {name} = false;\n"
+        for name in ("kScore", "kMask", "kKeepQ", "kKeepK", "kSlope", "kHead")
     )
     + "".join(f"  static constexpr i32 {name} = 0;\n" for name in ("kGradients", "kStagedQ", "kStagedK"))
     + "};\n"

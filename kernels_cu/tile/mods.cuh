@@ -83,6 +83,33 @@ HW_DEVICE void visit_terms(const Params& p, const typename M::Tile& t, S& s, i32
   }
 }
 
+// visit(x, tile, row, column, q, k) likewise where rows are queries of several heads, each with terms of its own tile:
+// tile_of(i) and query_of(i) of a thread's row i. Where no mod reads the head, one tile serves all.
+template <class M, class Params, class S, class TileOf, class QueryOf, class Visit>
+HW_DEVICE void visit_head_terms(const Params& p, const TileOf& tile_of, const QueryOf& query_of, S& s, i32 column_first,
+                                u32 smem, const Visit& visit) {
+  constexpr u32 kStride = 32 * S::kColTiles;
+  const u32 staged = smem + static_cast<u32>(4 * S::first_col());
+  typename M::Tile t[M::kHead ? S::kRows : 1];
+  typename M::QTerms q[S::kRows];
+  HW_UNROLL
+  for (i32 i = 0; i < S::kRows; ++i) {
+    if (M::kHead || i == 0) t[M::kHead ? i : 0] = tile_of(i);
+    q[i] = M::q_terms(p, t[M::kHead ? i : 0], query_of(i));
+  }
+  const auto key_of = [&](i32 column) { return inside(column_first + S::first_col() + column, t[0].kv_len); };
+  if constexpr (M::kHead) {
+    s.for_each_column(key_of, [&](float& x, i32 row, i32 column, i32 key) {
+      visit(x, t[row], row, column, q[row], M::k_terms(p, t[row], key));
+    });
+  } else {
+    s.for_each_column([&](i32 column) {
+      if constexpr (M::kStagedK > 0) return M::staged_k(staged + static_cast<u32>(4 * column), kStride, key_of(column));
+      return M::k_terms(p, t[0], key_of(column));
+    }, [&](float& x, i32 row, i32 column, const typename M::KTerms& k) { visit(x, t[0], row, column, q[row], k); });
+  }
+}
+
 // Scores in natural units, scale applied, become what score_mod makes of them.
 template <class M, bool kRowsAreQueries, class Params, class S>
 HW_DEVICE void score_by_mod(const Params& p, const typename M::Tile& t, S& s, i32 row_first, i32 column_first,
@@ -166,6 +193,22 @@ HW_DEVICE void mask_by_mod(const Params& p, const typename M::Tile& t, S& s, i32
       x = keep ? x : -kInfinity;
     });
   }
+}
+
+// What is true of a tile for all query heads of key head `head_kv` together.
+template <class M, class Params>
+HW_DEVICE i32 classify_heads(const Params& p, i32 sequence, const Sequence& seq, i32 head_kv, i32 q_first, i32 q_last,
+                             i32 k_first, i32 k_last) {
+  const auto kind_of = [&](i32 i) {
+    return M::classify(p, M::tile(p, sequence, head_kv * p.head_group + i, seq.q_len, seq.k_len), q_first, q_last,
+                       k_first, k_last);
+  };
+  i32 kind = kind_of(0);
+  if constexpr (M::kHead) {
+    HW_NO_UNROLL
+    for (i32 i = 1; i < p.head_group && kind != kTileMixed; ++i) kind = kind_of(i) == kind ? kind : kTileMixed;
+  }
+  return kind;
 }
 
 // The tiles of the side a block moves over that mask_mod leaves something of, in steps of kStep (1 or -1). A warp
