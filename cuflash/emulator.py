@@ -9,8 +9,11 @@
 
 A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it is:
 
-    race            two warps use one byte of shared memory, one writes, no block barrier between; or a copy to it is
-                    in flight
+    race            two warps use one byte of shared memory, one writes, and no barrier orders them; or a copy to it is
+                    in flight, or a matrix product that reads it or adds to the accumulators that changed
+    proxy           a tensor copy or a matrix product meets what threads wrote, and they did not fence
+    protocol        an mbarrier, named barrier, tensor map, descriptor or register count used against its rules; a block
+                    that ends before its copies and products
     uninitialised   a read of shared memory that nobody has written
     out of bounds   an access outside of the block's shared memory or the launch's arrays, or a write to a read-only one
     misaligned      an address that is no multiple of the access's size
@@ -226,6 +229,7 @@ class _Launch(ctypes.Structure):
         ("early_landing", ctypes.c_int32),
         ("counting", ctypes.c_int32),
         ("os_threads", ctypes.c_int32),
+        ("clocked", ctypes.c_int32),
     )
 
 
@@ -247,17 +251,19 @@ def _runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _entry(library: Path, entry: str) -> tuple[int, int]:
-    """Address of a kernel in a shared object, and the threads of a block it was compiled for."""
+def _entry(library: Path, entry: str) -> tuple[int, int, bool]:
+    """Address of a kernel in a shared object, the threads of a block it was compiled for, and whether its warps meet at
+    other barriers than the block's."""
     _runtime()
     kernels = ctypes.CDLL(str(library))
     try:
         address = ctypes.cast(kernels[f"cuflash_emu_entry_{entry}"], ctypes.c_void_p).value
         threads = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_threads_{entry}").value
+        clocked = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_clocked_{entry}").value
     except (AttributeError, ValueError) as error:
         raise EmulatorError(f"launch: {library} has no kernel {entry!r}") from error
     assert address is not None
-    return address, threads
+    return address, threads, bool(clocked)
 
 
 def launch(
@@ -282,7 +288,7 @@ def launch(
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
     written stays written.
     """
-    address, compiled_threads = _entry(library, entry)
+    address, compiled_threads, clocked = _entry(library, entry)
     given = {"seed": seed, "landing": landing}
     how = replace(_schedule, **{name: value for name, value in given.items() if value is not None})
     shape = f"kernel {entry}, grid {grid}, {threads} threads, {smem_bytes} bytes of shared memory"
@@ -308,6 +314,7 @@ def launch(
         early_landing=how.landing == "early",
         counting=bool(counted),
         os_threads=how.os_threads or _os_threads(),
+        clocked=clocked,
     )
     result = _Result()
     _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))

@@ -12,6 +12,11 @@ struct alignas(16) u32x4 {
   u32 x[4];
 };
 
+// A CUtensorMap: what a tensor copy knows of a tensor in global memory (cuflash/jit/tensor_map.py).
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);

@@ -44,6 +44,8 @@ _KERNEL_FLAGS = (
 _KERNEL = re.compile(r"^HW_KERNEL\((?P<threads>.+)\)\s*(?P<name>\w+)\s*\(", re.MULTILINE)
 _ERROR = re.compile(r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? (?:fatal )?error: (?P<what>.*)$", re.MULTILINE)
 _SHOWN_ERRORS = 5
+# A kernel that includes this file has warps that meet at other barriers than the block's.
+_CLOCKED = "hw_emu/barrier.cuh"
 
 
 @functools.cache
@@ -73,7 +75,8 @@ def compile(text: str) -> Path:
 
     Raises CompileError with the compiler's errors at their places in the files of kernels_cu.
     """
-    text += "".join(_entry(m["name"], m["threads"]) for m in _KERNEL.finditer(text))
+    clocked = f'#line 1 "{_CLOCKED}"' in text
+    text += "".join(_entry(m["name"], m["threads"], clocked) for m in _KERNEL.finditer(text))
 
     def make() -> bytes:
         runtime()  # a part of what the caller waits for
@@ -90,7 +93,7 @@ def runtime() -> Path:
     return cache.build("emulator", key, ".so", lambda: _compile(text, _RUNTIME_FLAGS))
 
 
-def _entry(name: str, threads: str) -> str:
+def _entry(name: str, threads: str, clocked: bool) -> str:
     """Text that lets the runtime call a kernel whose parameter it does not know."""
     return f"""
 template <class Params> void cuflash_emu_call_{name}(void (*kernel)(Params), const void* params) {{
@@ -100,6 +103,7 @@ extern "C" __attribute__((visibility("default"))) void cuflash_emu_entry_{name}(
   cuflash_emu_call_{name}(&{name}, params);
 }}
 extern "C" __attribute__((visibility("default"))) const i32 cuflash_emu_threads_{name} = {threads};
+extern "C" __attribute__((visibility("default"))) const i32 cuflash_emu_clocked_{name} = {int(clocked)};
 """
 
 

@@ -35,4 +35,12 @@ HW_DEVICE bool all(bool predicate) { return __all_sync(0xffffffffu, predicate) !
 HW_DEVICE i32 reduce_min(i32 value) { return __reduce_min_sync(0xffffffffu, value); }
 HW_DEVICE i32 reduce_max(i32 value) { return __reduce_max_sync(0xffffffffu, value); }
 
+// True for one lane of the warp, always the same; which is not said. Compute capability 9.0 and later. Choose with this
+// the lane that issues copies: the compiler then knows that it is one. (PTX ISA, "elect.sync")
+HW_DEVICE bool elect_one() {
+  u32 chosen;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(chosen));
+  return chosen != 0;
+}
+
 }  // namespace hw

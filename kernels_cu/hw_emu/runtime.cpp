@@ -6,7 +6,8 @@
 //   block       its warps run one after another until all threads wait at the block barrier; one OS thread
 //   launch      blocks in an order drawn from the seed, spread over OS threads
 //
-// Shared memory carries a shadow (Chunk): for every 2 bytes, who wrote and who read them in which barrier interval.
+// Shared memory carries a shadow (Chunk): for every 2 bytes, who wrote and who read them in which barrier interval, or,
+// where warps meet at mbarriers and named barriers too, in which epoch of which warp (clocks.cpp, sm90.cpp).
 // A fault writes a report and leaves the block by longjmp; its fibers are abandoned, nothing in them needs unwinding.
 // Everything a report or a result depends on is a function of the launch and its seed.
 #include "runtime.cuh"
@@ -113,6 +114,7 @@ struct CuflashEmuLaunch {
   i32 early_landing;
   i32 counting;
   i32 os_threads;
+  i32 clocked;  // warps meet at mbarriers or named barriers
 };
 
 struct CuflashEmuResult {
@@ -136,16 +138,23 @@ constexpr int16_t kLastInterval = 510;
 using Trace = u32;
 
 struct alignas(64) Chunk {  // 16 bytes of shared memory
-  int16_t write[8];
-  int16_t read[8];  // the first of its interval
+  union {
+    struct {
+      int16_t write[8];
+      int16_t read[8];  // the first of its interval
+    };
+    u32 tag[8];  // of the writes, see clocks.cpp
+  };
   Trace writer[4];  // for each 4 bytes
   Trace reader[4];
 };
 
-enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited, kParted };
+enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited, kParted, kAtMbarrier, kAtNamed, kAtRegisters };
 
 struct Block;
 struct Warp;
+struct Clocks;
+struct Sm90;
 
 struct Copy {
   const u8* source;
@@ -211,13 +220,15 @@ struct Counters {
   u64 barriers = 0, shared_bytes = 0;
   std::vector<u64> read, written;  // bytes of each buffer
   u64 sectors = 0;
-  std::map<Trace, u64> bank_conflicts, uncoalesced;  // by site
+  std::map<std::pair<std::string, std::string>, u64> others;  // by group and name
+  std::map<Trace, u64> bank_conflicts, uncoalesced;           // by site
 
   void add(const Counters& o) {
     ldmatrix += o.ldmatrix, stmatrix += o.stmatrix;
     mma_f16 += o.mma_f16, mma_bf16 += o.mma_bf16, mma_tf32 += o.mma_tf32;
     barriers += o.barriers, shared_bytes += o.shared_bytes, sectors += o.sectors;
     for (size_t i = 0; i < o.read.size(); i++) read[i] += o.read[i], written[i] += o.written[i];
+    for (auto& [name, n] : o.others) others[name] += n;
     for (auto& [site, n] : o.bank_conflicts) bank_conflicts[site] += n;
     for (auto& [site, n] : o.uncoalesced) uncoalesced[site] += n;
   }
@@ -269,6 +280,8 @@ struct Block {
   const char* recent_file;
   u32 recent_file_bits;
   Counters counters;
+  Clocks* clocks;  // null: intervals
+  Sm90* sm90;      // likewise
   Warp warp[32];
 };
 
@@ -389,6 +402,8 @@ struct Arena {
   Chunk* shadow = nullptr;
   u32 shared_bytes = 0;
   void* signal_stack = nullptr;
+  Clocks* clocks = nullptr;
+  Sm90* sm90 = nullptr;
   Block block;
 
   Fiber* fiber(i32 i) {
@@ -515,6 +530,9 @@ std::string ranges(const std::vector<i32>& numbers) {
 // Where the warp's lanes that run have met last.
 Site last_seen(const Warp* w) { return w->arrived ? w->before : w->site; }
 
+// What a thread waits for that stands at an mbarrier, a named barrier or register_alloc.
+std::string waits_for(Block* b, const Fiber* f);
+
 // Every thread's position, threads at the same one on one line.
 std::string positions(Block* b) {
   std::vector<std::pair<std::string, std::vector<i32>>> groups;
@@ -527,6 +545,7 @@ std::string positions(Block* b) {
                          : state == kAtBarrier    ? "wait at sync_threads, " + place(f->site)
                          : state == kAtCollective ? format("wait at %s, ", warp.what) + place(warp.site)
                          : state == kParted       ? format("came to %s, ", f->what) + place(f->site)
+                         : state >= kAtMbarrier   ? waits_for(b, f)
                                                   : "can run, last seen at " + place(last_seen(&warp));
       auto group = std::find_if(groups.begin(), groups.end(), [&](auto& g) { return g.first == text; });
       if (group == groups.end()) group = groups.insert(groups.end(), {text, {}});
@@ -547,6 +566,7 @@ std::string positions(Block* b) {
       if (warp.state[lane] == kExited) exited.push_back(lane);
       if (warp.state[lane] == kAtBarrier) barred.push_back(lane);
     }
+    if (exited.empty() && barred.empty()) continue;
     const std::string head = format("%s at %s needs all 32 lanes of warp %d", warp.what, place(warp.site).c_str(), w);
     if (barred.empty())
       fail(b, "collective: " + head + ", but lanes " + ranges(exited) + " have exited" + positions(b));
@@ -723,6 +743,8 @@ namespace {
 
 std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at shared + %u", bytes, offset); }
 
+#include "clocks.cpp"
+
 // Why an access that conflicts is wrong. `f` and `site` are the access; tags are those of the chunk before it.
 [[noreturn]] NEVER_INLINE void fail_shared(Fiber* f, u32 offset, u32 bytes, bool write, const char* what, Site site) {
   Block* b = f->block;
@@ -798,6 +820,7 @@ ALWAYS_INLINE void keep_read(Block* b, u32 offset, u32 bytes, int16_t tag, Trace
 
 ALWAYS_INLINE void shadow_read16(Fiber* f, u32 offset, Trace trace, const char* what, Site site) {
   Block* b = f->block;
+  if (UNLIKELY(b->clocks != nullptr)) return clocked_read(f, offset, 16, trace, what, site);
   Chunk& chunk = b->shadow[offset / 16];
   const vi16x8 tag = splat16(tag_of(f)), now = splat16(b->interval_tag);
   const vi16x8 written = *reinterpret_cast<vi16x8*>(chunk.write), read = *reinterpret_cast<vi16x8*>(chunk.read);
@@ -813,6 +836,7 @@ ALWAYS_INLINE void shadow_read16(Fiber* f, u32 offset, Trace trace, const char* 
 
 ALWAYS_INLINE void check_write16(Fiber* f, u32 offset, const char* what, Site site) {
   Block* b = f->block;
+  if (UNLIKELY(b->clocks != nullptr)) return clocked_check_write(f, offset, 16, Use::kWrite, what, site);
   const Chunk& chunk = b->shadow[offset / 16];
   const vi16x8 tag = splat16(tag_of(f)), now = splat16(b->interval_tag);
   const vi16x8 written = *reinterpret_cast<const vi16x8*>(chunk.write);
@@ -821,7 +845,12 @@ ALWAYS_INLINE void check_write16(Fiber* f, u32 offset, const char* what, Site si
     fail_shared(f, offset, 16, true, what, site);
 }
 
-ALWAYS_INLINE void shadow_write(Block* b, u32 offset, u32 bytes, int16_t tag, Trace trace) {
+// The bytes are the fiber's warp's now, or on their way.
+ALWAYS_INLINE void shadow_write(Fiber* f, u32 offset, u32 bytes, bool in_flight, Trace trace) {
+  Block* b = f->block;
+  if (UNLIKELY(b->clocks != nullptr))
+    return clocked_write(b, offset, bytes, in_flight ? kCopyInFlight : clocked_tag(f), trace);
+  const int16_t tag = in_flight ? kInFlight : tag_of(f);
   if (bytes == 16) {
     Chunk& chunk = b->shadow[offset / 16];
     *reinterpret_cast<vi16x8*>(chunk.write) = splat16(tag);
@@ -838,6 +867,7 @@ ALWAYS_INLINE void shadow_write(Block* b, u32 offset, u32 bytes, int16_t tag, Tr
 ALWAYS_INLINE void check_write(Fiber* f, u32 offset, u32 bytes, const char* what, Site site) {
   if (bytes == 16) return check_write16(f, offset, what, site);
   Block* b = f->block;
+  if (UNLIKELY(b->clocks != nullptr)) return clocked_check_write(f, offset, bytes, Use::kWrite, what, site);
   const int16_t tag = tag_of(f), now = b->interval_tag;
   for (u32 at = offset / 2; at < (offset + bytes) / 2; at++) {
     const int16_t written = b->shadow[at / 8].write[at % 8], read = b->shadow[at / 8].read[at % 8];
@@ -849,6 +879,7 @@ ALWAYS_INLINE void check_write(Fiber* f, u32 offset, u32 bytes, const char* what
 ALWAYS_INLINE void shadow_read(Fiber* f, u32 offset, u32 bytes, Trace trace, const char* what, Site site) {
   if (bytes == 16) return shadow_read16(f, offset, trace, what, site);
   Block* b = f->block;
+  if (UNLIKELY(b->clocks != nullptr)) return clocked_read(f, offset, bytes, trace, what, site);
   const int16_t tag = tag_of(f), now = b->interval_tag;
   for (u32 at = offset / 2; at < (offset + bytes) / 2; at++) {
     const int16_t written = b->shadow[at / 8].write[at % 8];
@@ -940,6 +971,9 @@ ALWAYS_INLINE void land(Fiber* f, const Copy& copy) {
   Block* b = f->block;
   if (!b->launch->early_landing) move_bytes(b, copy);
   // The bytes are this warp's write, of now; who issued it stays on record.
+  if (UNLIKELY(b->clocks != nullptr))
+    return clocked_write(b, copy.destination, copy.bytes, clocked_tag(f),
+                         b->shadow[copy.destination / 16].writer[copy.destination % 16 / 4]);
   const int16_t tag = tag_of(f);
   Chunk& chunk = b->shadow[copy.destination / 16];
   if (copy.bytes == 16) {
@@ -1065,7 +1099,7 @@ ALWAYS_INLINE void matrix_rows(Warp* w, bool write, const char* what, Site site,
     const Trace mine = trace | static_cast<u32>(f->index);
     if (write) {
       check_write16(f, offset, what, site);
-      shadow_write(b, offset, 16, tag_of(f), mine);
+      shadow_write(f, offset, 16, false, mine);
     } else {
       shadow_read16(f, offset, mine, what, site);
     }
@@ -1146,7 +1180,9 @@ void shuffle_lanes(Block* b) {
   }
 }
 
-void run_to_barrier(Block* b) {
+// Runs each warp until all its threads wait. False: none could run.
+bool run_warps(Block* b) {
+  bool ran = false;
   shuffle_lanes(b);
   u8 order[32];
   for (i32 i = 0; i < b->warps; i++) order[i] = static_cast<u8>(i);
@@ -1155,10 +1191,16 @@ void run_to_barrier(Block* b) {
     Warp& warp = b->warp[order[i]];
     u32 lane = b->random.below(32), tried = 0;
     while (tried < 32 && warp.state[lane] != kRunning) lane = warp.next[lane], tried++;
-    if (tried < 32) switch_from_scheduler(b, warp.fibers[lane]);
+    if (tried < 32) switch_from_scheduler(b, warp.fibers[lane]), ran = true;
     warp_met(&warp);
   }
+  return ran;
 }
+
+// The block begins, all its threads wait at the block barrier, and all have exited.
+void begin_sm90(Arena* arena);
+void meet_sm90(Block* b);
+void end_sm90(Block* b);
 
 // Runs one block; its report is in block.error, empty if there is nothing to report.
 void run_block(Arena* arena, u64 linear) {
@@ -1201,20 +1243,33 @@ void run_block(Arena* arena, u64 linear) {
     w->accesses.clear();
     prepare(f, arena->stack_low(i), arena->stack_top(i));
   }
+  if (launch.clocked) {
+    begin_sm90(arena);
+  } else {
+    b->clocks = nullptr;
+    b->sm90 = nullptr;
+  }
 
   this_block = b;
   if (_setjmp(b->escape) == 0) {
     for (;;) {
-      run_to_barrier(b);
+      const bool ran = run_warps(b);
       if (b->alive == 0) break;
-      if (b->at_barrier != b->alive) fail_stuck(b);
+      if (b->at_barrier != b->alive) {
+        if (!ran) fail_stuck(b);
+        continue;  // a warp may have let another run
+      }
       b->at_barrier = 0;
       b->counters.barriers++;
       for (i32 w = 0; w < b->warps; w++)
         for (i32 lane = 0; lane < 32; lane++)
           if (b->warp[w].state[lane] == kAtBarrier) b->warp[w].state[lane] = kRunning;
-      next_interval(b);
+      if (b->clocks)
+        meet_sm90(b);
+      else
+        next_interval(b);
     }
+    if (b->clocks) end_sm90(b);
   } else if (b->fault_signal) {
     Fiber* f = b->fault_fiber;
     const u64 within = reinterpret_cast<u64>(b->fault_address) & (emu::kStackBytes - 1);
@@ -1366,6 +1421,7 @@ std::string counters_text(Run& run) {
     line("read", run.launch->buffers[i].name, c.read[static_cast<size_t>(i)]);
     line("written", run.launch->buffers[i].name, c.written[static_cast<size_t>(i)]);
   }
+  for (auto& [name, n] : c.others) line(name.first.c_str(), name.second, n);
   for (auto& [trace, n] : c.bank_conflicts) line("bank_conflicts", site(trace), n);
   for (auto& [trace, n] : c.uncoalesced) line("uncoalesced", site(trace), n);
   return out;
@@ -1438,7 +1494,7 @@ void cuflash_emu_store_shared(const void* value, u32 address, u32 bytes, Site si
   const u32 offset = shared_offset(f, address, bytes, "store_shared", site);
   const Trace trace = trace_of(b, site);
   check_write(f, offset, bytes, "store_shared", site);
-  shadow_write(b, offset, bytes, tag_of(f), trace | static_cast<u32>(f->index));
+  shadow_write(f, offset, bytes, false, trace | static_cast<u32>(f->index));
   note_access(f, address, bytes, true, trace);
   memcpy(b->memory + offset, value, bytes);
 }
@@ -1502,7 +1558,7 @@ void cuflash_emu_cp_async(u32 destination, const void* source, u32 bytes, i32 so
   }
   const Trace trace = trace_of(b, site);
   check_write(f, offset, bytes, what, site);
-  shadow_write(b, offset, bytes, kInFlight, trace | static_cast<u32>(f->index));
+  shadow_write(f, offset, bytes, true, trace | static_cast<u32>(f->index));
   note_access(f, destination, bytes, true, trace);
   const Copy copy = {static_cast<const u8*>(source), offset, f->copies.group, static_cast<u8>(bytes),
                      static_cast<u8>(source_bytes)};
@@ -1639,3 +1695,5 @@ void cuflash_emu_free(CuflashEmuResult* result) {
 }
 
 }  // extern "C"
+
+#include "sm90.cpp"

@@ -40,6 +40,10 @@ inline __attribute__((always_inline)) Thread* this_thread() {
 // The first address of dynamic shared memory. Not 0, so that an address nobody set is caught.
 constexpr u32 kSharedBase = 1024;
 
+// Flags of cuflash_emu_wgmma.
+constexpr u32 kWgmmaHalf = 1, kWgmmaFromRegisters = 2, kWgmmaTransposeA = 4, kWgmmaTransposeB = 8;
+constexpr u32 kWgmmaAccumulate = 16;
+
 }  // namespace emu
 
 extern "C" {
@@ -69,6 +73,29 @@ void cuflash_emu_stmatrix_x4(const u32* r, u32 address, hw::Site site);
 void cuflash_emu_mma_m16n8k16_f16(float* d, const u32* a, u32 b0, u32 b1, hw::Site site);
 void cuflash_emu_mma_m16n8k16_bf16(float* d, const u32* a, u32 b0, u32 b1, hw::Site site);
 void cuflash_emu_mma_m16n8k8_tf32(float* d, const u32* a, u32 b0, u32 b1, hw::Site site);
+
+void cuflash_emu_mbarrier_init(u32 address, u32 count, hw::Site site);
+void cuflash_emu_fence_mbarrier_init(hw::Site site);
+void cuflash_emu_mbarrier_arrive(u32 address, hw::Site site);
+void cuflash_emu_mbarrier_arrive_expect_tx(u32 address, u32 bytes, hw::Site site);
+void cuflash_emu_mbarrier_wait(u32 address, u32 parity, hw::Site site);
+void cuflash_emu_named_sync(i32 id, i32 threads, hw::Site site);
+void cuflash_emu_named_arrive(i32 id, i32 threads, hw::Site site);
+void cuflash_emu_fence_proxy_async(hw::Site site);
+bool cuflash_emu_elect_one(hw::Site site);
+void cuflash_emu_set_registers(i32 count, bool more, hw::Site site);
+
+void cuflash_emu_tma_load(u32 destination, const void* map, u32 mbarrier, i32 rank, const i32* coordinates,
+                          hw::Site site);
+void cuflash_emu_tma_store(const void* map, u32 source, i32 rank, const i32* coordinates, hw::Site site);
+void cuflash_emu_bulk_commit(hw::Site site);
+void cuflash_emu_bulk_wait(i32 pending, hw::Site site);
+void cuflash_emu_prefetch_tensor_map(const void* map, hw::Site site);
+
+void cuflash_emu_wgmma(float* d, i32 n, const u32* a_registers, u64 a, u64 b, u32 flags, hw::Site site);
+void cuflash_emu_wgmma_fence(hw::Site site);
+void cuflash_emu_wgmma_commit(hw::Site site);
+void cuflash_emu_wgmma_wait(i32 pending, hw::Site site);
 
 u32 cuflash_emu_half_bits(float x);
 float cuflash_emu_half_value(u32 bits);

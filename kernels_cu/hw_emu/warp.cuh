@@ -52,4 +52,6 @@ HW_DEVICE i32 reduce_max(i32 value, Site site = Site::here()) {
   return value;
 }
 
+HW_DEVICE bool elect_one(Site site = Site::here()) { return cuflash_emu_elect_one(site); }
+
 }  // namespace hw
