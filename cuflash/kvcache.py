@@ -18,7 +18,7 @@ from . import api, dtypes, frameworks, reference, validate
 from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
 from .errors import ArgumentError, UnsupportedError, require
-from .frameworks import Framework
+from .frameworks import CacheOptions, Framework
 from .settings import config
 from .trace.expr import Mods
 from .trace.tracer import Bound
@@ -90,8 +90,8 @@ def flash_attn_with_kvcache(
     multiple of 64. Only one may be given. They change the order of sums, and so last bits; with split_size a sequence's
     bits are the same in any batch. pack_gqa changes nothing.
 
-    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. At a call
-    torch.compile breaks its graph.
+    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. torch.compile
+    keeps the call, and its writes, in the graph; there mods are those that `cuflash.mod` traced outside.
 
     Raises `UnsupportedError` for gradients, JAX arrays on a GPU or that jax.jit traces, and for qv, descales and
     attention_chunk; the message says what to use instead. A refused call has written nothing: it is checked before that
@@ -107,18 +107,6 @@ def flash_attn_with_kvcache(
     >>> out.ravel().tolist() == [1.0] * 16, int(np.isfinite(cache).all(axis=(2, 3)).sum())
     (True, 5)
     """
-    if frameworks.of(q) is frameworks.torch and frameworks.torch.compiling():
-        from .frameworks import torch_autograd
-
-        return torch_autograd.outside_of_graph(
-            flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx,
-            cache_leftpad, block_table, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes,
-            num_splits, return_softmax_lse, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-            cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens, sink=sink, score_mod=score_mod,
-            mask_mod=mask_mod, split_size=split_size, qv=qv, q_descale=q_descale, k_descale=k_descale,
-            v_descale=v_descale, attention_chunk=attention_chunk, scheduler_metadata=scheduler_metadata,
-            pack_gqa=pack_gqa, sm_margin=sm_margin,
-        )  # fmt: skip
     _refuse(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
         scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
@@ -134,53 +122,67 @@ def flash_attn_with_kvcache(
     length = None
     if isinstance(cache_seqlens, numbers.Integral):
         length, cache_seqlens = int(cache_seqlens), None
-        require(0 <= length < 2**31, f"cache_seqlens={length} must be from 0 to 2**31 - 1")
+        if not 0 <= length < 2**31:  # the message is made only then: a compiler's symbolic int has no repr
+            raise ArgumentError(f"cache_seqlens={length} must be from 0 to 2**31 - 1")
     given = dict(zip(_ARRAYS, (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, sink), strict=True))
     arrays = {name: x for name, x in given.items() if x is not None or name in _ARRAYS[:3]}
     given = dict(zip(_INDICES, (
         cache_seqlens, cache_batch_idx, cache_leftpad, block_table, cu_seqlens_q, cu_seqlens_k_new, rotary_seqlens,
     ), strict=True))  # fmt: skip
     indices = {name: x for name, x in given.items() if x is not None}
-    options = _Options(
-        validate.window(window_size, causal), softmax_scale, softcap, bool(rotary_interleaved), num_splits, split_size,
-        max_seqlen_q, bool(return_softmax_lse), length is not None,
+    options = CacheOptions(
+        validate.window(window_size, causal),
+        None if softmax_scale is None else validate.number("scale", softmax_scale), validate.softcap(softcap),
+        bool(rotary_interleaved), num_splits, split_size, validate.hint("max_seqlen_q", max_seqlen_q),
+        bool(return_softmax_lse), length is not None,
     )  # fmt: skip
+    framework = frameworks.of(q)
     bound = None
     if score_mod is not None or mask_mod is not None:
-        bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
-    framework = frameworks.of(q)
-    if framework.operation(*arrays.values()) is not None:
-        raise UnsupportedError(
-            "flash_attn_with_kvcache has no gradient and is followed by no transformation: call it outside of "
-            "autograd, autocast, torch.func, torch.export and jax.jit, in PyTorch under torch.no_grad(), with arrays "
-            "in host memory; to train, call cuflash.attention"
-        )
-    out, *others = _append_and_attend(framework, arrays, indices, options, length, bound)
+        if framework is frameworks.torch and frameworks.torch.compiling():
+            bound = api._traced_before(q, k_cache, score_mod, mask_mod, None)
+            if bound is None:
+                from .frameworks import torch_autograd
+
+                return torch_autograd.uncompiled(
+                    flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
+                    cache_seqlens if length is None else length, cache_batch_idx, cache_leftpad, block_table,
+                    softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
+                    return_softmax_lse, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+                    cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens, sink=sink, score_mod=score_mod,
+                    mask_mod=mask_mod, split_size=split_size,
+                )  # fmt: skip
+        else:
+            bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
+    operation = framework.cache_operation(*arrays.values())
+    if operation is None:
+        out, *others = _append_and_attend(arrays, indices, options, length, bound)
+    else:
+        out, *others = operation(arrays, indices, options, length, bound)
     return (out, *others) if others else out
 
 
 def _append_and_attend(
-    framework: Framework,
     arrays: dict[str, Array],
     indices: dict[str, Any],
-    options: _Options,
+    options: CacheOptions,
     length: int | None,
     bound: Bound | None,
 ) -> tuple[Array, ...]:
     """The call, of arrays that nobody follows -> out, lse if wanted, JAX's new caches."""
+    framework = frameworks.of(arrays["q"])
     views = api._views(framework, arrays)
     plain = tuple(name for name, x in indices.items() if isinstance(x, (list, tuple, np.ndarray)))
     views |= {name: api._lengths_view(framework, x, name) for name, x in indices.items()}
     starts = views.get("cu_seqlens_q")
     if starts is not None and starts.device[0] == "cpu" and options.max_seqlen_q is None:
-        options = replace(options, max_seqlen_q=api._longest(starts.as_numpy()))
+        options = options._replace(max_seqlen_q=api._longest(starts.as_numpy()))
     scalars: tuple[int | float, ...] = ()
     mods = None
     if bound is not None:
         views |= api._captured_views(framework, bound, views["q"].device)
-        softcap = validate.softcap(options.softcap) if options.softcap else 0.0
-        mods, scalars, softcap = api._folded(bound, views, softcap)
-        options = replace(options, softcap=softcap)
+        mods, scalars, softcap = api._folded(bound, views, options.softcap)
+        options = options._replace(softcap=softcap)
     prepared = _prepared_for(framework, views, plain, options, mods)
     step = _Step(framework, views, prepared, scalars, length)
     step.check()
@@ -202,27 +204,14 @@ def _append_and_attend(
     return tuple(framework.wrap(views[name]) for name in results)
 
 
+frameworks.calls["attention_to_cache"] = _append_and_attend
+
 _CACHES = ("k_cache", "v_cache")
 _ARRAYS = ("q", *_CACHES, "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sink")
 _INDICES = (
     "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table", "cu_seqlens_q", "cu_seqlens_k_new",
     "rotary_seqlens",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What a call is given beside arrays, the value of an int `cache_seqlens` apart."""
-
-    window: tuple[int, int]  # causal folded in
-    scale: Any
-    softcap: Any
-    interleaved: bool
-    num_splits: int
-    split_size: int | None
-    max_seqlen_q: Any
-    lse: bool
-    counted: bool  # cache_seqlens is an int
 
 
 # Prepare --------------------------------------------------------------------------------------------------------------
@@ -234,7 +223,7 @@ class _Prepared:
 
     attention: api._Prepared
     append: Any  # ops.append.AppendPlan; None on the reference, and where there is nothing to do before attention
-    options: _Options
+    options: CacheOptions
     batch: int
     new: int | None  # keys appended to each sequence; None: packed ones
     page_size: int  # of a cache in one piece the keys a sequence has room for
@@ -258,7 +247,7 @@ _PREPARED_LIMIT = 4096
 
 
 def _prepared_for(
-    framework: Framework, views: Views, plain: tuple[str, ...], options: _Options, mods: Mods | None
+    framework: Framework, views: Views, plain: tuple[str, ...], options: CacheOptions, mods: Mods | None
 ) -> _Prepared:
     q, k_cache, v_cache, k, v = (views.get(name) for name in ("q", *_CACHES, "k", "v"))
     assert q is not None and k_cache is not None and v_cache is not None
@@ -289,7 +278,7 @@ def _prepare(
     plain: tuple[str, ...],
     alignment: int,
     alignment_append: int,
-    options: _Options,
+    options: CacheOptions,
     mods: Mods | None,
     backend: str | None = None,
 ) -> _Prepared:
@@ -366,7 +355,7 @@ def _attended(given: dict[str, str], views: Views) -> Views:
     return attend
 
 
-def _split(plan: Any, options: _Options) -> Any:
+def _split(plan: Any, options: CacheOptions) -> Any:
     """The plan that takes the keys in parts, where queries are few or parts are asked for; else the plan given."""
     from .ops import decode
 
@@ -386,7 +375,7 @@ def _split(plan: Any, options: _Options) -> Any:
     return split
 
 
-def _append_plan(views: Views, arch: Any, alignment: int, options: _Options, batch: int, pages: int) -> Any:
+def _append_plan(views: Views, arch: Any, alignment: int, options: CacheOptions, batch: int, pages: int) -> Any:
     from .ops import append
 
     q, k_cache, v_cache = views["q"], views["k_cache"], views["v_cache"]

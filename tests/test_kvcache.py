@@ -218,24 +218,68 @@ def test_pytorch(rng, what, page_size):
         Step(rng, page_size=page_size, **CALLS[what]).check(torch.tensor)
 
 
-def test_torch_compile_breaks_its_graph(rng):
-    """Around an append that is made once, at its time."""
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys", "mods"])
+def test_torch_compile_keeps_one_graph(rng, what, backend):
+    """Around an append that is made once, at its time; other lengths compile nothing."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    q, cache = torch.tensor(rng.standard_normal((2, 1, 2, 16))), torch.tensor(rng.standard_normal((2, 8, 2, 16)))
-    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    case = CALLS[what] | {n: cuflash.mod(f) for n, f in CALLS[what].items() if n.endswith("_mod")}
+    graphs = []
 
-    def step(q, k_cache, v_cache):
-        q = q * 2
-        out = cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, q, q, cache_seqlens=lengths, causal=True)
-        return out + 1, k_cache[1, 5] - q[1, 0]
+    def count(graph, _):
+        graphs.append(graph)
+        return graph
 
-    given, compiled = ([q, cache.clone(), cache.clone()] for _ in range(2))
-    expected = step(*given)
+    @torch.compile(fullgraph=True, backend=count)
+    def attend(q, k_cache, v_cache, given):
+        before = k_cache.clone()
+        out, lse = cuflash.flash_attn_with_kvcache(q * 1, k_cache, v_cache, **given, return_softmax_lse=True)
+        return out + 0, lse, k_cache - before
+
+    for before in ((5, 0, 13), (4, 1, 9)):
+        step = Step(rng, page_size=8, **case | {"before": before} | ({"pad": (1, 0, 2)} if what == "mods" else {}))
+        caches = [torch.tensor(x) for x in step.caches]
+        given = {n: torch.tensor(x) if isinstance(x, np.ndarray) else x for n, x in step.arguments.items()}
+        with torch.no_grad(), using(backend):
+            out, _, _ = attend(torch.tensor(step.q), *caches, given)
+        np.testing.assert_allclose(out.numpy().reshape(-1, HEADS, D_V), np.concatenate(step.out), atol=3e-6)
+        for got, expected in zip(caches, step.expected_caches, strict=True):
+            np.testing.assert_allclose(got.numpy(), expected, atol=1e-6)
+    assert len(graphs) == 1
+
+
+def test_torch_compile_takes_a_number_of_keys_as_one(rng):
+    """A step of generation after the other: compiled for one length, then for all."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    graphs = []
+    attend = lambda q, *caches, n: cuflash.flash_attn_with_kvcache(q, *caches, q, q, cache_seqlens=n, causal=True)  # noqa: E731
+    compiled = torch.compile(attend, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    whole = torch.tensor(rng.standard_normal((2, 6, 2, 16)), dtype=torch.float32)
+    caches = [torch.full_like(whole, float("nan")) for _ in "kv"]
     with torch.no_grad():
-        got = torch.compile(step, backend="eager")(*compiled)
-    for x, y in zip((*got, *compiled), (*expected, *given), strict=True):
-        assert torch.equal(x, y)
-    assert not got[1].any()
+        out = torch.cat([compiled(whole[:, n : n + 1], *caches, n=n) for n in range(6)], dim=1)
+        np.testing.assert_allclose(out, cuflash.attention(whole, whole, whole, causal=True), atol=1e-6)
+    assert len(graphs) == 2
+
+
+def test_torch_operator_says_what_it_writes(rng):
+    """As PyTorch's own checks of an operator want it: schema, shapes, under functionalisation."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    from cuflash.frameworks import torch_autograd
+
+    cache = torch.tensor(rng.standard_normal((2, 8, 2, 16)), dtype=torch.float32)
+    q, k = (torch.tensor(rng.standard_normal((2, 1, 2, 16)), dtype=torch.float32) for _ in range(2))
+    lengths = torch.tensor([3, 5], dtype=torch.int32)
+    rest = (lengths, *[None] * 6, None, -1, 0, None, 0.0, True, 0, None, None, "", [], [])
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    for operator, new in (
+        (torch.ops.cuflash.attention_append, (k, k)),
+        (torch.ops.cuflash.attention_to_cache, (None,) * 2),
+    ):
+        torch.library.opcheck(
+            operator.default, (q, cache.clone(), cache.clone(), *new, None, None, None, None, *rest), test_utils=checks
+        )
+    assert torch_autograd._CACHE_SCHEMA.count("Tensor?") == 13
 
 
 @pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys"])
@@ -420,7 +464,7 @@ def test_gradients_are_refused():
     arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
     arguments["q"].requires_grad_()
     with pytest.raises(
-        UnsupportedError, match=r"has no gradient.*torch\.no_grad\(\).*to train, call cuflash\.attention"
+        UnsupportedError, match=r"has no gradient.*torch\.no_grad\(\); to train, call cuflash\.attention"
     ):
         cuflash.flash_attn_with_kvcache(**arguments)
 

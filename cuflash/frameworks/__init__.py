@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +20,20 @@ from . import cupy, dlpack, jax, numpy, torch
 # "attention" and "attention_backward" of one call, below whatever the framework does with it: `api` fills this in, and
 # the operations of `Framework.operation`, which stand below it, end here.
 calls: dict[str, Callable[..., Any]] = {}
+
+
+class CacheOptions(NamedTuple):
+    """What `flash_attn_with_kvcache` is given beside arrays and mods."""
+
+    window: tuple[int, int]  # causal folded in
+    scale: float | None
+    softcap: float
+    interleaved: bool
+    num_splits: int
+    split_size: int | None
+    max_seqlen_q: int | None
+    lse: bool
+    counted: bool  # cache_seqlens is an int
 
 
 class Framework(Protocol):
@@ -37,6 +51,15 @@ class Framework(Protocol):
 
         Some of the arrays may be None. The operation takes the arguments of `attention`, its mods as `bound`
         (`tracer.Bound`, or None), and gives (out, lse, max_logit), of which what `aux` does not name may be anything.
+        """
+        ...
+
+    def cache_operation(self, *arrays: Any) -> Callable[..., Any] | None:
+        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` where one is wanted.
+
+        It takes (arrays, indices, options, length, bound): arrays and index arrays by name; `CacheOptions`; the number
+        of keys where `cache_seqlens` is one; mods, as `operation` does. It gives out, lse where it is wanted, and the
+        new caches where they are not written in place.
         """
         ...
 

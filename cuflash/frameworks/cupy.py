@@ -40,6 +40,9 @@ def operation(*arrays: Any) -> None:
     """CuPy watches nothing."""
 
 
+cache_operation = operation
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """CuPy arrays are never traced."""
 

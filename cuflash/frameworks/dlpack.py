@@ -32,6 +32,9 @@ def operation(*arrays: Any) -> None:
     """The protocol knows arrays, not calls."""
 
 
+cache_operation = operation
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """The protocol has no notion of a gradient."""
 

@@ -26,6 +26,9 @@ def operation(*arrays: Any) -> None:
     """NumPy watches nothing."""
 
 
+cache_operation = operation
+
+
 def refuse_transformed(arrays: dict[str, Any]) -> None:
     """NumPy arrays are never traced."""
 

@@ -20,7 +20,7 @@ from ..errors import ArgumentError, UnsupportedError
 from ..trace import text
 from ..trace.expr import leaves
 from ..trace.tracer import Bound
-from . import calls
+from . import CacheOptions, calls
 from .torch import _torch, draw_seed
 
 torch: Any = _torch()
@@ -152,12 +152,6 @@ def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any
         "score_mod = cuflash.mod(score_mod) outside of what is compiled, and pass what that returns",
         stacklevel=3,
     )
-    return function(*args, **keywords)
-
-
-@torch.compiler.disable(reason="flash_attn_with_kvcache writes to its caches, whose lengths it reads on the host")
-def outside_of_graph(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """The same for a call that no remedy brings into the graph."""
     return function(*args, **keywords)
 
 
@@ -363,6 +357,81 @@ for _name, _signature, _kernel, _shapes in (
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _kernel, _key)
     torch.library.register_fake(f"cuflash::{_name}", _shapes, lib=_library)
+
+
+# `flash_attn_with_kvcache`: two operators, of which one says that it writes to the caches. No gradient.
+
+_CACHE_ARRAYS = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sink")
+_CACHE_INDICES = (
+    "cache_seqlens", "cache_batch_idx", "cache_leftpad", "block_table", "cu_seqlens_q", "cu_seqlens_k_new",
+    "rotary_seqlens",
+)  # fmt: skip
+_CACHE_SCHEMA = ", ".join(
+    [f"Tensor? {name}" for name in (*_CACHE_ARRAYS[3:], *_CACHE_INDICES)]
+    + ["SymInt? length", "SymInt left", "SymInt right", "float? scale", "float softcap", "bool interleaved"]
+    + ["SymInt num_splits", "SymInt? split_size", "SymInt? max_seqlen_q", "str mods, float[] scalars"]
+    + ["Tensor[] captured"]
+)
+
+
+def attention_to_cache(
+    arrays: dict[str, Any], indices: dict[str, Any], options: CacheOptions, length: int | None, bound: Bound | None
+) -> tuple[Any, ...]:
+    """`cuflash.flash_attn_with_kvcache` of tensors -> (out,) or (out, lse); the caches are written in place."""
+    q = arrays["q"]
+    for name, x in arrays.items():
+        if not isinstance(x, torch.Tensor):
+            raise ArgumentError(
+                f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
+                "convert with torch.from_dlpack, which copies nothing"
+            )
+    mods, scalars, captured = "", [], []
+    if bound is not None:
+        mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)
+        scalars, captured = [float(x) for x in bound.scalars], _captured(bound, q)
+    operator = torch.ops.cuflash.attention_append if "k" in arrays else torch.ops.cuflash.attention_to_cache
+    out, lse = operator.default(
+        *[arrays.get(name) for name in _CACHE_ARRAYS],
+        *[_lengths(name, indices.get(name), q) for name in _CACHE_INDICES],
+        length, *options.window, options.scale, options.softcap, options.interleaved, options.num_splits,
+        options.split_size, options.max_seqlen_q, mods, scalars, captured,
+    )  # fmt: skip
+    return (out, lse) if options.lse else (out,)
+
+
+def _cache_kernel(*arguments: Any) -> tuple[Any, Any]:
+    tensors, rest = arguments[: len(_CACHE_ARRAYS)], arguments[len(_CACHE_ARRAYS) :]
+    positions, rest = rest[: len(_CACHE_INDICES)], rest[len(_CACHE_INDICES) :]
+    length, left, right, scale, softcap, interleaved, num_splits, split_size, max_seqlen_q, mods, scalars, captured = (
+        rest
+    )
+    arrays = {name: x for name, x in zip(_CACHE_ARRAYS, tensors, strict=True) if x is not None}
+    indices = {  # host values may stand beside device arrays as NumPy arrays
+        name: x.numpy() if x.device.type == "cpu" else x
+        for name, x in zip(_CACHE_INDICES, positions, strict=True) if x is not None
+    }  # fmt: skip
+    options = CacheOptions(
+        (left, right), scale, softcap, interleaved, num_splits, split_size, max_seqlen_q, True, length is not None
+    )
+    with torch.no_grad():
+        return calls["attention_to_cache"](
+            arrays, indices, options, length, _bound(mods, scalars, captured) if mods else None
+        )
+
+
+def _cache_shapes(q: Any, k_cache: Any, v_cache: Any, *rest: Any) -> tuple[Any, Any]:
+    return _attention_shapes(q, k_cache, v_cache, None, False)[:2]
+
+
+for _name, _first, _second in (("attention_append", "(a!)", "(b!)"), ("attention_to_cache", "", "")):
+    _library.define(
+        f"{_name}(Tensor q, Tensor{_first} k_cache, Tensor{_second} v_cache, {_CACHE_SCHEMA}) -> (Tensor out, "
+        "Tensor lse)",
+        tags=_TAGS,
+    )
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _cache_kernel, _key)
+    torch.library.register_fake(f"cuflash::{_name}", _cache_shapes, lib=_library)
 
 
 # Derivatives ----------------------------------------------------------------------------------------------------------
