@@ -10,41 +10,46 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends import using
+from machine_code import checked, counts, sampled
 from needs import needs_nvrtc
 
 import cuflash
 from cuflash import arch, dtypes
-from cuflash.jit import hostcxx, module, sass
+from cuflash.jit import hostcxx, module
 from cuflash.ops import backward, forward
 
-# Every representative variant, or every so manyeth.
-EVERY = {"sm_80": 1, "sm_90a": 3, "sm_86": 12, "sm_89": 12, "sm_100a": 6, "sm_120a": 6}
+# Which of the representative variants each architecture compiles in a usual run, and of which the machine code is read.
+COMPILED = {
+    "sm_80": slice(None), "sm_90a": slice(0, None, 6), "sm_86": slice(3, None, 24), "sm_89": slice(9, None, 24),
+    "sm_100a": slice(1, None, 12), "sm_120a": slice(5, None, 12),
+}  # fmt: skip
+READ = {"sm_80": slice(0, None, 5), "sm_90a": slice(0, None, 24), "sm_100a": slice(1, None, 48), "sm_120a": slice(5, 6)}
 
 
-def specs(name: str) -> list[module.KernelSpec]:
-    return backward.representative(arch.named(name))[:: EVERY[name]]
+def spec_of(name: str, index: int) -> module.KernelSpec:
+    return backward.representative(arch.named(name))[index]
 
 
-@pytest.mark.parametrize("name, index", [(name, i) for name in EVERY for i in range(len(specs(name)))])
+@pytest.mark.parametrize("name, index", sampled(backward.representative, COMPILED))
 @needs_nvrtc
 def test_machine_code(name, index):
-    """No spill, no stack, no local memory; the instructions the kernel is made of; shared memory within the chip."""
-    target = arch.named(name)
-    spec = specs(name)[index]
-    compiled = module.compile(spec, target)
-    resources = compiled.resources
-    assert (resources.spill_stores, resources.spill_loads, resources.stack_bytes) == (0, 0, 0)
-    assert spec.smem_bytes + resources.static_smem_bytes <= target.smem_bytes
-    assert not compiled.cubin.warnings
-    counts = sass.functions(sass.disassemble(compiled.path))[spec.entry].counts
-    assert counts["LDL"] == counts["STL"] == 0
+    """No spill, no stack, no local memory; shared memory within the chip."""
+    checked(spec_of(name, index), name)
+
+
+@pytest.mark.parametrize("name, index", sampled(backward.representative, READ))
+@needs_nvrtc
+def test_instructions(name, index):
+    """Those the kernel is made of."""
+    spec = spec_of(name, index)
+    found = counts(checked(spec, name))
     # Gradients are summed in one order, but for dq where it is accumulated.
-    assert counts["ATOM"] == counts["ATOMG"] == 0
-    assert (counts["RED"] + counts["REDG"] > 0) == getattr(spec.variant, "accumulate_dq", False)
+    assert found["ATOM"] == found["ATOMG"] == 0
+    assert (found["RED"] + found["REDG"] > 0) == getattr(spec.variant, "accumulate_dq", False)
     if isinstance(spec.variant, backward.BackwardVariant):
-        assert counts["HMMA"] > 0 and counts["LDSM"] > 0
+        assert found["HMMA"] > 0 and found["LDSM"] > 0
         # Rows aligned to 2 bytes go through registers; lse and delta never do.
-        assert (counts["LDGSTS"] > 0) == (spec.variant.load_bytes >= 4 or spec.variant.keys_held)
+        assert (found["LDGSTS"] > 0) == (spec.variant.load_bytes >= 4 or spec.variant.keys_held)
 
 
 def test_every_tile_fits_every_chip():
