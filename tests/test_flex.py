@@ -283,6 +283,12 @@ def eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 BACKENDS = ["reference", "emulator"]
+# Kernels of the backward take a second to compile, each example its own: every third, and with -m slow all.
+BACKWARD = [
+    pytest.param(name, backend, marks=pytest.mark.slow if backend == "emulator" and i % 3 else ())
+    for i, name in enumerate(EXAMPLES)
+    for backend in BACKENDS
+]
 
 
 @pytest.mark.usefixtures("eager")
@@ -310,8 +316,7 @@ def forward_of_pytorch(one: Example, qkv: Any) -> Any:
     return out, aux.lse
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name, backend", BACKWARD)
 def test_gradients_are_those_of_dense_scores(name: str, backend: str) -> None:
     one, qkv = made(name)
     d_out, d_lse, expected = gradients_of_dense(one, qkv)
@@ -327,8 +332,7 @@ def test_gradients_are_those_of_dense_scores(name: str, backend: str) -> None:
         assert_close(x, y, one.tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name, backend", BACKWARD)
 def test_autograd_gives_these_gradients(name: str, backend: str) -> None:
     one, qkv = made(name)
     d_out, d_lse, expected = gradients_of_dense(one, qkv)

@@ -265,9 +265,18 @@ CODES: dict[str, tuple[Callable[..., Any] | None, Callable[..., Any] | None]] = 
     "dense bias": (lambda s, b, h, q, k: s + DENSE[h, q, k], lambda b, h, q, k: q >= k),
     "soft cap": (lambda s, b, h, q, k: 20.0 * np.tanh(s / 20.0), None),
 }
-# (architecture, bytes an element, head dims)
-TARGETS = (("sm_80", "bfloat16", (64,)), ("sm_90a", "bfloat16", (128,)), ("sm_120a", "float16", (128,)))
-DEEPER = (("sm_80", "bfloat16", (128, 256)), ("sm_90a", "bfloat16", (64, 256)), ("sm_100a", "bfloat16", (64, 128)))
+# (architecture, dtype, head dims, mods)
+USUAL = (
+    ("sm_80", "bfloat16", (64,), tuple(CODES)),
+    ("sm_90a", "bfloat16", (128,), ("natten", "bias by distance")),
+    ("sm_120a", "float16", (128,), ("documents", "dense bias")),
+)
+DEEPER = (
+    ("sm_80", "bfloat16", (128, 256), tuple(CODES)),
+    ("sm_90a", "bfloat16", (64, 128, 256), tuple(CODES)),
+    ("sm_100a", "bfloat16", (64, 128), tuple(CODES)),
+    ("sm_120a", "float16", (128,), tuple(CODES)),
+)
 
 
 def specs(name: str, dtype: str, d: int, mods: Mods) -> list[module.KernelSpec]:
@@ -284,12 +293,16 @@ def specs(name: str, dtype: str, d: int, mods: Mods) -> list[module.KernelSpec]:
 
 
 def spread(targets, *marks) -> list[Any]:
-    return [pytest.param(name, dtype, d, marks=marks) for name, dtype, dims in targets for d in dims]
+    return [
+        pytest.param(name, dtype, d, what, marks=marks)
+        for name, dtype, dims, codes in targets
+        for d in dims
+        for what in codes
+    ]
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("what", CODES)
-@pytest.mark.parametrize("name, dtype, d", [*spread(TARGETS), *spread(DEEPER, pytest.mark.slow)])
+@pytest.mark.parametrize("name, dtype, d, what", [*spread(USUAL), *spread(DEEPER, pytest.mark.slow)])
 def test_machine_code(name, dtype, d, what):
     """No spill, no stack; a block fits its chip."""
     for spec in specs(name, dtype, d, tracer.bind(*CODES[what]).mods):

@@ -198,10 +198,9 @@ def _fail(
 CHECKS = {"float": check_floats, "int": check_ints, "bool": check_bools}
 
 
-@pytest.mark.parametrize("part", range(2))
 @pytest.mark.parametrize("kind", CHECKS)
-def test_c_computes_what_numpy_does(kind: str, part: int) -> None:
-    CHECKS[kind](100 + part, 350)
+def test_c_computes_what_numpy_does(kind: str) -> None:
+    CHECKS[kind](100, 240)
 
 
 def test_what_is_exact_is_so_at_the_ends_of_numbers() -> None:
