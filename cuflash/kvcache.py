@@ -19,6 +19,7 @@ from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
 from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import CacheOptions, Framework
+from .jit import module
 from .settings import config
 from .trace.expr import Mods
 from .trace.tracer import Bound
@@ -85,19 +86,19 @@ def flash_attn_with_kvcache(
     The last query sees the last key, appended ones included; q_len and kv_len of mods, and kv_idx, count without the
     left padding. The other keywords are those of `attention`.
 
-    Where at most 64 queries share a key head, kernels may take its keys in parts, so that more of the GPU has work: how
-    many follows from the cache's size (num_splits=0), or there are num_splits of them, or parts of split_size keys, a
-    multiple of 64. Only one may be given. They change the order of sums, and so last bits; with split_size a sequence's
-    bits are the same in any batch. pack_gqa changes nothing.
+    Where at most 64 queries share a key head, kernels take keys in parts, so that all of the GPU has work: an even
+    share of all keys for each block (num_splits=0), num_splits parts of the cache's room, or parts of split_size keys,
+    a multiple of 64. Only one may be given. They change the order of sums, and so last bits, which with num_splits=0
+    depend on what else is in the batch, and with split_size never do. pack_gqa changes nothing.
 
-    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. torch.compile
-    keeps the call, and its writes, in the graph; there mods are those that `cuflash.mod` traced outside.
+    JAX arrays cannot be written to: with k, the result is a tuple that ends in the new k_cache and v_cache. Under
+    jax.jit they take the memory of the old ones where those are donated; else each call copies the cache.
+    torch.compile keeps the call, and its writes, in the graph; there mods are those that `cuflash.mod` traced outside.
 
-    Raises `UnsupportedError` for gradients, JAX arrays on a GPU or that jax.jit traces, and for qv, descales and
-    attention_chunk; the message says what to use instead. A refused call has written nothing: it is checked before that
-    all lengths, pages and positions lie within the cache and its tables, and that no two new keys go to one place. Of
-    arrays on a device that is known to the device alone, and checked where `config.check` asks for it; lengths in lists
-    and NumPy arrays always are, and copied there.
+    Raises `UnsupportedError` for gradients, vmap, and qv, descales and attention_chunk; the message says what to use
+    instead. A refused call has written nothing: it is checked before that all lengths, pages and positions lie within
+    the cache and its tables, and that no two new keys go to one place. Of arrays on a device that is known to the
+    device alone, and checked where `config.check` asks for it; lengths in lists and NumPy arrays always are.
 
     >>> import numpy as np
     >>> cache = np.full((2, 16, 1, 8), np.nan, np.float32)  # room for 16 keys, of which sequences have 0 and 3
@@ -241,6 +242,12 @@ class _Prepared:
     def capacity(self) -> int:
         return self.page_size * self.pages
 
+    def load(self, device: int) -> None:
+        """Compiles and loads the kernels on a GPU."""
+        self.attention.load(device)
+        if self.append is not None:
+            module.load(self.append.spec, self.append.arch, "cuda", device).prepare()
+
 
 _prepared: dict[Any, _Prepared] = {}
 _PREPARED_LIMIT = 4096
@@ -363,7 +370,7 @@ def _split(plan: Any, options: CacheOptions) -> Any:
     longest = min(problem.q_rows, problem.max_seqlen_q or problem.q_rows) if problem.packed else problem.q_rows
     few = longest * (problem.heads_q // problem.heads_kv) <= decode.BLOCK_Q
     asked = options.num_splits > 1 or options.split_size is not None
-    if not (few or asked) or problem.mods is not None:
+    if not (few or asked):
         return plan
     if options.split_size is not None:
         return decode.DecodePlan(problem, plan.arch, options.split_size)
@@ -431,6 +438,23 @@ class _Values(NamedTuple):
         return None if self.before is None or self.new is None else self.before + self.new
 
 
+def _values(prepared: _Prepared, views: Views, known: dict[str, np.ndarray], length: int) -> _Values:
+    """Of arrays those in `known`; `length` where there is no cache_seqlens."""
+    batch, starts_new, before = prepared.batch, known.get("cu_seqlens_k_new"), known.get("cache_seqlens")
+    if "cache_seqlens" not in views:
+        before = np.full(batch, length, np.int32)
+    new = np.full(batch, prepared.new, np.int32) if prepared.new is not None else None
+    if starts_new is not None:
+        new = np.diff(starts_new)
+    table = known.get("block_table")
+    if "cache_batch_idx" in known:
+        table = known["cache_batch_idx"][:, None]
+    elif "block_table" not in views and "cache_batch_idx" not in views:
+        table = np.arange(batch, dtype=np.int32)[:, None]
+    turned = known.get("rotary_seqlens") if "rotary_seqlens" in views else before
+    return _Values(known.get("cu_seqlens_q"), starts_new, before, new, table, known.get("cache_leftpad"), turned)
+
+
 class _Step:
     """One call: its arrays, and what was prepared for their metadata.
 
@@ -459,24 +483,7 @@ class _Step:
             if config.check and not framework.capturing(device[1]):
                 known |= api._download(framework, views, [n for n in _INDICES if n in views and n not in known])
         if known or self.prepared.options.counted:
-            _check_values(self.prepared, views, self._values(known))
-
-    def _values(self, known: dict[str, np.ndarray]) -> _Values:
-        prepared, views, batch = self.prepared, self.views, self.prepared.batch
-        starts_new = known.get("cu_seqlens_k_new")
-        before = known.get("cache_seqlens")
-        if "cache_seqlens" not in views:
-            before = np.full(batch, self.length, np.int32)
-        new = np.full(batch, prepared.new, np.int32) if prepared.new is not None else None
-        if starts_new is not None:
-            new = np.diff(starts_new)
-        table = known.get("block_table")
-        if "cache_batch_idx" in known:
-            table = known["cache_batch_idx"][:, None]
-        elif "block_table" not in views and "cache_batch_idx" not in views:
-            table = np.arange(batch, dtype=np.int32)[:, None]
-        turned = known.get("rotary_seqlens") if "rotary_seqlens" in views else before
-        return _Values(known.get("cu_seqlens_q"), starts_new, before, new, table, known.get("cache_leftpad"), turned)
+            _check_values(self.prepared, views, _values(self.prepared, views, known, self.length))
 
     def run(self) -> None:
         """Computes what `prepared.results` names, in `views` where that is there."""
@@ -510,7 +517,7 @@ class _Step:
         """The same in NumPy."""
         views, options = self.views, self.prepared.options
         arrays = {name: view.as_numpy() for name, view in views.items()}
-        values = self._values(arrays)
+        values = _values(self.prepared, views, arrays, self.length)
         before, after, table, turned = values.before, values.after, values.table, values.turned
         assert before is not None and after is not None and table is not None and turned is not None
         tables = {name: arrays[name] for name in ("rotary_cos", "rotary_sin") if name in arrays}
@@ -530,6 +537,39 @@ class _Step:
         if "cache_leftpad" in attend:
             attend["leftpad_k"] = attend.pop("cache_leftpad")
         return attend
+
+
+# Traced: a framework that compiles programs knows shapes when it traces a call, and memory when it runs one. ----------
+
+
+def _prepare_traced(
+    framework: Framework, views: Views, options: CacheOptions, mods: Mods | None, backend: str
+) -> _Prepared:
+    """Checks and plans a call by views without memory, aligned to 16."""
+    if mods is not None:
+        mods, _, softcap = api._folded(Bound(mods), views, options.softcap)
+        options = options._replace(softcap=softcap)
+    return _prepare(framework, views, (), 0, 0, options, mods, backend)
+
+
+def _check_traced(prepared: _Prepared, views: Views, known: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Checks index arrays whose values are known -> in NumPy."""
+    known = {name: api._lengths_view(frameworks.numpy, x, name).as_numpy() for name, x in known.items()}
+    _check_values(prepared, views, _values(prepared, views, known, prepared.capacity))
+    return known
+
+
+def _execute_traced(framework: Framework, views: Views, prepared: _Prepared, scalars: tuple[int | float, ...]) -> None:
+    """Runs it. The views hold results, and workspace on a GPU, too."""
+    step = _Step(framework, views, prepared, scalars, None)
+    if prepared.device[0] == "cpu":
+        step.check()
+    step.run()
+
+
+frameworks.calls |= {
+    "prepare_cache": _prepare_traced, "check_cache": _check_traced, "execute_cache": _execute_traced,
+}  # fmt: skip
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------

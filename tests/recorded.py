@@ -34,7 +34,7 @@ _WRITTEN = {
     "BackwardParams": backward._WRITTEN,
     "CapturedGradientParams": ("sums", "out"),
     "AppendParams": append.WRITTEN,
-    "DecodeParams": ("out", "lse", "partial_out", "partial_lse"),
+    "DecodeParams": ("out", "lse", "partial_out", "partial_lse", "unit_begin"),
 }
 STREAM = 0x57EA  # the address of every framework's current stream
 

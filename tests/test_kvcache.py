@@ -296,6 +296,90 @@ def test_jax_returns_new_caches(rng, what, page_size):
         np.testing.assert_array_equal(np.asarray(x), y)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys", "mods"])
+def test_jit_writes_over_donated_caches(rng, what, backend):
+    """And gives the bits of a call outside."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    step = Step(rng, page_size=8, **CALLS[what])
+    arrays = {n: jax.numpy.asarray(x) for n, x in step.arguments.items() if isinstance(x, np.ndarray)}
+    rest = {n: x for n, x in step.arguments.items() if n not in arrays}
+
+    def attend(q, k_cache, v_cache, given):
+        return cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, **given, **rest, return_softmax_lse=True)
+
+    q, caches = jax.numpy.asarray(step.q), [jax.numpy.asarray(x) for x in step.caches]
+    compiled = jax.jit(attend, donate_argnums=(1, 2) if "k" in arrays else ())
+    with using(backend):
+        expected = jax.block_until_ready(attend(q, *caches, arrays))
+        memory = [x.unsafe_buffer_pointer() for x in caches]
+        found = jax.block_until_ready(compiled(q, *caches, arrays))
+    for x, y in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    for x, y in zip(found[2:], step.expected_caches, strict="k" in arrays):
+        np.testing.assert_allclose(np.asarray(x), y, atol=1e-6)
+    if "k" in arrays:
+        assert [x.unsafe_buffer_pointer() for x in found[2:]] == memory
+        with using(backend):  # not donated: a copy
+            caches = [jax.numpy.asarray(x) for x in step.caches]
+            again = jax.jit(attend)(q, *caches, arrays)
+        for x, y in zip(caches, step.caches, strict=True):
+            np.testing.assert_array_equal(np.asarray(x), y)
+        np.testing.assert_array_equal(np.asarray(again[2]), np.asarray(found[2]))
+
+
+def test_jit_refuses(rng):
+    """Known values when it traces, others when it runs; vmap, gradients; a number of keys is an array."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    jnp = jax.numpy
+    cache, q = jnp.zeros((2, 8, 2, 16)), jnp.ones((2, 1, 2, 16))
+    attend = lambda q, n: cuflash.flash_attn_with_kvcache(q, cache, cache, q, q, cache_seqlens=n)[0]  # noqa: E731
+    with pytest.raises(ArgumentError, match=r"cache_seqlens\[0\]=8, and 1 new keys behind them"):
+        jax.jit(lambda q: attend(q, 8))(q)
+    with pytest.raises(Exception, match=r"cache_seqlens\[1\]=8, and 1 new keys behind them"):
+        jax.jit(attend)(q, jnp.array([1, 8], jnp.int32)).block_until_ready()
+    with pytest.raises(ArgumentError, match=r"cache_seqlens\.dtype=float32 must be int32: pass cache_seqlens\.astype"):
+        jax.jit(attend)(q, jnp.ones(2))
+    with pytest.raises(UnsupportedError, match=r"under jax\.vmap: its first axis is a batch already"):
+        jax.vmap(lambda q: attend(q, jnp.array([1, 2], jnp.int32)))(q[None])
+    with pytest.raises(UnsupportedError, match=r"has no gradient: to train, call cuflash\.attention"):
+        jax.grad(lambda q: attend(q, 2).sum())(q)
+
+
+@needs_nvrtc
+def test_jax_on_a_gpu_launches_on_xlas_stream_and_memory(monkeypatch):
+    """Every launch of a step, with workspace among the results; kernels are loaded when it is traced."""
+    pytest.importorskip("jax", reason="JAX is not installed")
+    from recorded import recording
+
+    from cuflash import dtypes
+    from cuflash.frameworks import CacheOptions, jax_ffi, jax_transforms
+
+    shapes = {"q": (2, 1, 4, 16), "k_cache": (6, 8, 2, 16), "v_cache": (6, 8, 2, 16), "k": (2, 1, 2, 16),
+              "v": (2, 1, 2, 16)}  # fmt: skip
+    specs = [jax_ffi.Spec(name, shape, dtypes.float16) for name, shape in shapes.items()]
+    specs += [jax_ffi.Spec("cache_seqlens", (2,), dtypes.int32), jax_ffi.Spec("block_table", (2, 3), dtypes.int32)]
+    options = CacheOptions((-1, 0), None, 0.0, True, 0, None, None, True, False)
+    loaded = []
+    with recording() as recorder:
+        monkeypatch.setattr(jax_transforms, "_gpus", lambda: (0,))
+        monkeypatch.setattr(module.CudaKernel, "prepare", lambda kernel: loaded.append(kernel.spec.source))
+        static = jax_transforms.CacheStatic(options, "auto", "sm_80")
+        _, description = jax_transforms._cache_described(static, tuple(specs), ("cuda", 0))
+        sources = ["append_kv.cu", *PARTS]
+        assert sorted(loaded) == sorted(sources)
+        description = jax_ffi.Description.loads(description.dumps())
+        device, given = ("cuda", 0), (*description.inputs, *description.results)
+        views = {spec.name: spec.at(4096 * (i + 1), device, False) for i, spec in enumerate(given)}
+        assert {"new_k_cache", "new_v_cache", "seqused_k", "partial_out", "out", "lse"} <= set(views)
+        addresses = {name: view.ptr for name, view in views.items()}
+        jax_ffi.operations["attention_to_cache"](description, device)(views, 77)
+        assert [launch.kernel.spec.source for launch in recorder.launches] == sources
+        assert {launch.stream for launch in recorder.launches} == {77}
+        written = layout.load("AppendParams").unpack(recorder.launches[0].params)
+        assert written["k_cache"] == addresses["new_k_cache"] and written["seqused_k"] == addresses["seqused_k"]
+
+
 def test_lengths_of_any_kind(rng):
     """An int, a list, an array; without new keys none: the whole cache."""
     step = Step(rng, before=(5, 5, 5))
@@ -567,7 +651,7 @@ def test_numbers_compile_nothing(rng):
                 step.arguments |= splits
                 step.check(backend="emulator")
     names = sorted(spec.source for spec in specs)
-    assert names == ["append_kv.cu", "combine.cu", "decode_sm80.cu", "decode_sm80.cu"]
+    assert names == ["append_kv.cu", "combine.cu", "decode_plan.cu", "decode_sm80.cu", "decode_sm80.cu"]
 
 
 # A step as it is launched: the bytes, and what they do.
@@ -580,10 +664,11 @@ def recorded(recorder, step: Step, kind: str, **arguments: Any) -> tuple[Any, li
     return cuflash.flash_attn_with_kvcache(make(step.q), *caches, **given, return_softmax_lse=True), caches
 
 
+PARTS = ("decode_plan.cu", "decode_sm80.cu", "combine.cu")
 LAUNCHED: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "rotary, packed": (CALLS["rotary, packed"], ["append_kv.cu", "decode_sm80.cu", "combine.cu"]),
-    "leftpad": (CALLS["leftpad"], ["append_kv.cu", "decode_sm80.cu", "combine.cu"]),
-    "no new keys": (CALLS["no new keys"], ["decode_sm80.cu", "combine.cu"]),
+    "rotary, packed": (CALLS["rotary, packed"], ["append_kv.cu", *PARTS]),
+    "leftpad": (CALLS["leftpad"] | {"num_splits": 2}, ["append_kv.cu", *PARTS[1:]]),
+    "no new keys": (CALLS["no new keys"], [*PARTS]),
     "a chunk of a prompt": (CALLS["a chunk of a prompt"], ["append_kv.cu", "forward_sm80.cu"]),
 }
 
@@ -595,7 +680,9 @@ def test_recorded_bytes_give_the_right_answer(rng, what, page_size):
     from recorded import STREAM, recording
 
     case, sources = LAUNCHED[what]
-    step = Step(rng, page_size=page_size, **case)
+    splits = {n: x for n, x in case.items() if n == "num_splits"}
+    step = Step(rng, page_size=page_size, **{n: x for n, x in case.items() if n not in splits})
+    step.arguments |= splits
     with recording("sm_80") as recorder:
         (out, _), caches = recorded(recorder, step, "cupy stand-in")
         assert [launch.kernel.spec.source for launch in recorder.launches] == sources
@@ -621,8 +708,9 @@ def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
             cuflash.flash_attn_with_kvcache(q, *caches, **given)
             for name in ("cache_seqlens", "block_table", "cache_leftpad"):
                 step.arguments[name][...] = 0
-        first, second = recorder.launches[:3], recorder.launches[3:]
-        scratch = {"seqused_k", "q_rotated", "out", "partial_out", "partial_lse", "q", "lse"}  # allocated by each call
+        first, second = recorder.launches[:4], recorder.launches[4:]
+        # What each call allocates.
+        scratch = {"seqused_k", "q_rotated", "out", "partial_out", "partial_lse", "unit_begin", "q", "lse"}
         for a, b in zip(first, second, strict=True):
             one, other = (layout.load(x.kernel.spec.params).unpack(x.params) for x in (a, b))
             assert {n: x for n, x in one.items() if n not in scratch} == {
@@ -640,7 +728,7 @@ def test_lengths_in_host_memory_beside_device_arrays(rng):
     with recording("sm_80") as recorder:
         (out, _), _ = recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 0, 13])
         assert [x.tolist() for x in recorder.uploads] == [[5, 0, 13]]
-        recorder.replay(3)
+        recorder.replay(4)
         np.testing.assert_allclose(recorder.host(out).reshape(-1, HEADS, D_V), np.concatenate(step.out), atol=3e-6)
         launches = len(recorder.launches)
         with pytest.raises(ArgumentError, match=r"cache_seqlens\[1\]=22, and 3 new keys behind them"):
@@ -681,7 +769,7 @@ def test_what_only_the_device_knows_is_checked_where_asked(what, monkeypatch):
             cuflash.flash_attn_with_kvcache(**given)
         assert len(recorder.launches) == count
         cuflash.flash_attn_with_kvcache(**{n: make(a) if isinstance(a, np.ndarray) else a for n, a in right().items()})
-        assert len(recorder.launches) == count + 3
+        assert len(recorder.launches) == count + 4
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90a"])

@@ -63,12 +63,13 @@ def operation(*arrays: Any) -> Callable[..., Any] | None:
     return None
 
 
-def cache_operation(*arrays: Any) -> None:
-    if operation(*arrays) is not None:
-        raise UnsupportedError(
-            "flash_attn_with_kvcache of JAX arrays runs on the host, outside of jax.jit and all transformations: there "
-            "are cuflash.attention(page_table=None) and jax.lax.dynamic_update_slice"
-        )
+def cache_operation(*arrays: Any) -> Callable[..., Any] | None:
+    """As `operation`."""
+    if operation(*arrays) is None:
+        return None
+    from . import jax_transforms
+
+    return jax_transforms.attention_to_cache
 
 
 def _on_one_host(x: Any) -> bool:

@@ -72,12 +72,15 @@ operations: dict[str, Callable[[Description, Device], Run]] = {}
 def call(description: Description, arrays: Sequence[Any]) -> Sequence[Any]:
     """Call an operation on JAX arrays, or on what stands for them under tracing -> its results.
 
-    JAX caches what it compiles by the description's text: an equal description never compiles again.
+    JAX caches what it compiles by the description's text: an equal description never compiles again. A result named
+    "new_<input>" is that input written over: where nobody needs the input any more in its own memory, else in a copy.
     """
     jax = _jax()
     _register()
     results = [jax.ShapeDtypeStruct(s.shape, s.dtype.numpy) for s in description.results]
-    return jax.ffi.ffi_call(TARGET, results)(*arrays, call=description.dumps())
+    inputs = {f"new_{spec.name}": i for i, spec in enumerate(description.inputs)}
+    aliases = {inputs[s.name]: i for i, s in enumerate(description.results) if s.name in inputs}
+    return jax.ffi.ffi_call(TARGET, results, input_output_aliases=aliases)(*arrays, call=description.dumps())
 
 
 def _jax() -> Any:
