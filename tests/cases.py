@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from cuflash import dtypes
 
@@ -349,6 +350,13 @@ def draw(count: int, seed: int, *, cost: int = 13_000_000) -> list[Case]:
         left -= case.cost
         cases.append(case)
     return cases
+
+
+def chunks(count: int, size: int) -> list[Any]:
+    """Numbers of the chunks of `size` that `count` cases come in: as many as meet the palette four times are for every
+    run, the others for -m slow."""
+    usual = 4 * len(PALETTE) // size
+    return [pytest.param(i, marks=() if i < usual else pytest.mark.slow) for i in range(count // size)]
 
 
 def draw_one(entry: Entry, rng: np.random.Generator, *, features: int, cost: int) -> Case:

@@ -7,12 +7,16 @@ CUFLASH_CACHE_DIR   compiled kernels; unset: a folder in pytest's cache, so that
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import os
 import secrets
 import shutil
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Tests run side by side, one a core: threads of BLAS on top would only wait for each other. Before NumPy is imported.
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
@@ -85,6 +89,28 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def seed() -> int:
     """The seed of this run's random draws."""
     return int(os.environ["CUFLASH_TEST_SEED"])
+
+
+@pytest.fixture
+def edited(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Plants bugs: after edited(*edits, where=...) every kernel that is loaded contains those of the edits whose text
+    it has, where `where`, a question about its KernelSpec, is true. Each edit must get into one at least."""
+    from cuflash.jit import module
+
+    load, text = module.load, functools.cache(lambda spec: spec.text("emu"))
+    unused = set()
+
+    def apply(*edits: Any, where: Callable[[Any], bool] = lambda spec: True) -> None:
+        def planted(spec: Any, *rest: Any, **keywords: Any) -> Any:
+            mine = tuple(e for e in edits if where(spec) and f'"{e.file}"' in text(spec) and e.old in text(spec))
+            unused.difference_update(mine)
+            return load(dataclasses.replace(spec, edits=mine) if mine else spec, *rest, **keywords)
+
+        unused.update(edits)
+        monkeypatch.setattr(module, "load", planted)
+
+    yield apply
+    assert not unused, "no kernel that was loaded has the text of these"
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from backends import BACKENDS, Emulator, using
-from cases import PALETTE, Case, draw
+from cases import PALETTE, Case, chunks, draw
 from compare import check_backward
 
 import cuflash
@@ -18,7 +18,6 @@ from cuflash.errors import EmulatorError
 from cuflash.jit import source
 from cuflash.jit.source import Edit
 from cuflash.ops import backward
-from cuflash.trace.emit_c import NO_MODS
 
 CASES = 304
 CHUNK = 8
@@ -55,7 +54,7 @@ def check(case: Case, backend=EMULATOR, *, deterministic: bool, **hints) -> None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chunk", range(CASES // CHUNK))
+@pytest.mark.parametrize("chunk", chunks(CASES, CHUNK))
 @pytest.mark.parametrize("other", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "other path"])
 def test_generated_case(backend, chunk, other, seed):
     """What is compiled for a case takes one of the paths, head dims by turns; -m slow the other."""
@@ -320,26 +319,6 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
 }
 
 
-@pytest.fixture
-def edited(monkeypatch):
-    """A function that makes every backward kernel that is built from now on contain some edits."""
-    original = backward.kernel_spec
-
-    def apply(edits: tuple[Edit, ...]) -> None:
-        def spec(variant):
-            found = original(variant)
-            text = source.flatten(found.source, "emu", variant="struct Variant {};", mods=NO_MODS)
-            mine = tuple(e for e in edits if e.file == found.source or f'"{e.file}"' in text)
-            return dataclasses.replace(found, edits=mine)
-
-        monkeypatch.setattr(backward, "kernel_spec", spec)
-        backward.plan.cache_clear()
-
-    yield apply
-    monkeypatch.undo()
-    backward.plan.cache_clear()
-
-
 # The same where dq is accumulated.
 ATOMIC_CASE = dataclasses.replace(CASE, softcap=0.0, sink="float32")
 # Scores of few keys so far below 0 that 2^-lse is beyond float32.
@@ -377,15 +356,14 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("case, deterministic", [(CASE, True), (ATOMIC_CASE, False), (LOW_CASE, False)])
-def test_without_a_bug_nothing_is_reported(edited, case, deterministic):
-    edited(())
+def test_without_a_bug_nothing_is_reported(case, deterministic):
     check(case, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_bug_is_caught(edited, name):
     edits, report, case, deterministic = PLANTED[name]
-    edited(edits)
+    edited(*edits)
     if report is None:
         with pytest.raises((EmulatorError, AssertionError)):
             check(case, deterministic=deterministic)

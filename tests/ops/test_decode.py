@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -409,21 +408,6 @@ BUGS = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def edited(monkeypatch) -> Callable[[str, Edit], None]:
-    """A function that makes one of the kernels contain an edit."""
-
-    def apply(source: str, edit: Edit) -> None:
-        if source == PLAN:
-            monkeypatch.setattr(decode, "PLAN", dataclasses.replace(decode.PLAN, edits=(edit,)))
-            return
-        name = "kernel_spec" if source == KERNEL else "combine_spec"
-        original = getattr(decode, name)
-        monkeypatch.setattr(decode, name, lambda v: dataclasses.replace(original(v), edits=(edit,)))
-
-    return apply
-
-
 @pytest.mark.parametrize("name", [None, *BUGS])
 def test_planted_bug_is_caught(edited, name, rng):
     case = Case(
@@ -433,6 +417,7 @@ def test_planted_bug_is_caught(edited, name, rng):
     if name is None:
         check(case, rng, 16, 128)
         return
-    edited(*BUGS[name])
+    kernel, edit = BUGS[name]
+    edited(edit, where=lambda spec: spec.source == kernel)
     with pytest.raises((EmulatorError, AssertionError)):
         check(case, rng, 16, 128)

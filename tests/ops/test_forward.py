@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from backends import BACKENDS, Emulator, using
-from cases import Case, draw
+from cases import Case, chunks, draw
 from compare import check_forward
 
 import cuflash
@@ -33,7 +33,7 @@ def check(case: Case, backend, **hints) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("chunk", range(CASES // CHUNK))
+@pytest.mark.parametrize("chunk", chunks(CASES, CHUNK))
 def test_generated_case(backend, chunk, seed):
     for case in draw(CASES, seed, cost=COST)[chunk * CHUNK : (chunk + 1) * CHUNK]:
         check(case, backend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -206,25 +205,11 @@ BUGS: dict[str, Edit] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def edited(monkeypatch):
-    """A function that makes every kernel with mods that is built from now on contain an edit, where it has the file."""
-
-    def apply(edit: Edit) -> None:
-        for ops in (forward, backward):
-            original = ops.kernel_spec
-
-            def spec(variant, original=original):
-                found = original(variant)
-                return dataclasses.replace(found, edits=(edit,)) if edit.old in found.text("emu") else found
-
-            monkeypatch.setattr(ops, "kernel_spec", spec)
-            ops.plan.cache_clear()
-
-    yield apply
-    monkeypatch.undo()
-    forward.plan.cache_clear()
-    backward.plan.cache_clear()
+# Those that show in the forward: the backward is left alone, for its kernels take a second each to compile.
+FORWARD = {
+    "coordinates are not brought inside", "the columns' terms of another column", "bounds one off",
+    "bounds read before all are written", "a masked tile taken for full", "a tile too few",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -240,7 +225,7 @@ def test_planted_bug_is_caught(edited, name):
     )
     keywords["mask_mod"] = lambda b, h, q_idx, kv_idx: (kv_idx >= 64 * (h % 2)) & (q_idx >= kv_idx)
     expected = gradients(arguments, keywords)
-    edited(BUGS[name])
+    edited(BUGS[name], where=lambda spec: name not in FORWARD or spec.source == "forward_sm80.cu")
     try:
         with using("emulator"):
             found = gradients(arguments, keywords)
