@@ -37,54 +37,38 @@ struct AsyncReads {
   u32 waited;  // the warp's epoch when it had waited for the group; 0: not yet
 };
 
-// Bits for the kilobytes of shared memory.
-struct Touched {
-  u64 bits[4] = {};
-
-  void set(u32 offset, u32 bytes) {
-    for (u32 i = offset >> 10; i <= (offset + bytes - 1) >> 10; i++) bits[i / 64] |= 1ull << i % 64;
-  }
-  bool any(u32 offset, u32 bytes) const {
-    for (u32 i = offset >> 10; i <= (offset + bytes - 1) >> 10; i++)
-      if (bits[i / 64] >> i % 64 & 1) return true;
-    return false;
-  }
-};
-
 struct Plane {
   std::vector<u32> reads;   // for every 2 bytes, an epoch
   std::vector<u32> groups;  // for every 16 bytes, an index into Clocks::groups
-  Touched read, grouped;
 };
 
 struct Clocks {
   Clock now[32];
   Plane planes[32];
+  // For every kilobyte, the warps whose planes have something there.
+  u32 readers[256] = {}, groupers[256] = {};
+  std::vector<u32> landed;  // for every 16 bytes, the tag of the copy that wrote them; 0: others have since
   std::vector<AsyncReads> groups;
   // Epochs at which each thread executed fence_proxy_async. Each fence begins an epoch of its warp.
   std::vector<u32> fences[1024];
-  bool used = false;
 
   void begin(u32 shared_bytes, i32 warps) {
-    if (used) {
-      for (Plane& plane : planes)
-        for (u32 i = 0; i < 256; i++) {
-          if (plane.read.bits[i / 64] >> i % 64 & 1)
-            std::fill_n(plane.reads.begin() + i * 512, std::min<size_t>(512, plane.reads.size() - i * 512), 0);
-          if (plane.grouped.bits[i / 64] >> i % 64 & 1)
-            std::fill_n(plane.groups.begin() + i * 64, std::min<size_t>(64, plane.groups.size() - i * 64), 0);
-        }
-      for (Plane& plane : planes) plane.read = plane.grouped = Touched();
-      for (auto& epochs : fences) epochs.clear();
+    for (u32 i = 0; i < 256; i++) {
+      for (u32 w = 0; w < 32; w++) {
+        if (readers[i] >> w & 1) std::fill_n(planes[w].reads.begin() + i * 512, 512, 0);
+        if (groupers[i] >> w & 1) std::fill_n(planes[w].groups.begin() + i * 64, 64, 0);
+      }
+      readers[i] = groupers[i] = 0;
     }
-    used = true;
+    for (auto& epochs : fences) epochs.clear();
+    const size_t bytes = std::max<size_t>((shared_bytes + 1023) & ~1023u, 1024);
     for (i32 w = 0; w < warps; w++) {
       now[w] = Clock();
       now[w].at[w] = 1;
-      const size_t bytes = std::max<size_t>((shared_bytes + 1023) & ~1023u, 1024);
-      if (planes[w].reads.size() < bytes / 2) planes[w].reads.assign(bytes / 2, 0);
-      if (planes[w].groups.size() < bytes / 16) planes[w].groups.assign(bytes / 16, 0);
+      if (planes[w].reads.size() < bytes / 2) planes[w].reads.resize(bytes / 2, 0);
+      if (planes[w].groups.size() < bytes / 16) planes[w].groups.resize(bytes / 16, 0);
     }
+    landed.assign(bytes / 16, 0);
     groups.assign(1, AsyncReads{});
   }
 
@@ -185,7 +169,7 @@ NEVER_INLINE void clocked_read(Fiber* f, u32 offset, u32 bytes, Trace trace, con
     plane.reads[at] = now.at[warp];
     b->shadow[at / 8].reader[at % 8 / 2] = trace;
   }
-  plane.read.set(offset, bytes);
+  clocks.readers[offset >> 10] |= 1u << warp;
 }
 
 // For a write by a thread (kWrite) or by a copy it issues (kAsyncWrite).
@@ -206,19 +190,24 @@ NEVER_INLINE void clocked_check_write(Fiber* f, u32 offset, u32 bytes, Use use, 
       fail_clocked(f, offset, bytes, use, what, site);
     good = tag, good_writer = writer;
   }
-  for (u32 u = 0; u < static_cast<u32>(b->warps); u++) {
-    const Plane& plane = clocks.planes[u];
-    if (u != warp && plane.read.any(offset, bytes))
-      for (u32 at = offset / 2; at < (offset + bytes) / 2; at++)
-        if (UNLIKELY(plane.reads[at] > now.at[u])) fail_clocked(f, offset, bytes, use, what, site);
-    if (!plane.grouped.any(offset, bytes)) continue;
-    u32 done = 0;
-    for (u32 at = offset / 16; at < (offset + bytes + 15) / 16; at++) {
-      const u32 group = plane.groups[at];
-      if (group == 0 || group == done) continue;
-      const AsyncReads& reads = clocks.groups[group];
-      if (UNLIKELY(reads.waited == 0 || reads.waited > now.at[u])) fail_clocked(f, offset, bytes, use, what, site);
-      done = group;
+  for (u32 begin = offset; begin < offset + bytes; begin = (begin | 1023) + 1) {  // a kilobyte at a time
+    const u32 end = std::min((begin | 1023) + 1, offset + bytes);
+    for (u32 others = clocks.readers[begin >> 10] & ~(1u << warp); others; others &= others - 1) {
+      const u32 u = static_cast<u32>(__builtin_ctz(others));
+      for (u32 at = begin / 2; at < end / 2; at++)
+        if (UNLIKELY(clocks.planes[u].reads[at] > now.at[u])) fail_clocked(f, offset, bytes, use, what, site);
+    }
+    for (u32 others = clocks.groupers[begin >> 10]; others; others &= others - 1) {
+      const u32 u = static_cast<u32>(__builtin_ctz(others));
+      u32 done = 0;
+      for (u32 at = begin / 16; at < (end + 15) / 16; at++) {
+        const u32 group = clocks.planes[u].groups[at];
+        if (group == done) continue;
+        const AsyncReads& reads = clocks.groups[group];
+        if (UNLIKELY(group && (reads.waited == 0 || reads.waited > now.at[u])))
+          fail_clocked(f, offset, bytes, use, what, site);
+        done = group;
+      }
     }
   }
 }
@@ -228,6 +217,8 @@ ALWAYS_INLINE void clocked_write(Block* b, u32 offset, u32 bytes, u32 tag, Trace
     b->shadow[at / 8].tag[at % 8] = tag;
     b->shadow[at / 8].writer[at % 8 / 2] = trace;
   }
+  const u32 landed = (tag & (kAgents - 1)) >= 32 && tag < kMbarrierObject ? tag : 0;
+  for (u32 at = offset / 16; at < (offset + bytes + 15) / 16; at++) b->clocks->landed[at] = landed;
   if (offset + bytes > b->used) b->used = offset + bytes;
 }
 
@@ -237,20 +228,17 @@ ALWAYS_INLINE void clocked_async_read(Fiber* f, u32 offset, u32 group, u32& good
   Clocks& clocks = *b->clocks;
   const u32 warp = static_cast<u32>(f->index) >> 5;
   const Clock& now = clocks.now[warp];
-  const Chunk& chunk = b->shadow[offset / 16];
-  bool same_tag = good != 0;
-  for (u32 i = 0; i < 8; i++) same_tag &= chunk.tag[i] == good;
-  if (UNLIKELY(!same_tag)) {
+  if (UNLIKELY(good == 0 || clocks.landed[offset / 16] != good)) {
+    const Chunk& chunk = b->shadow[offset / 16];
     for (u32 i = 0; i < 8; i++) {
       const u32 tag = chunk.tag[i];
+      if (i && tag == chunk.tag[i - 1] && chunk.writer[i / 2] == chunk.writer[(i - 1) / 2]) continue;
       if (tag == 0 || !ordered(now, tag) ||
           ((tag & (kAgents - 1)) < 32 && !clocks.fenced(chunk.writer[i / 2] & 1023, tag >> kAgentBits, now)))
         fail_clocked(f, offset, 16, Use::kAsyncRead, what, site);
     }
-    // What threads have written is looked at each time: each of them must have fenced.
-    good = (chunk.tag[0] & (kAgents - 1)) >= 32 ? chunk.tag[0] : 0;
+    good = clocks.landed[offset / 16];  // what threads have written is looked at each time: each must have fenced
   }
-  Plane& plane = clocks.planes[warp];
-  plane.groups[offset / 16] = group;
-  plane.grouped.bits[offset >> 16] |= 1ull << (offset >> 10) % 64;
+  clocks.planes[warp].groups[offset / 16] = group;
+  clocks.groupers[offset >> 10] |= 1u << warp;
 }

@@ -455,25 +455,27 @@ struct Operand {
   u32 start, leading, stride, units;  // units: 16-byte units in a row of the swizzle, 1 for none
 };
 
+Operand operand_of(u64 bits) {
+  const u32 mode = static_cast<u32>(bits >> 62);  // 1: 128 bytes, 2: 64, 3: 32
+  return {static_cast<u32>(bits & 0x3fff) << 4, static_cast<u32>(bits >> 16 & 0x3fff) << 4,
+          static_cast<u32>(bits >> 32 & 0x3fff) << 4, mode ? 16u >> mode : 1};
+}
+
+[[noreturn]] NEVER_INLINE void fail_descriptor(Fiber* f, u64 bits, char name, Site site, const std::string& what) {
+  fail_protocol(f, site, format("wgmma: descriptor %c = 0x%016llx ", name, bits) + what);
+}
+
 Operand read_descriptor(Fiber* f, u64 bits, bool transposed, char name, Site site) {
-  Operand o;
-  o.start = static_cast<u32>(bits & 0x3fff) << 4;
-  o.leading = static_cast<u32>(bits >> 16 & 0x3fff) << 4;
-  o.stride = static_cast<u32>(bits >> 32 & 0x3fff) << 4;
-  const u32 mode = static_cast<u32>(bits >> 62);
-  o.units = mode == 0 ? 1 : 16u >> mode;  // 1: 8, 2: 4, 3: 2
-  const std::string me = format("wgmma: descriptor %c = 0x%016llx ", name, bits);
-  if (bits & 0x3ff1c000c000c000ull) fail_protocol(f, site, me + "has bits set that mean nothing");
-  if (bits >> 49 & 7)
-    fail_protocol(f, site, me + "has a base offset: operands begin where their swizzle's pattern does");
-  if (mode) {
-    const u32 row = o.units * 16, within = o.start % (8 * row);
-    if (transposed ? within != 0 : within + 32 > row)
-      fail_protocol(f, site,
-                    me + format("starts %u bytes into the %u of its swizzle's pattern; ", within, 8 * row) +
+  const Operand o = operand_of(bits);
+  if (UNLIKELY(bits & 0x3ff1c000c000c000ull)) fail_descriptor(f, bits, name, site, "has bits set that mean nothing");
+  if (UNLIKELY(bits >> 49 & 7))
+    fail_descriptor(f, bits, name, site, "has a base offset: operands begin where their swizzle's pattern does");
+  const u32 row = o.units * 16, within = o.start % (8 * row);
+  if (UNLIKELY(bits >> 62 && (transposed ? within != 0 : within + 32 > row)))
+    fail_descriptor(f, bits, name, site,
+                    format("starts %u bytes into the %u of its swizzle's pattern; ", within, 8 * row) +
                         (transposed ? "it must start with the pattern"
                                     : format("16 elements must fit its first row of %u bytes", row)));
-  }
   return o;
 }
 
@@ -483,9 +485,10 @@ ALWAYS_INLINE u32 unit_address(const Operand& o, bool transposed, u32 i, u32 j) 
     if (!transposed) return o.start + i / 8 * o.stride + j * o.leading + i % 8 * 16;
     return o.start + i * o.stride + j / 8 * o.leading + j % 8 * 16;
   }
-  const u32 row = o.units * 16;
-  const u32 address = transposed ? o.start + i / o.units * o.leading + j / 8 * o.stride + j % 8 * row + i % o.units * 16
-                                 : o.start + i / 8 * o.stride + i % 8 * row + j * 16;
+  const u32 row = o.units * 16, shift = static_cast<u32>(__builtin_ctz(o.units));
+  const u32 address =
+      transposed ? o.start + (i >> shift) * o.leading + j / 8 * o.stride + j % 8 * row + (i & (o.units - 1)) * 16
+                 : o.start + i / 8 * o.stride + i % 8 * row + j * 16;
   return swizzled(address, o.units);
 }
 
@@ -504,10 +507,7 @@ const u8* unit_at(Block* b, u32 address) { return b->memory + (address - emu::kS
 
 // This warp's 16 rows of the product.
 void run_product(Block* b, u32 warp, const Product& p, float* c) {
-  const Operand oa = {static_cast<u32>(p.a & 0x3fff) << 4, static_cast<u32>(p.a >> 16 & 0x3fff) << 4,
-                      static_cast<u32>(p.a >> 32 & 0x3fff) << 4, p.a >> 62 ? 16u >> (p.a >> 62) : 1};
-  const Operand ob = {static_cast<u32>(p.b & 0x3fff) << 4, static_cast<u32>(p.b >> 16 & 0x3fff) << 4,
-                      static_cast<u32>(p.b >> 32 & 0x3fff) << 4, p.b >> 62 ? 16u >> (p.b >> 62) : 1};
+  const Operand oa = operand_of(p.a), ob = operand_of(p.b);
   const u32 n = static_cast<u32>(p.n), first = warp % 4 * 16;
   alignas(32) float a[16][16];
   alignas(32) float bk[16][256];

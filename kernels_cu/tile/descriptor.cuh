@@ -23,14 +23,19 @@ struct Chunk {
     return static_cast<u32>(row * kBytes + ((unit ^ (row * kBytes >> 7)) & (kUnits - 1)) * 16);
   }
 
-  // 16 elements of k from element `k` of the rows from `address` on (a multiple of 8 rows into the chunk).
-  HW_DEVICE static u64 k_major(u32 address, i32 k) {
-    return hw::wgmma_descriptor(((address + static_cast<u32>(k) * 2) >> 4) | 1u << 16, kHigh);
+  // The lower word of the descriptor of a tile at `address` (a multiple of 8 rows into it), K-major; and how much more
+  // it is for the 16 elements from `k` on, where each chunk has `rows` rows: one addition of a constant a product. Pass
+  // an address that changes at run time through hw::shfl, or every product moves its descriptors between registers.
+  HW_DEVICE static u32 k_major(u32 address) { return (address >> 4) | 1u << 16; }
+  static constexpr u32 k_step(i32 k, i32 rows) {
+    return static_cast<u32>(k / kElements * rows * kBytes + k % kElements * 2) >> 4;
   }
 
-  // 16 rows of k from row `k` on; `rows` is how many a chunk has: the next chunk, across, lies behind them.
-  HW_DEVICE static u64 mn_major(u32 address, i32 k, i32 rows) {
-    const u32 begin = address + static_cast<u32>(k * kBytes);
-    return hw::wgmma_descriptor((begin >> 4) | static_cast<u32>(rows * kBytes >> 4) << 16, kHigh);
+  // The same, MN-major: each chunk has `rows` rows of k; the 16 from row `k` on.
+  HW_DEVICE static u32 mn_major(u32 address, i32 rows) {
+    return (address >> 4) | static_cast<u32>(rows * kBytes >> 4) << 16;
   }
+  static constexpr u32 mn_step(i32 k) { return static_cast<u32>(k * kBytes) >> 4; }
+
+  HW_DEVICE static u64 descriptor(u32 low) { return hw::wgmma_descriptor(low, kHigh); }
 };

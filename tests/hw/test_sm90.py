@@ -208,6 +208,29 @@ def run_copy(kernel: Toy, backend: str, x, coordinates, out, nbytes: int, descri
     kernel.run(backend, a=x, b=coordinates, out=out, m=nbytes, maps=maps)
 
 
+@each_backend
+@pytest.mark.parametrize("begin, length", [(3, 20), (40, 5), (0, 50)])
+def test_a_ragged_map_ends_with_its_sequence(toy, rng, backend, begin, length):
+    """Two outer axes whose strides cancel modulo 2^64: rows from `length` on are outside, wherever the sequence is."""
+    x = at_aligned(rng.integers(1, 2**15, (50, 2, 64)).astype(np.uint16))
+    stride = x.strides[0]
+    # Coordinates: column, head, 2^30 - length + row, begin + length, 2^30.
+    dims, strides = (64, 2, 2**30, 0x7FFF0000, 0x7FFF0000), (128, stride, stride, 2**35 - stride)
+    describe = ("float16", dims, strides, (64, 1, 16, 1, 1), 128)
+    row, head = 16, 1
+    out = aligned(1024 + x.size, np.uint16)
+    at = np.array([0, head, 2**30 - length + row, begin + length, 2**30], np.int32)
+    run_copy(toy(copy_text(5), threads=64, smem_bytes=4096, sm90=True), backend, x, at, out, 2048, describe, 2048)
+    expected = box_of(x[begin : begin + length, head], (row, 0), (16, 64))
+    found = out[:1024].reshape(16, 8, 8)
+    rows, units = np.indices(found.shape[:2])
+    np.testing.assert_array_equal(found[rows, unit_of(rows, units, 128)].reshape(16, 64), expected)
+    written = np.zeros_like(x)
+    stored = slice(begin + row, begin + min(length, row + 16))
+    written[stored, head] = x[stored, head]
+    np.testing.assert_array_equal(out[1024:].reshape(x.shape), written)
+
+
 def test_what_a_copy_costs(toy):
     x, out = aligned((50, 64), np.uint16), aligned(2048 + 3200, np.uint16)
     kernel = toy(copy_text(2), threads=64, smem_bytes=8192, sm90=True)
@@ -308,9 +331,10 @@ def products() -> dict[tuple, str]:
                 if "kMn" in (major_a, major_b) and (n % (span // 2) or (major_a and 64 % (span // 2))):
                     continue  # of chunks that are complete
                 place = {
-                    "kK": f"Chunk<{span}>::k_major(FROM + 16 * k / {span // 2} * ROWS * {span}, 16 * k % {span // 2})",
-                    "kMn": f"Chunk<{span}>::mn_major(FROM, 16 * k, 32)",
+                    "kK": "Chunk<S>::descriptor(Chunk<S>::k_major(FROM) + Chunk<S>::k_step(16 * k, ROWS))",
+                    "kMn": "Chunk<S>::descriptor(Chunk<S>::mn_major(FROM, 32) + Chunk<S>::mn_step(16 * k))",
                 }
+                place = {major: text.replace("<S>", f"<{span}>") for major, text in place.items()}
                 b = place[major_b].replace("FROM", "from_b").replace("ROWS", str(n))
                 if form == "ss":
                     a = place[major_a].replace("FROM", "from_a").replace("ROWS", "64")

@@ -42,16 +42,17 @@ PRELUDE = """
           hw::tma_load(to, p.maps[0], on, hw::CachePolicy::kNormal, 0, 0, site);
         };
         // The operands of a 64 x 8 x 16 product, written by threads.
-        const u64 a = Chunk<32>::k_major(smem + 2048, 0), b = Chunk<32>::k_major(smem + 4096, 0);
+        const auto operand = [&](u32 address) { return Chunk<32>::descriptor(Chunk<32>::k_major(address)); };
+        const u64 da = operand(smem + 2048), db = operand(smem + 4096);
         const auto operands = [&] {
           hw::store_shared(smem + 2048 + 16 * thread, u32x4{});
           if (thread < 16) hw::store_shared(smem + 4096 + 16 * thread, u32x4{});
         };
         float d[4] = {};
         const auto product = [&](hw::Site site) {
-          hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, a, b, true, site);
+          hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, da, db, true, site);
         };
-        (void)warp, (void)bar, (void)chunk, (void)a, (void)b;
+        (void)warp, (void)bar, (void)chunk, (void)da, (void)db;
 """
 
 FAULTS = {
@@ -501,6 +502,25 @@ FAULTS = {
         """,
         (), ("product",), 128,
     ),
+    "operands brought by cp.async, without a fence": Fault(
+        "proxy",
+        """
+        make(bar, 128);
+        for (i32 i = 0; i < 2; ++i)
+          hw::cp_async_16(smem + 2048 + 2048 * i + 16 * thread, a<u8>() + 16 * thread, 16);
+        hw::cp_async_commit();
+        hw::cp_async_wait<0>();
+        if (right) hw::fence_proxy_async();
+        hw::sync_threads();
+        hw::mbarrier_arrive(bar);
+        hw::mbarrier_wait(bar, 0);
+        hw::wgmma_fence();
+        product(hw::Site::here());  // @product
+        hw::wgmma_commit();
+        hw::wgmma_wait<0>();
+        """,
+        ("fence_proxy_async",), ("product",), 128,
+    ),
     "operands nobody has written": Fault(
         "uninitialised",
         """
@@ -508,8 +528,8 @@ FAULTS = {
         hw::fence_proxy_async();
         hw::sync_threads();
         hw::wgmma_fence();
-        const u64 other = Chunk<32>::k_major(right ? smem + 4096 : smem + 4096 + 256, 0);
-        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, a, other, true);  // @product
+        const u64 other = operand(right ? smem + 4096 : smem + 4096 + 256);
+        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, da, other, true);  // @product
         hw::wgmma_commit();
         hw::wgmma_wait<0>();
         """,
@@ -618,8 +638,8 @@ FAULTS = {
         hw::fence_proxy_async();
         hw::sync_threads();
         hw::wgmma_fence();
-        const u64 mine = a + (right || warp != 2 ? 0 : 16);
-        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, mine, b, true);  // @product
+        const u64 mine = da + (right || warp != 2 ? 0 : 16);
+        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, mine, db, true);  // @product
         hw::wgmma_commit();
         hw::wgmma_wait<0>();
         """,
@@ -645,7 +665,7 @@ FAULTS = {
         hw::fence_proxy_async();
         hw::sync_threads();
         hw::wgmma_fence();
-        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, a, right ? b : b + 1, true);  // @product
+        hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kK>(d, da, right ? db : db + 1, true);  // @product
         hw::wgmma_commit();
         hw::wgmma_wait<0>();
         """,
