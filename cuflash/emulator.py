@@ -70,14 +70,15 @@ class Counters:
     """Sums over the launches counted. Only what is not zero has an entry; a site is "file:line".
 
     launches              kernels started
-    matrix_instructions   name -> matrix multiplications, e.g. "mma_m16n8k16_f16", one for a whole warp
-    matrix_moves          name -> ldmatrix and stmatrix, likewise
-    barriers              times a block met
+    matrix_instructions   name -> matrix multiplications, e.g. "mma_m16n8k16_f16", one for a whole warp, or
+                          "wgmma_m64n128k16_bf16", one for a warpgroup
+    matrix_moves          name -> ldmatrix and stmatrix, likewise; tensor copies, "tma_load" and "tma_store"
+    barriers              times a block, or the threads of a named barrier, met
     global_bytes_read     buffer -> bytes asked for by loads and asynchronous copies
     global_bytes_written  buffer -> bytes
     global_sectors        32-byte sectors touched, each counted once for an instruction of a warp
     uncoalesced           site -> sectors beyond those its bytes would fill
-    shared_bytes          bytes of shared memory read and written
+    shared_bytes          bytes of shared memory that threads read and wrote
     bank_conflicts        site -> passes over shared memory beyond those its bytes need
     """
 

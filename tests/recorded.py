@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import importlib.util
 import mmap
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 
 from cuflash import arch, array, dtypes, frameworks
 from cuflash.array import TensorView
-from cuflash.jit import layout, module
+from cuflash.jit import layout, module, tensor_map
 from cuflash.ops import append, backward, forward
 
 _WRITTEN = {
@@ -92,13 +93,16 @@ class Recorder:
     def replay(self, latest: int = 1) -> None:
         """Run the latest launches on the emulator: the same bytes, but each address exchanged for the host's."""
         for launch in self.launches[-latest:]:
-            struct = layout.load(launch.kernel.spec.params)
-            fields = struct.unpack(launch.params)
+            params = layout.parse(launch.kernel.text, launch.kernel.spec.params)
+            fields = params.unpack(launch.params)
             buffers = []
-            for name in [f.name for f in struct.fields if f.is_pointer and fields[f.name]]:
+            for name in [f.name for f in params.fields if f.ctype == "TensorMap"]:
+                fields[name], host = self._moved(fields[name])
+                buffers += [module.Buffer(name, host.ctypes.data, host.nbytes, True)] if host is not None else []
+            for name in [f.name for f in params.fields if f.is_pointer and fields[f.name]]:
                 host = self.behind[fields[name]][1]
                 fields[name] = host.ctypes.data
-                buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in _WRITTEN[struct.name]))
+                buffers.append(module.Buffer(name, host.ctypes.data, host.nbytes, name in _WRITTEN[params.name]))
             if "captured" in fields:  # words of which some are addresses
                 words = np.frombuffer(fields["captured"], np.uint64).copy()
                 for i, word in enumerate(words.tolist()):
@@ -108,7 +112,17 @@ class Recorder:
                         buffers.append(module.Buffer(f"word {i}", host.ctypes.data, host.nbytes, True))
                 fields["captured"] = words.tobytes()
             kernel = module.load(launch.kernel.spec, launch.kernel.arch, "emulator")
-            kernel.launch(launch.grid, struct.pack(**fields), buffers=buffers)
+            kernel.launch(launch.grid, params.pack(**fields), buffers=buffers)
+
+    def _moved(self, encoded: bytes) -> tuple[bytes, np.ndarray | None]:
+        """A map in the emulator's form, of the host array that stands behind its address; none for one of zeros."""
+        (address,) = struct.unpack_from("<Q", encoded, 8)
+        for begin, (_, host) in self.behind.items():
+            if begin <= address < begin + host.nbytes:
+                there = struct.pack("<Q", host.ctypes.data + address - begin)
+                return encoded[:8] + there + encoded[16:], host
+        assert not any(encoded), "a tensor map of memory nobody has"
+        return encoded, None
 
     # Device arrays of each kind, for the contents of a contiguous host array.
 
@@ -215,6 +229,8 @@ def recording(name: str = "sm_90a") -> Iterator[Recorder]:
                 stack.enter_context(mock.patch.object(target, attribute, function))
 
         replace(module, launch_cuda=launch_cuda)
+        replace(tensor_map, _driver=tensor_map._emulated)  # which the driver would write in a form of its own
+        stack.callback(tensor_map.encode.cache_clear)
         replace(frameworks.cupy, arch_of=lambda device, cuda_version=None: arch.named(name))
         makers = {
             frameworks.cupy: recorder._cupy_like,

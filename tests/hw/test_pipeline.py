@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hw_toys import aligned
 from needs import needs_nvdisasm, needs_nvrtc
+from recorded import recording
 
 from cuflash import arch, emulator
 from cuflash.errors import EmulatorError
@@ -80,6 +81,19 @@ def test_it_multiplies_on_a_gpu():
     pointers = {name: x.data.ptr for name, x in there.items()}
     kernel.launch((ROWS // 128, 1, 1), params(kernel.text, "cuda", pointers, {}))
     np.testing.assert_array_equal(there["s"].get().view(bfloat16).astype(np.float32), expected)
+
+
+@needs_nvrtc
+def test_a_recorded_launch_with_maps_runs_on_the_emulator():
+    """Maps made for a GPU's addresses, in the bytes that would have gone to the driver."""
+    q, k, expected = inputs()
+    s = aligned((ROWS, KEYS), bfloat16)
+    with recording() as recorder:
+        kernel = module.load(spec(), arch.named("sm_90a"), "cuda", 0)
+        pointers = {name: recorder.address(x) for name, x in (("q", q), ("k", k), ("s", s))}
+        kernel.launch((ROWS // 128, 1, 1), params(kernel.text, "cuda", pointers, {}))
+        recorder.replay()
+    np.testing.assert_array_equal(s.astype(np.float32), expected)
 
 
 def test_what_it_costs():

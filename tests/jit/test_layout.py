@@ -91,6 +91,18 @@ def test_the_launch_structs_load_with_comments(name: str) -> None:
     assert all(f.comment for f in found.fields if f.is_pointer), "a pointer says its shape"
 
 
+@needs_nvrtc
+def test_tensor_maps_lie_where_copies_can_read_them() -> None:
+    text = BASE + "struct P {\n  i32 n;\n  TensorMap q;\n  i32 m;\n  TensorMap kv[2];\n};\n"
+    found = layout.parse(text, "P")
+    assert [found[name].offset for name in ("q", "m", "kv")] == [64, 192, 256] and found.size == 512
+    maps = [bytes([i]) * 128 for i in range(3)]
+    data = found.pack(n=1, q=maps[0], m=2, kv=maps[1:])
+    assert (data[64:192], data[256:384], data[384:]) == tuple(maps)
+    assert found.packer("q", "kv", "n", "m")(maps[0], maps[1:], 1, 2) == data
+    nvrtc.compile(text + assertions(found), SM80, "maps.cu")
+
+
 def test_pack_and_unpack_are_inverse(rng: np.random.Generator) -> None:
     text = BASE + "struct P {\n  u8 a;\n  float* p;\n  float c[8];\n  u32x4 map;\n  i64 n;\n  bool b;\n};\n"
     found = layout.parse(text, "P")
