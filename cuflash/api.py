@@ -111,13 +111,16 @@ def attention(
                    in PyTorch seed=None draws both from the device's default generator
     deterministic  makes gradients bitwise reproducible, at the price of seven matrix products instead of five; the
                    forward is so either way
+    split_size     for few queries of many keys: cut the keys of each row into pieces of so many, which several blocks
+                   compute and a last kernel puts together. A multiple of 64 serves every kernel. A sequence's result
+                   has the same bits in any batch, but other ones than without. Keys are dense or in pages, not packed
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `split_size` and `kernel_options` raise `UnsupportedError`, mods that cannot be followed `TraceError`; the
-    message says what to use instead. Wrong arguments raise `ArgumentError`; a refused call has launched and written
-    nothing.
+    sink). `kernel_options`, and `split_size` beside dropout or packed keys, raise `UnsupportedError`, mods that cannot
+    be followed `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused
+    call has launched and written nothing.
 
     Gradients for q, k, v, `alibi_slopes`, `sink` and the float arrays that a score_mod captures flow through out and
     lse. In PyTorch: in autograd, torch.func's grad and vmap, torch.compile, torch.export and checkpoints; under
@@ -160,8 +163,8 @@ def attention(
     if operation is not None:
         if page_table is not None:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
-        if split_size is not None or kernel_options:
-            _refuse_keywords(split_size, kernel_options)
+        if kernel_options:
+            _refuse_options(kernel_options)
         if out is not None:
             raise UnsupportedError(f"out: {_UNSUPPORTED_OPERATION['out']}")
         names = validate.aux_names(aux)
@@ -176,7 +179,7 @@ def attention(
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
             alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
-            deterministic=bool(deterministic), aux=names, bound=bound,
+            deterministic=bool(deterministic), split_size=validate.split_size(split_size), aux=names, bound=bound,
         )  # fmt: skip
         if not names:
             return results[0]
@@ -191,7 +194,7 @@ def attention(
 
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
-    unused = dict.fromkeys(("page_table", "split_size", "kernel_options", "out"))
+    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
     return _bind(q, k, v, causal=False, aux=aux, **unused, **{"bound": None, **keywords}).run()
 
 
@@ -306,7 +309,7 @@ def _backward_below(
     **keywords: Any,
 ) -> AttentionGrads:
     """`attention_backward` below a framework's operation. `grads`: the arrays beside q, k, v and sink that want one."""
-    unused = dict.fromkeys(("page_table", "split_size", "kernel_options", "out"))
+    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
     backward = _Backward(given, {}, deterministic, grads)
     return _bind(
         q, k, v, causal=False, aux=(), backward=backward, **unused, **{"bound": None, **keywords}
@@ -498,8 +501,9 @@ def _bind(
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    if split_size is not None or kernel_options:
-        _refuse_keywords(split_size, kernel_options)
+    if kernel_options:
+        _refuse_options(kernel_options)
+    split_size = validate.split_size(split_size)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:
@@ -580,7 +584,7 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size,
     )  # fmt: skip
     if len(views) > 3:
         key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
@@ -595,7 +599,7 @@ def _bind(
     if prepared is None:
         prepared = _prepare(
             framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
-            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward,
+            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward, split_size=split_size,
         )  # fmt: skip
         if key is not None:
             if len(_prepared) >= _PREPARED_LIMIT:
@@ -842,9 +846,7 @@ def _captured_uploads(
     return found
 
 
-def _refuse_keywords(split_size: Any, kernel_options: Any) -> None:
-    if split_size is not None:
-        raise UnsupportedError(f"split_size={split_size!r}: {_UNSUPPORTED['split_size']}")
+def _refuse_options(kernel_options: Any) -> None:
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
 
 
@@ -862,7 +864,6 @@ _PAGES_WITHOUT_GRADIENTS = (
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
-    "split_size": "no kernel splits the keys of a row: leave it None",
     "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
 }
 
@@ -907,6 +908,7 @@ def _prepare(
     targets: Sequence[str],
     backward: _Backward | None,
     backend: str | None = None,
+    split_size: int | None = None,
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
@@ -981,7 +983,7 @@ def _prepare(
             window=(left, right),
             softcap=softcap,
             dropout_p=dropout_p,
-        ), max_seqlen_k, backward, mods)  # fmt: skip
+        ), max_seqlen_k, backward, mods, split_size)  # fmt: skip
     folded = mods is not None and "alibi_slopes" in _captured_names(mods, views)
     return _Prepared(
         backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p, mods, folded,
@@ -1021,6 +1023,7 @@ def _plan(
     max_seqlen_k: int | None,
     backward: _Backward | None,
     mods: Mods | None,
+    split_size: int | None,
 ) -> Any:
     """The plan of a checked call: `fields` are those of both problems that do not follow from the views."""
     names = ["q", "k", "v", "out"] + ([] if backward is None else ["dout", "dq", "dk", "dv"])
@@ -1049,7 +1052,8 @@ def _plan(
         if pages is not None:
             fields |= {"page_size": views["k"].shape[1], "max_pages": pages.shape[1]}
             fields["page_table_stride"] = pages.strides[0]
-        return ops.plan(ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes), arch)
+        problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes)
+        return ops.plan(problem, arch) if split_size is None else _decode().DecodePlan(problem, arch, split_size)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}
     fields |= {"max_seqlen_k": max_seqlen_k if packed else None, "dlse": "dlse" in views}
@@ -1105,6 +1109,12 @@ def _backward() -> Any:
     return backward
 
 
+def _decode() -> Any:
+    from .ops import decode
+
+    return decode
+
+
 # Traced -----------------------------------------------------------------------------------------------------------
 
 _LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k")
@@ -1127,6 +1137,7 @@ def _prepare_traced(
     deterministic: bool,
     grads: tuple[str, ...],
     mods: Mods | None,
+    split_size: int | None,
 ) -> _Prepared:
     """Checks and plans a call (with `dout` among the views: its backward) by views without memory, aligned to 16."""
     backward = _Backward({}, {}, deterministic, grads) if "dout" in views else None
@@ -1134,7 +1145,7 @@ def _prepare_traced(
         mods, _, softcap = _folded(Bound(mods), views, softcap)
     return _prepare(
         framework, views, (), 0, scale, False, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, mods,
-        dropout_p, (), backward, backend,
+        dropout_p, (), backward, backend, split_size,
     )  # fmt: skip
 
 
@@ -1283,7 +1294,7 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
         )
     from .jit import nvrtc, variant
 
-    spec, grid, why = (plan.spec, plan.grid, [f"grid: {plan.why}"]) if not backward else plan.described()
+    spec, grid, why = plan.described()
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
@@ -1369,7 +1380,7 @@ class Support:
 _SERVED = (
     "cu_seqlens", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_q", "seqused_k", "scale",
     "causal", "window_size", "softcap", "alibi_slopes", "sink", "dropout_p", "seed", "offset", "deterministic", "out",
-    "lse", "max_logit", "dropout_mask", "page_table", *_MODS,
+    "lse", "max_logit", "dropout_mask", "page_table", "split_size", *_MODS,
 )  # fmt: skip
 
 
@@ -1411,16 +1422,21 @@ def supports(
             arch_table.named(arch)
         except UnsupportedError as error:
             return Support(str(error))
-    for name, value in features.items():
+    used = {n for n, x in features.items() if not (x is None or (isinstance(x, (bool, int, float)) and not x))}
+    for name in features:
         if name in _SERVED and not (backward and name == "page_table"):
             continue
         require(
             name in FEATURES,
             f"feature {name!r} is not a keyword or output of attention: use one of {', '.join(FEATURES)}",
         )
-        unused = value is None or (isinstance(value, (bool, int, float)) and not value)
-        if not unused:
+        if name in used:
             return Support(f"{name}: {_UNSUPPORTED.get(name, _PAGES_WITHOUT_GRADIENTS)}")
+    if "split_size" in used:
+        if "dropout_p" in used:
+            return Support(f"split_size: {_decode().NO_DROPOUT}")
+        if used & {"cu_seqlens", "cu_seqlens_k"} and "page_table" not in used:
+            return Support(f"split_size: {_decode().NO_PACKED_KEYS}")
     return Support("")
 
 
@@ -1475,12 +1491,14 @@ def warmup(
         mods=mods,
     )
     paged = features.get("page_table") is not None and features["page_table"] is not False
-    problems: list[tuple[Any, Any]] = [(_forward(), _forward().ForwardProblem(**fields, page_size=int(paged)))]
+    split_size = features.get("split_size")
+    make = _forward().plan if not split_size else lambda *given: _decode().DecodePlan(*given, 64)  # any size will do
+    problems: list[tuple[Any, Any]] = [(make, _forward().ForwardProblem(**fields, page_size=int(paged)))]
     if backward:
         gradients = dict(dout_strides=values, dq_strides=rows, dk_strides=rows, dv_strides=values, max_seqlen_k=None)
         sums = dict(dsink=bool(features.get("sink")), dcaptured=wanted)
         sums["dslopes"] = bool(features.get("alibi_slopes")) and (mods is None or mods.score is None)
-        problems.append((_backward(), _backward().BackwardProblem(**fields, **gradients, **sums)))
+        problems.append((_backward().plan, _backward().BackwardProblem(**fields, **gradients, **sums)))
     from .jit import module
 
     if config.backend == "emulator":
@@ -1490,8 +1508,8 @@ def warmup(
     else:
         index = frameworks.cupy.current_device() if device is None else device
         where, target = "cuda", frameworks.cupy.arch_of(index)
-    for ops, problem in problems:
-        for spec in ops.plan(problem, target).specs:
+    for make, problem in problems:
+        for spec in make(problem, target).specs:
             if where:
                 module.load(spec, target, where, index).prepare()
             else:

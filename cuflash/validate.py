@@ -508,6 +508,15 @@ def hint(name: str, value: Any) -> int | None:
     return int(value)
 
 
+def split_size(value: Any) -> int | None:
+    """`split_size`: keys of a piece, or None. What a kernel's key block divides is for its plan to know."""
+    if value is None:
+        return None
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
+        raise ArgumentError(f"split_size={value!r} must be a positive int or None: pass a multiple of 64")
+    return int(value)
+
+
 def aux_names(aux: Any) -> tuple[str, ...]:
     """The names in `aux`, checked."""
     if isinstance(aux, str):

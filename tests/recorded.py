@@ -28,14 +28,14 @@ import numpy as np
 from cuflash import arch, array, dtypes, frameworks
 from cuflash.array import TensorView
 from cuflash.jit import layout, module, tensor_map
-from cuflash.ops import append, backward, forward
+from cuflash.ops import append, backward, decode, forward
 
 _WRITTEN = {
     "ForwardParams": forward._WRITTEN,
     "BackwardParams": backward._WRITTEN,
     "CapturedGradientParams": ("sums", "out"),
     "AppendParams": append.WRITTEN,
-    "DecodeParams": ("out", "lse", "partial_out", "partial_lse", "unit_begin"),
+    "DecodeParams": decode.WRITTEN,
 }
 STREAM = 0x57EA  # the address of every framework's current stream
 

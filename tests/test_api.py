@@ -293,7 +293,8 @@ def test_supported(dtype):
         ({"head_dim_v": 512}, "head_dim_v=512"),
         ({"arch": "sm_75"}, "compute capability 8.0"),
         ({"page_table": True, "backward": True}, "page_table: keys in pages have no gradients"),
-        ({"split_size": 64}, "split_size: no kernel splits the keys"),
+        ({"split_size": 64, "dropout_p": 0.1}, "split_size: dropout is of training"),
+        ({"split_size": 64, "cu_seqlens_k": True}, "split_size: packed keys (cu_seqlens_k) are not split"),
     ],
 )
 def test_unsupported_says_why(changed, reason):

@@ -69,6 +69,7 @@ WRONG = {
         dense(k=x(2, 9, 3, 16), v=x(2, 9, 3, 16)),
         r"k\.shape\[2\]=3 must divide q\.shape\[2\]=4: each key head serves a whole group of query heads; repeat",
     ),
+    "split size": (dense(split_size=0), r"split_size=0 must be a positive int or None: pass a multiple of 64"),
     "no heads": (dense(k=x(2, 9, 0, 16), v=x(2, 9, 0, 16)), r"k\.shape\[2\]=0 must be at least 1"),
     "head dims of q and k differ": (dense(k=x(2, 9, 2, 8)), r"k\.shape\[3\]=8 must equal q\.shape\[3\]=16"),
     "head dim 0": (dense(q=x(2, 6, 4, 0), k=x(2, 9, 2, 0)), r"q\.shape\[3\]=0: the head dim must be at least 1"),
@@ -195,7 +196,6 @@ UNSUPPORTED = {
         r"q\.shape\[3\]=512: head dims go from 1 to 256.*scaled_dot_product_attention",
     ),
     "head dim of v 257": (dense(v=x(2, 9, 2, 257)), r"v\.shape\[3\]=257: head dims go from 1 to 256"),
-    "split size": (dense(split_size=128), r"split_size=128: no kernel splits the keys of a row: leave it None"),
     "kernel options": (dense(kernel_options={"BLOCK_M": 64}), r"kernel_options=\{'BLOCK_M': 64\}.*leave it None"),
 }
 

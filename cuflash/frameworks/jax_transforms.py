@@ -64,6 +64,7 @@ class Static:
     softcap: float
     dropout_p: float
     deterministic: bool
+    split_size: int | None
     aux: tuple[str, ...]
     backend: str  # config.backend and config.arch when it was traced
     arch: str

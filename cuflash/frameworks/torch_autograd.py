@@ -41,13 +41,13 @@ _TENSORS = (
 )
 _NUMBERS = (
     "max_seqlen_q", "max_seqlen_k", "scale", "left", "right", "softcap", "dropout_p", "seed_number", "offset_number",
-    "deterministic",
+    "deterministic", "split_size",
 )  # fmt: skip
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
     "Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
     "float? scale, SymInt left, SymInt right, float softcap, float dropout_p, SymInt seed_number, "
-    "SymInt offset_number, bool deterministic"
+    "SymInt offset_number, bool deterministic, SymInt? split_size"
 )
 # Calls with mods are operators of their own, so that others carry nothing along. What they have besides: the mods, as
 # `trace.text` writes them; the numbers they captured; which results are wanted; the arrays, as a list.
@@ -76,6 +76,7 @@ def attention(
     seed: Any,
     offset: Any,
     deterministic: bool,
+    split_size: int | None,
     aux: tuple[str, ...],
     bound: Bound | None,
 ) -> tuple[Any, Any, Any]:
@@ -106,7 +107,7 @@ def attention(
         _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
         alibi_slopes, sink, seed, offset, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
         dropout_p, seed_number, offset_number,
-        deterministic or torch.are_deterministic_algorithms_enabled(),
+        deterministic or torch.are_deterministic_algorithms_enabled(), split_size,
     )  # fmt: skip
     if bound is not None:
         mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)

@@ -124,6 +124,7 @@ POINTERS = (
     "q", "k", "v", "out", "lse", "max_logit", "partial_out", "partial_lse", "partial_max", "unit_begin", "cu_seqlens_q",
     "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "cache_leftpad", "alibi_slopes", "sink",
 )  # fmt: skip
+WRITTEN = ("out", "lse", "max_logit", "partial_out", "partial_lse", "partial_max", "unit_begin")
 
 
 class DecodePlan:
@@ -157,16 +158,16 @@ class DecodePlan:
             splits, self.grid = 0, (blocks, 1, 1)
             lines = problem.heads_q * rows + blocks * BLOCK_Q
             self.why = (
-                f"keys: an even share of all sequences' keys for each of {blocks} blocks, {BLOCKS_PER_MULTIPROCESSOR} "
-                f"a multiprocessor; decode_plan counts them on the device, combine puts the pieces of a row together"
+                f"keys: an even share of all sequences' for each of {blocks} blocks, {BLOCKS_PER_MULTIPROCESSOR} a "
+                f"multiprocessor; decode_plan counts them on the device, combine puts the pieces of a row together"
             )
         else:
             splits = max(1, math.ceil(problem.k_rows / split_size))
             self.grid = (math.ceil(max(longest, 1) * group / BLOCK_Q) * splits, problem.heads_kv, problem.batch)
             lines = splits * problem.heads_q * rows
             self.why = (
-                f"keys: split_size={split_size}, so up to {splits} pieces of a row; combine puts them together, in "
-                f"their order; grid: (piece and row tile, key head, sequence)"
+                f"keys: split_size={split_size}, up to {splits} pieces of a row; combine puts them together in "
+                "their order, whatever else is in the batch; grid: (piece and row tile, key head, sequence)"
             )
         self.combine_grid = (math.ceil(max(longest, 1) / 4), problem.heads_q, problem.batch + problem.packed)
         if self.grid[0] > GRID_LIMITS[0]:
@@ -194,6 +195,11 @@ class DecodePlan:
             self._launches.insert(0, (PLAN, (1, 1, 1)))
         self.empty = not (rows and problem.heads_q)
 
+    def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
+        """For people: spec and grid of the kernel that reads keys, how these are cut, and a line for each launch."""
+        names = [f"{spec.name}: grid {' x '.join(map(str, grid))}" for spec, grid in self._launches]
+        return self.spec, self.grid, [self.why, *names]
+
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
         """The kernels a launch runs."""
@@ -217,8 +223,7 @@ class DecodePlan:
         if self.empty:
             return
         params = self.params(arrays, self._captured.pack(arrays, scalars))
-        written = ("out", "lse", "max_logit", *self.workspace)
-        buffers = buffers_of(arrays, written) if backend == "emulator" else ()
+        buffers = buffers_of(arrays, WRITTEN) if backend == "emulator" else ()
         for spec, grid in self._launches:
             if 0 not in grid:
                 module.load(spec, self.arch, backend, device).launch(grid, params, stream=stream, buffers=buffers)
@@ -241,7 +246,7 @@ def _refuse(problem: ForwardProblem) -> None:
 
 
 NO_DROPOUT = "dropout is of training, whose kernels do not split the keys of a row: leave split_size None"
-NO_PACKED_KEYS = "the keys of packed arrays (cu_seqlens_k) are not split: pass keys dense with seqused_k, or in pages with page_table"
+NO_PACKED_KEYS = "packed keys (cu_seqlens_k) are not split: pass them dense with seqused_k, or in pages with page_table"
 
 
 def representative(arch: Arch) -> list[module.KernelSpec]:

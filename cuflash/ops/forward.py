@@ -306,6 +306,10 @@ class ForwardPlan:
         """The kernels a launch runs."""
         return (self.spec,)
 
+    def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
+        """For people: spec and grid of the kernel, and why."""
+        return self.spec, self.grid, [f"grid: {self.why}"]
+
     def kernel(self, backend: str, device: int | None) -> module.Kernel:
         """The compiled kernel, compiling it if this machine never did."""
         return module.load(self.spec, self.arch, backend, device)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from backends import BACKENDS, Emulator, using
 from cases import PALETTE, Case, chunks, draw
-from compare import check_backward
+from compare import check_backward, check_forward
 
 import cuflash
 from cuflash import dtypes
@@ -61,6 +61,15 @@ def test_generated_case(backend, chunk, other, seed):
     for case in draw(CASES, seed + 1, cost=COST)[chunk * CHUNK : (chunk + 1) * CHUNK]:
         turn = PALETTE.index(case.entry)
         check(case, backend, deterministic=((turn + turn // 6) % 2 == 0) != other)
+
+
+@PATHS
+def test_head_dims_of_latent_attention_while_it_reads_its_prompts(deterministic):
+    """Multi-head latent attention (DeepSeek-V2): keys of 128 + 64 dims, values of 128, as many key heads as heads."""
+    case = Case("bfloat16", (70, 33), (70, 90), 2, 2, 192, 128, causal=True, scale=0.1)
+    inputs, given, grads = run(case, EMULATOR, deterministic=deterministic)
+    check_forward(inputs.q, inputs.k, inputs.v, inputs.out, **inputs.keywords)
+    check_backward(given.dout, inputs.q, inputs.k, inputs.v, *grads[:3], dlse=given.dlse, **inputs.keywords)
 
 
 @PATHS
