@@ -480,10 +480,30 @@ class _Step:
                     f"{', '.join(known)} in host memory cannot enter a CUDA graph, which would replay these very "
                     "values: copy to the device before the capture and pass that array"
                 )
-            if config.check and not framework.capturing(device[1]):
+            # Reading back waits for the device, which nothing may under capture.
+            checking = config.check and not framework.capturing(device[1])
+            if checking:
                 known |= api._download(framework, views, [n for n in _INDICES if n in views and n not in known])
+        else:
+            checking = True
         if known or self.prepared.options.counted:
             _check_values(self.prepared, views, _values(self.prepared, views, known, self.length))
+        if checking and self.prepared.attention.mods is not None:
+            self._check_indices(_values(self.prepared, views, known, self.length))
+
+    def _check_indices(self, values: _Values) -> None:
+        """That mods read inside of arrays they captured, where no score decides on it."""
+        from .trace.host import HostMods
+
+        mods, q, after = self.prepared.attention.mods, self.views["q"], values.after
+        assert mods is not None and after is not None
+        captured = api._download(self.framework, self.views, api._captured_names(mods, self.views))
+        host = HostMods(mods, [*captured.values()], self.scalars)
+        if not host.reads_by_score:
+            starts, pad = values.starts_q, values.pad
+            lengths_q = np.full(self.prepared.batch, q.shape[1]) if starts is None else np.diff(starts)
+            lengths = zip(lengths_q.tolist(), (after if pad is None else after - pad).tolist(), strict=True)
+            host.check_indices([*lengths], q.shape[-2], self.prepared.options.window)
 
     def run(self) -> None:
         """Computes what `prepared.results` names, in `views` where that is there."""

@@ -170,6 +170,21 @@ def test_against_caches_by_hand(rng, what, where, backend):
     step.check(backend=backend)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("queries", [3, 36])
+@pytest.mark.parametrize("page_size", [0, 8])
+def test_documents_in_a_window_with_softcap(rng, page_size, queries, backend):
+    """A mask that reads memory, beside arguments; by few queries in parts, by many in one piece."""
+    documents = np.sort(rng.integers(0, 5, 64)).astype(np.int32)
+
+    def mask_mod(b, h, q_idx, kv_idx, q_len, kv_len):
+        return documents[q_idx + kv_len - q_len + 40] == documents[kv_idx + 40]
+
+    Step(
+        rng, page_size=page_size, queries=queries, pad=(2, 0, 5), mask_mod=mask_mod, window_size=(8, 1), softcap=2.0
+    ).check(backend=backend)
+
+
 DRAWN = [("reference", 40), ("emulator", 10), pytest.param("emulator", 40, marks=pytest.mark.slow)]
 
 
@@ -503,19 +518,28 @@ UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def refused(changes: dict[str, Any], match: str, error: type[Exception]) -> None:
+def refused(changes: dict[str, Any], match: str, error: type[Exception], backend: str = "reference") -> None:
     arguments = right() | changes
     before = {n: a.copy() for n, a in arguments.items() if isinstance(a, np.ndarray)}
-    with pytest.raises(error, match=match) as caught:
+    with using(backend), pytest.raises(error, match=match) as caught:
         cuflash.flash_attn_with_kvcache(**arguments)
     assert "\n" not in str(caught.value)
     for n, a in before.items():
         np.testing.assert_array_equal(arguments[n], a, err_msg=f"{n} was written")
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_arguments_leave_the_cache(what):
-    refused(*WRONG[what], ArgumentError)
+def test_wrong_arguments_leave_the_cache(what, backend):
+    refused(*WRONG[what], ArgumentError, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mods_that_read_outside_leave_the_cache(backend):
+    """Of 12 keys after appending, an array of 11 does not know the last."""
+    bias = np.zeros(11, np.float32)
+    mod = lambda score, b, h, q_idx, kv_idx: score + bias[kv_idx]  # noqa: E731
+    refused({"score_mod": mod}, r"bias.*11.*a mod reads it there", ArgumentError, backend)
 
 
 @pytest.mark.parametrize("what", UNSUPPORTED)
@@ -737,6 +761,43 @@ def test_lengths_in_host_memory_beside_device_arrays(rng):
         with pytest.raises(ArgumentError, match=r"cache_seqlens in host memory cannot enter a CUDA graph"):
             recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 0, 13])
         assert len(recorder.launches) == launches
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("page_size", [0, 8])
+@pytest.mark.parametrize("what", CALLS)
+def test_on_a_gpu(rng, what, page_size):
+    import cupy
+
+    Step(rng, page_size=page_size, **CALLS[what]).check(cupy.asarray, cupy.asnumpy, "auto")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", ["leftpad", "rotary, packed"])
+def test_a_replayed_graph_reads_new_lengths(rng, what):
+    """Captured with one step's lengths, pages and keys, replayed with another's."""
+    import cupy
+
+    first, second = (Step(rng, page_size=8, before=n, **CALLS[what]) for n in ((5, 1, 13), (9, 2, 6)))
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        q, *caches = (cupy.asarray(x) for x in (first.q, *first.caches))
+        given = {n: cupy.asarray(x) if isinstance(x, np.ndarray) else x for n, x in first.arguments.items()}
+        call = lambda: cuflash.flash_attn_with_kvcache(q, *caches, **given)  # noqa: E731
+        call()  # compiles, and fills the memory pool
+        stream.begin_capture()
+        out = call()
+        graph = stream.end_capture()
+        for x, new in zip((q, *caches), (second.q, *second.caches), strict=True):
+            x.set(new)
+        for name, x in second.arguments.items():
+            if isinstance(x, np.ndarray):
+                given[name].set(x)
+        graph.launch()
+        stream.synchronize()
+    np.testing.assert_allclose(cupy.asnumpy(out).reshape(-1, HEADS, D_V), np.concatenate(second.out), atol=3e-6)
+    for got, expected in zip(caches, second.expected_caches, strict=True):
+        np.testing.assert_allclose(cupy.asnumpy(got), expected, atol=1e-6)
 
 
 DEVICE_KNOWN = {
