@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,8 +142,9 @@ def attention(
     True
     """
     bound = None
+    framework = frameworks.of(q)
     if score_mod is not None or mask_mod is not None or block_mask is not None:
-        if frameworks.of(q) is frameworks.torch and frameworks.torch.compiling():
+        if framework is frameworks.torch and frameworks.torch.compiling():
             bound = _traced_before(q, k, score_mod, mask_mod, block_mask)
             if bound is None:
                 from .frameworks import torch_autograd
@@ -159,7 +161,7 @@ def attention(
             bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
     captured = () if bound is None else bound.arrays
-    operation = frameworks.of(q).operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
+    operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
     if operation is not None:
         if page_table is not None:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
@@ -587,7 +589,8 @@ def _bind(
         scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size,
     )  # fmt: skip
     if len(views) > 3:
-        key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()])
+        others = islice(views.items(), 3, None)  # behind q, k and v
+        key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in others])
     if mods is not None:
         key += (mods,)
     if backward is not None:
@@ -799,9 +802,12 @@ def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
 def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[str, TensorView]:
     """Views of captured arrays, "captured0" and so on: of the framework of q, or of one element in host memory."""
     views = {}
+    known: type | None = None
     for i, (slot, x) in enumerate(zip(bound.mods.arrays, bound.arrays, strict=True)):
-        other = frameworks.of(x, slot.name)
-        if other is not framework and not (slot.ndim == 0 and other is frameworks.numpy):
+        other = framework if type(x) is known else frameworks.of(x, slot.name)
+        if other is framework:
+            known = type(x)
+        elif not (slot.ndim == 0 and other is frameworks.numpy):
             raise ArgumentError(
                 f"{slot.name}, which a mod captured, is a {other.NAME} array and q a {framework.NAME} array: all "
                 "arrays must be of one framework; convert with from_dlpack, which copies nothing"
@@ -835,8 +841,7 @@ def _captured_uploads(
     """Captured arrays of one element in host memory, which a device kernel cannot read there."""
     found = {}
     for i, slot in enumerate(bound.mods.arrays):
-        view = views[f"captured{i}"]
-        if view.device[0] == "cpu":
+        if slot.ndim == 0 and (view := views[f"captured{i}"]).device[0] == "cpu":
             found[f"captured{i}"] = view.as_numpy()
             if framework.capturing(device[1]):
                 raise ArgumentError(

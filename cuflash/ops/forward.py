@@ -344,14 +344,16 @@ class Captured:
     def __init__(self, mods: Mods | None) -> None:
         self.words = None if mods is None else emit_c.Words(mods)
         self._names = () if mods is None else tuple(f"captured{i}" for i in range(len(mods.arrays)))
+        slots = () if self.words is None else self.words.gradients
+        self._gradients = [(slot, f"sums{slot}", f"dcaptured{slot}") for slot in slots]
 
     def pack(self, arrays: Mapping[str, TensorView], scalars: Sequence[int | float]) -> bytes:
         if self.words is None:
             return emit_c.NO_WORDS
         views = [arrays[name] for name in self._names]
         gradients = {}
-        for slot in self.words.gradients:
-            sums = arrays.get(f"sums{slot}") or arrays.get(f"dcaptured{slot}")
+        for slot, summed, gradient in self._gradients:
+            sums = arrays.get(summed) or arrays.get(gradient)
             if sums is not None:
                 gradients[slot] = sums.ptr
         return self.words.pack([(x.ptr, x.shape, x.strides) for x in views], scalars, gradients)

@@ -64,10 +64,11 @@ class Words:
                 f"the mods capture {len(mods.arrays)} arrays and {len(mods.scalars)} numbers, {at} words of the "
                 f"{WORDS} that fit: stack arrays of one shape into one and index it"
             )
-        self._format = "<" + "".join(f"{1 + 2 * a.ndim}q" for a in mods.arrays)
-        self._format += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
-        self._format += f"{len(self.gradients)}q"
-        self._format += f"{8 * WORDS - struct.calcsize(self._format)}x"
+        self._no_gradients = [0] * len(self.gradients)
+        form = "<" + "".join(f"{1 + 2 * a.ndim}q" for a in mods.arrays)
+        form += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
+        form += f"{len(self.gradients)}q"
+        self._pack = struct.Struct(form + f"{8 * WORDS - struct.calcsize(form)}x").pack
 
     def pack(
         self,
@@ -80,8 +81,8 @@ class Words:
         for pointer, shape, strides in arrays:
             values += (pointer, *strides, *shape)
         values += scalars
-        values += [(addresses or {}).get(slot, 0) for slot in self.gradients]
-        return struct.pack(self._format, *values)
+        values += [addresses.get(slot, 0) for slot in self.gradients] if addresses else self._no_gradients
+        return self._pack(*values)
 
 
 NO_WORDS = bytes(8 * WORDS)
