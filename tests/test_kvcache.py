@@ -39,7 +39,7 @@ class Step:
     def __init__(
         self, rng: np.random.Generator, *, page_size: int = 0, before=(5, 0, 13), new: Any = 3, packed=False,
         packed_new=False, index=False, pad=None, rotary_dim=0, interleaved=True, rotary_seqlens=None, queries=3,
-        counts=(1, 0, 4), **features: Any,
+        counts=(1, 0, 4), room=ROOM, **features: Any,
     ) -> None:  # fmt: skip
         batch, draw = len(before), lambda *shape: rng.standard_normal(shape).astype(np.float32)
         lengths_q = [2, queries + 1, 1] if packed else [queries] * batch
@@ -51,7 +51,7 @@ class Step:
         self.arguments: dict[str, Any] = {"cache_seqlens": np.array(before, np.int32), **features}
         turn_k = turn_q = lambda x, b: x
         if rotary_dim:
-            angles = rng.uniform(0, 6, (40, rotary_dim // 2))
+            angles = rng.uniform(0, 6, (room + 16, rotary_dim // 2))
             starts = before if rotary_seqlens is None else rotary_seqlens
             step = int(features.get("causal", False) or max(features.get("window_size", (-1, -1))) >= 0)
             turn_k = lambda x, b: turned(x, starts[b], 1, angles, interleaved)  # noqa: E731
@@ -65,7 +65,7 @@ class Step:
 
         # The cache: everything but the keys that are there is NaN.
         if page_size:
-            columns = -(-ROOM // page_size)
+            columns = -(-room // page_size)
             ids = rng.permutation(batch * columns + 2)[: batch * columns].reshape(batch, columns).astype(np.int32)
             shape, where = (batch * columns + 2, page_size), lambda b, n: (ids[b, n // page_size], n % page_size)
             table = ids.copy()
@@ -74,7 +74,7 @@ class Step:
             self.arguments["block_table"] = table
         else:
             lines = rng.permutation(batch + 2)[:batch].astype(np.int32) if index else np.arange(batch, dtype=np.int32)
-            shape, where = (batch + 2 * index, ROOM), lambda b, n: (lines[b], n)
+            shape, where = (batch + 2 * index, room), lambda b, n: (lines[b], n)
             if index:
                 self.arguments["cache_batch_idx"] = lines
         self.caches, self.expected_caches = [], []
@@ -185,16 +185,13 @@ def test_documents_in_a_window_with_softcap(rng, page_size, queries, backend):
     ).check(backend=backend)
 
 
-DRAWN = [("reference", 40), ("emulator", 10), pytest.param("emulator", 40, marks=pytest.mark.slow)]
-
-
 @pytest.mark.parametrize("part", range(8))
-@pytest.mark.parametrize("backend, count", DRAWN)
-def test_drawn_cases(part, backend, count):
-    """Combinations of everything: with all parts 320 of them."""
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_drawn_cases(part, backend):
+    """40 combinations of everything, each."""
     rng = np.random.default_rng([int(os.environ["CUFLASH_TEST_SEED"]), part])
     some = lambda chance, value, otherwise=None: value if rng.random() < chance else otherwise  # noqa: E731
-    for _ in range(count):
+    for _ in range(40):
         new = int(rng.integers(0, 5))
         before = tuple(int(n) for n in rng.integers(0, ROOM - 4, 3))
         case = {
@@ -339,6 +336,23 @@ def test_jit_writes_over_donated_caches(rng, what, backend):
         for x, y in zip(caches, step.caches, strict=True):
             np.testing.assert_array_equal(np.asarray(x), y)
         np.testing.assert_array_equal(np.asarray(again[2]), np.asarray(found[2]))
+
+
+def test_scan_generates(rng):
+    """A loop of steps inside one program, the caches carried along."""
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    whole = jax.numpy.asarray(rng.standard_normal((6, 2, 1, 2, 16)), jax.numpy.float32)
+    caches = [jax.numpy.full((2, 6, 2, 16), jax.numpy.nan) for _ in "kv"]
+
+    def step(carry, x):
+        out, *caches = cuflash.flash_attn_with_kvcache(x, *carry[1:], x, x, cache_seqlens=carry[0], causal=True)
+        return (carry[0] + 1, *caches), out
+
+    begin = jax.numpy.zeros(2, jax.numpy.int32)
+    _, outs = jax.jit(lambda *carry: jax.lax.scan(step, carry, whole))(begin, *caches)
+    x = whole[:, :, 0].swapaxes(0, 1)
+    expected = cuflash.attention(x, x, x, causal=True)
+    np.testing.assert_allclose(np.asarray(outs)[:, :, 0].swapaxes(0, 1), np.asarray(expected), atol=1e-6)
 
 
 def test_jit_refuses(rng):
@@ -599,12 +613,12 @@ def test_caches_have_the_bits_of_the_reference(rng, dtype, d, load_bytes, interl
             "cache_seqlens": i32(*rng.integers(0, 30, 2)), "rotary_interleaved": interleaved,
             "block_table": rng.permutation(12).reshape(2, 6).astype(np.int32),
         }  # fmt: skip
-        caches = [[np.zeros((12, 6, heads, d), DTYPES[dtype]) for _ in "kv"] for _ in BACKENDS]
+        caches = [np.zeros((12, 6, 2, heads, d), DTYPES[dtype]) for _ in BACKENDS]
         for backend, own in zip(BACKENDS, caches, strict=True):
             with using(backend):
-                cuflash.flash_attn_with_kvcache(draw(2, 0, heads, d), *own, **arguments)
-        for x, y in zip(*caches, strict=True):
-            assert x.tobytes() == y.tobytes() and x.any()
+                cuflash.flash_attn_with_kvcache(draw(2, 0, heads, d), own[:, :, 0], own[:, :, 1], **arguments)
+        x, y = caches
+        assert x.tobytes() == y.tobytes() and x[:, :, 0].any() and x[:, :, 1].any()
         assert load_bytes == last_append().load_bytes
 
 
@@ -631,6 +645,42 @@ def test_nothing_is_legal(rng, shape, new):
         assert out.shape == (batch, q_len, 4, 16)
         if not new:
             assert not out.any() and (lse == -np.inf).all()
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_keys_and_values_are_read_once(rng, page_size):
+    """A step of generation, 8 query heads to a key head, at 4k."""
+    length, d = 4096, 64
+    q, k = (rng.standard_normal((1, 1, heads, d)).astype(np.float16) for heads in (8, 1))
+    cache = rng.standard_normal((1, length + 1, 1, d)).astype(np.float16)
+    arguments: dict[str, Any] = {"cache_seqlens": i32(length)}
+    if page_size:
+        cache = np.resize(cache, (length // page_size + 1, page_size, 1, d))
+        arguments["block_table"] = rng.permutation(len(cache)).astype(np.int32)[None]
+    with using("emulator"), cuflash.emulator.counting() as counters:
+        cuflash.flash_attn_with_kvcache(q, cache, cache.copy(), k, k.copy(), **arguments)
+    for name in "kv":
+        assert counters.global_bytes_read[name] == (length + 1 + 1) * d * 2  # the new key too, where it comes from
+
+
+@pytest.mark.parametrize("page_size", [0, 5])
+def test_same_bits_in_any_batch(rng, page_size):
+    """With split_size fixed: alone, and among others."""
+    step = Step(rng, page_size=page_size, before=(5, 0, 200, 130), room=256, rotary_dim=8, causal=True)
+    step.arguments["split_size"] = 64
+
+    def attend(some: slice) -> np.ndarray:
+        given = dict(step.arguments)
+        caches = [x.copy() if page_size else x[some].copy() for x in step.caches]
+        for name in ("k", "v", "cache_seqlens", "block_table"):
+            if name in given:
+                given[name] = given[name][some]
+        with using("emulator"):
+            return cuflash.flash_attn_with_kvcache(step.q[some], *caches, **given)
+
+    together = attend(slice(None))
+    for b in range(4):
+        assert attend(slice(b, b + 1)).tobytes() == together[b : b + 1].tobytes()
 
 
 def test_which_kernel(rng):
