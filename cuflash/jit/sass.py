@@ -177,6 +177,8 @@ def _matrix_loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]
         m = _TARGET.search(instruction)
         if m and labels.get(m[1], at + 1) <= at:
             begin = labels[m[1]]
+            if "EXIT" in instructions[begin:at]:
+                continue  # not a loop: a wait's second try, kept behind the end of the kernel, jumps back into it
             if any(opcode(i).split(".")[0] in MATRIX for i in instructions[begin : at + 1]):
                 ranges.append((begin, at))
     inner = [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]

@@ -303,6 +303,10 @@ PRODUCT = """
         for (i32 i = thread; i < 2048; i += 128) hw::store_shared(from_b + 16 * i, hw::load_global(b<u32x4>() + i));
         hw::fence_proxy_async();
         hw::sync_threads();
+        const auto plain = [](u32 from, i32 next_k, i32 across) {
+          return hw::wgmma_descriptor(from >> 4 | static_cast<u32>(next_k >> 4) << 16, static_cast<u32>(across >> 4));
+        };
+        (void)plain;
         u32 r[2][4];
         for (i32 k = 0; k < 2; ++k)
           for (i32 i = 0; i < 4; ++i) r[k][i] = hw::load_global(a<u32>() + 4096 + (k * 128 + thread) * 4 + i);
@@ -327,13 +331,18 @@ def products() -> dict[tuple, str]:
     for i, n in enumerate(WIDTHS):
         for form, major_a, major_b in (("ss", "kK", "kK"), ("rs", "", "kMn"), ("ss", "kMn", "kMn"), ("rs", "", "kK")):
             element = "Half" if (i + (form == "rs")) % 2 else "Bfloat16"
-            for span in SPANS if n in (24, 64, 80, 128) else (128,):
-                if "kMn" in (major_a, major_b) and (n % (span // 2) or (major_a and 64 % (span // 2))):
+            for span in (*SPANS, 0) if n in (24, 64, 80, 128) else (128,):
+                if span and "kMn" in (major_a, major_b) and (n % (span // 2) or (major_a and 64 % (span // 2))):
                     continue  # of chunks that are complete
                 place = {
                     "kK": "Chunk<S>::descriptor(Chunk<S>::k_major(FROM) + Chunk<S>::k_step(16 * k, ROWS))",
                     "kMn": "Chunk<S>::descriptor(Chunk<S>::mn_major(FROM, 32) + Chunk<S>::mn_step(16 * k))",
                 }
+                if span == 0:  # bytes to the next 8 elements of k, and to the next 8 across
+                    place = {
+                        "kK": "plain(FROM + 256 * k, 128, 512)",
+                        "kMn": "plain(FROM + 32 * ROWS * k, 16 * ROWS, 128)",
+                    }
                 place = {major: text.replace("<S>", f"<{span}>") for major, text in place.items()}
                 b = place[major_b].replace("FROM", "from_b").replace("ROWS", str(n))
                 if form == "ss":
@@ -347,7 +356,9 @@ def products() -> dict[tuple, str]:
 
 
 def laid_out(x: np.ndarray, span: int) -> np.ndarray:
-    """[rows, columns] of 2 bytes as chunks of `span` bytes, swizzled."""
+    """[rows, columns] of 2 bytes as chunks of `span` bytes, swizzled; 0: as 8 x 8 matrices, of 8 rows together."""
+    if span == 0:
+        return x.view(np.uint16).reshape(x.shape[0] // 8, 8, -1, 8).swapaxes(1, 2).reshape(-1)
     per = span // 2
     width = -(-x.shape[1] // per) * per
     x = np.pad(x.view(np.uint16), ((0, 0), (0, width - x.shape[1])))

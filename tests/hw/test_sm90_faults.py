@@ -447,10 +447,11 @@ FAULTS = {
     "a fence behind the barrier": Fault(
         "proxy",
         """
-        hw::store_shared(chunk + 16 * thread, u32x4{});  // @write
+        if (warp == 1)
+          for (i32 i = 0; i < 2; ++i) hw::store_shared(chunk + 512 * i + 16 * lane, u32x4{});  // @write
         if (right) hw::fence_proxy_async();
         hw::sync_threads();
-        hw::fence_proxy_async();
+        if (warp == 1) hw::fence_proxy_async();
         if (thread == 0) {
           hw::tma_store(p.maps[1], chunk, 0, 0);  // @store
           hw::bulk_commit();

@@ -86,3 +86,19 @@ def test_no_nvdisasm_says_what_to_install(tmp_path: Path, monkeypatch: pytest.Mo
     tool.write_text("")
     if os.name == "posix":
         assert sass.nvdisasm() == tool
+
+
+def test_a_retry_behind_the_kernels_end_is_no_loop():
+    text = """.text.f:
+.L_x_1:
+        /*0000*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R13], R2 ;
+        /*0010*/              @!P0 BRA `(.L_x_2) ;
+.L_x_3:
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*0030*/               @P1 BRA `(.L_x_1) ;
+        /*0040*/                   EXIT ;
+.L_x_2:
+        /*0050*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R13], R2 ;
+        /*0060*/              @!P0 BRA `(.L_x_2) ;
+        /*0070*/                   BRA `(.L_x_3) ;"""
+    assert [loop.length for loop in sass.functions(text)["f"].loops] == [4]
