@@ -98,7 +98,8 @@ def flash_attn_with_kvcache(
     Raises `UnsupportedError` for gradients, vmap, and qv, descales and attention_chunk; the message says what to use
     instead. A refused call has written nothing: it is checked before that all lengths, pages and positions lie within
     the cache and its tables, and that no two new keys go to one place. Of arrays on a device that is known to the
-    device alone, and checked where `config.check` asks for it; lengths in lists and NumPy arrays always are.
+    device alone, and checked where `config.check` asks for it; lengths in lists and NumPy arrays always are. A first
+    call compiles: make one before a CUDA graph captures another.
 
     >>> import numpy as np
     >>> cache = np.full((2, 16, 1, 8), np.nan, np.float32)  # room for 16 keys, of which sequences have 0 and 3

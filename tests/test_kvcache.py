@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from backends import using
 from needs import needs_nvrtc
+from recorded import KINDS, STREAM, recording
 from test_paging import ABSURD
 
 import cuflash
@@ -377,8 +378,6 @@ def test_jit_refuses(rng):
 def test_jax_on_a_gpu_launches_on_xlas_stream_and_memory(monkeypatch):
     """Every launch of a step, with workspace among the results; kernels are loaded when it is traced."""
     pytest.importorskip("jax", reason="JAX is not installed")
-    from recorded import recording
-
     from cuflash import dtypes
     from cuflash.frameworks import CacheOptions, jax_ffi, jax_transforms
 
@@ -748,15 +747,14 @@ LAUNCHED: dict[str, tuple[dict[str, Any], list[str]]] = {
 @needs_nvrtc
 @pytest.mark.parametrize("what", LAUNCHED)
 @pytest.mark.parametrize("page_size", [0, 8])
-def test_recorded_bytes_give_the_right_answer(rng, what, page_size):
-    from recorded import STREAM, recording
-
+@pytest.mark.parametrize("kind", KINDS)
+def test_recorded_bytes_give_the_right_answer(rng, what, page_size, kind):
     case, sources = LAUNCHED[what]
     splits = {n: x for n, x in case.items() if n == "num_splits"}
     step = Step(rng, page_size=page_size, **{n: x for n, x in case.items() if n not in splits})
     step.arguments |= splits
     with recording("sm_80") as recorder:
-        (out, _), caches = recorded(recorder, step, "cupy stand-in")
+        (out, _), caches = recorded(recorder, step, kind)
         assert [launch.kernel.spec.source for launch in recorder.launches] == sources
         assert {launch.stream for launch in recorder.launches} == {STREAM}
         recorder.replay(len(sources))
@@ -768,8 +766,6 @@ def test_recorded_bytes_give_the_right_answer(rng, what, page_size):
 @needs_nvrtc
 def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
     """So a captured graph replays right when lengths and pages in the same arrays change."""
-    from recorded import recording
-
     step = Step(rng, page_size=8, pad=(1, 0, 2), rotary_dim=8, causal=True)
     with recording() as recorder:
         recorder.capturing = True
@@ -794,8 +790,6 @@ def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
 @needs_nvrtc
 def test_lengths_in_host_memory_beside_device_arrays(rng):
     """They are checked, copied once, and do not enter a graph."""
-    from recorded import recording
-
     step = Step(rng)
     with recording("sm_80") as recorder:
         (out, _), _ = recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 0, 13])
@@ -862,8 +856,6 @@ DEVICE_KNOWN = {
 @needs_nvrtc
 @pytest.mark.parametrize("what", DEVICE_KNOWN)
 def test_what_only_the_device_knows_is_checked_where_asked(what, monkeypatch):
-    from recorded import recording
-
     from cuflash.frameworks import cupy
 
     with recording("sm_80") as recorder:

@@ -159,6 +159,20 @@ def check_explicit_mesh():
         assert_same(jax.jit(GRAD)(*cut), grads)
 
 
+def check_cache():
+    """A cache cut by sequences, and by heads; every device appends to its own part."""
+    q, k, caches = draw(4, 1, 4, 16), draw(4, 1, 2, 16), [draw(4, 9, 2, 16) for _ in "kv"]
+    lengths = jnp.array([0, 3, 8, 5], jnp.int32)
+
+    def step(q, k_cache, v_cache, k, lengths):
+        return cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, k, 2 * k, cache_seqlens=lengths, causal=True)
+
+    want = step(q, *caches, k, lengths)
+    for cut, of_lengths in ((P("x"), P("x")), (P(None, None, "y"), P())):
+        spread = jax.shard_map(step, mesh=MESH, in_specs=(cut,) * 4 + (of_lengths,), out_specs=(cut,) * 3)
+        assert_same(jax.jit(spread)(q, *caches, k, lengths), want)
+
+
 def check_emulator():
     """Devices run side by side, each on a thread of XLA's."""
     given = [x.astype(jnp.float16) for x in arrays(2)[:3]]
