@@ -68,7 +68,7 @@ struct Clocks {
       if (planes[w].reads.size() < bytes / 2) planes[w].reads.resize(bytes / 2, 0);
       if (planes[w].groups.size() < bytes / 16) planes[w].groups.resize(bytes / 16, 0);
     }
-    landed.assign(bytes / 16, 0);
+    landed.assign(bytes / 16 + 1, 0);
     groups.assign(1, AsyncReads{});
   }
 
@@ -181,6 +181,10 @@ NEVER_INLINE void clocked_check_write(Fiber* f, u32 offset, u32 bytes, Use use, 
   u32 good = 0;
   Trace good_writer = 0;
   for (u32 at = offset / 2; at < (offset + bytes) / 2; at++) {
+    if (at % 8 == 0 && good && clocks.landed[at / 8] == good) {
+      at += 7;  // 16 bytes of the same copy
+      continue;
+    }
     const Chunk& chunk = b->shadow[at / 8];
     const u32 tag = chunk.tag[at % 8];
     const Trace writer = chunk.writer[at % 8 / 2];
@@ -213,12 +217,22 @@ NEVER_INLINE void clocked_check_write(Fiber* f, u32 offset, u32 bytes, Use use, 
 }
 
 ALWAYS_INLINE void clocked_write(Block* b, u32 offset, u32 bytes, u32 tag, Trace trace) {
-  for (u32 at = offset / 2; at < (offset + bytes) / 2; at++) {
-    b->shadow[at / 8].tag[at % 8] = tag;
-    b->shadow[at / 8].writer[at % 8 / 2] = trace;
+  u32 at = offset / 2;
+  const u32 end = (offset + bytes) / 2;
+  while (at < end) {
+    Chunk& chunk = b->shadow[at / 8];
+    if (at % 8 == 0 && end - at >= 8) {
+      *reinterpret_cast<vu32x8*>(chunk.tag) = vu32x8{} + tag;
+      *reinterpret_cast<vu32x4*>(chunk.writer) = splat32(trace);
+      at += 8;
+    } else {
+      chunk.tag[at % 8] = tag;
+      chunk.writer[at % 8 / 2] = trace;
+      at++;
+    }
   }
   const u32 landed = (tag & (kAgents - 1)) >= 32 && tag < kMbarrierObject ? tag : 0;
-  for (u32 at = offset / 16; at < (offset + bytes + 15) / 16; at++) b->clocks->landed[at] = landed;
+  std::fill(&b->clocks->landed[offset / 16], &b->clocks->landed[(offset + bytes + 15) / 16], landed);
   if (offset + bytes > b->used) b->used = offset + bytes;
 }
 
@@ -240,5 +254,22 @@ ALWAYS_INLINE void clocked_async_read(Fiber* f, u32 offset, u32 group, u32& good
     good = clocks.landed[offset / 16];  // what threads have written is looked at each time: each must have fenced
   }
   clocks.planes[warp].groups[offset / 16] = group;
+  clocks.groupers[offset >> 10] |= 1u << warp;
+}
+
+// The same for `kUnits` times 16 bytes, one after the other within a kilobyte.
+template <u32 kUnits>
+ALWAYS_INLINE void clocked_async_read_run(Fiber* f, u32 offset, u32 group, u32& good, const char* what, Site site) {
+  Clocks& clocks = *f->block->clocks;
+  const u32* landed = &clocks.landed[offset / 16];
+  u32 others = 0;
+  for (u32 i = 0; i < kUnits; i++) others |= landed[i] ^ good;
+  if (UNLIKELY(good == 0 || others != 0)) {
+    for (u32 i = 0; i < kUnits; i++) clocked_async_read(f, offset + 16 * i, group, good, what, site);
+    return;
+  }
+  const u32 warp = static_cast<u32>(f->index) >> 5;
+  u32* groups = &clocks.planes[warp].groups[offset / 16];
+  for (u32 i = 0; i < kUnits; i++) groups[i] = group;
   clocks.groupers[offset >> 10] |= 1u << warp;
 }

@@ -1003,6 +1003,7 @@ ALWAYS_INLINE void gather_a(const Warp* w, u32 (&rows)[16][8]) {
 // 16-bit halves as floats. The two halves of a word are neighbours along k; all low halves come first here, in a and b
 // alike, for the order of a sum's terms is free.
 struct DecodeBf16 {
+  static ALWAYS_INLINE f32x8 value(vu32x8 half) { return (f32x8)(half << 16); }
   static ALWAYS_INLINE f32x8 low(vu32x8 x) { return (f32x8)(x << 16); }
   static ALWAYS_INLINE f32x8 high(vu32x8 x) { return (f32x8)(x & 0xffff0000u); }
 };

@@ -495,43 +495,53 @@ ALWAYS_INLINE u32 unit_address(const Operand& o, bool transposed, u32 i, u32 j) 
 typedef u16 vu16x8 __attribute__((vector_size(16), may_alias));
 
 // Eight neighbours as floats.
-ALWAYS_INLINE void decode16(bool half, const u8* from, float* to) {
+template <class Decode>
+ALWAYS_INLINE void decode16(const u8* from, float* to) {
   vu16x8 halves;
   memcpy(&halves, from, 16);
-  const vu32x8 words = __builtin_convertvector(halves, vu32x8);
-  *reinterpret_cast<f32x8*>(to) = half ? DecodeF16::value(words) : (f32x8)(words << 16);
-}
-
-// Eight words as the floats of their halves: k even, and k odd.
-ALWAYS_INLINE void decode_words(bool half, vu32x8 words, f32x8& even, f32x8& odd) {
-  even = half ? DecodeF16::low(words) : DecodeBf16::low(words);
-  odd = half ? DecodeF16::high(words) : DecodeBf16::high(words);
+  *reinterpret_cast<f32x8*>(to) = Decode::value(__builtin_convertvector(halves, vu32x8));
 }
 
 const u8* unit_at(Block* b, u32 address) { return b->memory + (address - emu::kSharedBase); }
 
+// As many columns of c [16][n] as a vector has. (A template forgets a vector type's alignment: hence memcpy.)
+template <i32 kColumns>
+ALWAYS_INLINE void multiply_columns(const float (&a)[16][16], const float (&b)[16][256], float* c, u32 n, u32 col) {
+  typedef float Vector __attribute__((vector_size(4 * kColumns)));
+  for (u32 r = 0; r < 16; r += 4) {
+    Vector sum[4], row;
+    for (u32 i = 0; i < 4; i++) memcpy(&sum[i], c + (r + i) * n + col, sizeof(Vector));
+    for (i32 k = 0; k < 16; k++) {
+      memcpy(&row, &b[k][col], sizeof(Vector));
+      for (u32 i = 0; i < 4; i++) sum[i] += a[r + i][k] * row;
+    }
+    for (u32 i = 0; i < 4; i++) memcpy(c + (r + i) * n + col, &sum[i], sizeof(Vector));
+  }
+}
+
 // This warp's 16 rows of the product.
-void run_product(Block* b, u32 warp, const Product& p, float* c) {
+template <class Decode>
+void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
   const Operand oa = operand_of(p.a), ob = operand_of(p.b);
   const u32 n = static_cast<u32>(p.n), first = warp % 4 * 16;
   alignas(32) float a[16][16];
   alignas(32) float bk[16][256];
   if (p.from_registers) {
     for (i32 r = 0; r < 16; r++) {
-      f32x8 even, odd;
-      decode_words(p.half, *reinterpret_cast<const vu32x8*>(p.a_words[r]), even, odd);
+      const vu32x8 words = *reinterpret_cast<const vu32x8*>(p.a_words[r]);
+      const f32x8 even = Decode::low(words), odd = Decode::high(words);
       for (i32 i = 0; i < 8; i++) a[r][2 * i] = even[i], a[r][2 * i + 1] = odd[i];
     }
   } else if (!p.a_transposed) {
     for (u32 r = 0; r < 16; r++)
       for (u32 j = 0; j < 2; j++) {
-        decode16(p.half, unit_at(b, unit_address(oa, false, first + r, j)), &a[r][8 * j]);
+        decode16<Decode>(unit_at(b, unit_address(oa, false, first + r, j)), &a[r][8 * j]);
       }
   } else {
     for (u32 k = 0; k < 16; k++)
       for (u32 j = 0; j < 2; j++) {
         float row[8];
-        decode16(p.half, unit_at(b, unit_address(oa, true, first / 8 + j, k)), row);
+        decode16<Decode>(unit_at(b, unit_address(oa, true, first / 8 + j, k)), row);
         for (u32 i = 0; i < 8; i++) a[8 * j + i][k] = row[i];
       }
   }
@@ -546,28 +556,27 @@ void run_product(Block* b, u32 warp, const Product& p, float* c) {
           vu32x8 words;
           memcpy(&words, &r[i], 16);
           memcpy(reinterpret_cast<u8*>(&words) + 16, &r[4 + i], 16);
-          decode_words(p.half, words, *reinterpret_cast<f32x8*>(&bk[8 * j + 2 * i][col]),
-                       *reinterpret_cast<f32x8*>(&bk[8 * j + 2 * i + 1][col]));
+          *reinterpret_cast<f32x8*>(&bk[8 * j + 2 * i][col]) = Decode::low(words);
+          *reinterpret_cast<f32x8*>(&bk[8 * j + 2 * i + 1][col]) = Decode::high(words);
         }
       }
   } else {
     for (u32 k = 0; k < 16; k++)
       for (u32 i = 0; i < n / 8; i++) {
-        decode16(p.half, unit_at(b, unit_address(ob, true, i, k)), &bk[k][8 * i]);
+        decode16<Decode>(unit_at(b, unit_address(ob, true, i, k)), &bk[k][8 * i]);
       }
   }
   if (!p.accumulate) memset(c, 0, 16 * n * sizeof(float));
-  for (u32 col = 0; col < n; col += 8) {
-    f32x8 column[16];
-    for (i32 k = 0; k < 16; k++) column[k] = *reinterpret_cast<f32x8*>(&bk[k][col]);
-    for (u32 r = 0; r < 16; r += 4) {
-      f32x8 sum[4];
-      for (u32 i = 0; i < 4; i++) sum[i] = *reinterpret_cast<f32x8*>(c + (r + i) * n + col);
-      for (i32 k = 0; k < 16; k++)
-        for (u32 i = 0; i < 4; i++) sum[i] += a[r + i][k] * column[k];
-      for (u32 i = 0; i < 4; i++) *reinterpret_cast<f32x8*>(c + (r + i) * n + col) = sum[i];
-    }
-  }
+  u32 col = 0;
+  for (; col + 16 <= n; col += 16) multiply_columns<16>(a, bk, c, n, col);
+  if (col < n) multiply_columns<8>(a, bk, c, n, col);
+}
+
+void run_product(Block* b, u32 warp, const Product& p, float* c) {
+  if (p.half)
+    multiply_product<DecodeF16>(b, warp, p, c);
+  else
+    multiply_product<DecodeBf16>(b, warp, p, c);
 }
 
 // move(element of the lane, element of c) for all of a warp's accumulators.
@@ -590,6 +599,21 @@ Accumulator* find_accumulator(WarpProducts& products, float* lane0) {
 // Marks what the product reads of shared memory for this warp.
 void mark_operand(Fiber* f, const Operand& o, bool transposed, u32 first, u32 rows, u32 group, Site site) {
   u32 good = 0;
+  if (o.units > 1 && !transposed) {  // the swizzle leaves the two units of a row beside each other
+    for (u32 i = first; i < first + rows; i++) {
+      const u32 offset = shared_offset(f, unit_address(o, false, i, 0) & ~31u, 32, "wgmma", site);
+      clocked_async_read_run<2>(f, offset, group, good, "wgmma", site);
+    }
+    return;
+  }
+  if (o.units == 8 && first % 64 == 0 && rows % 64 == 0) {  // whole rows
+    for (u32 i = first / 64; i < (first + rows) / 64; i++)
+      for (u32 k = 0; k < 16; k++) {
+        const u32 address = o.start + i * o.leading + k / 8 * o.stride + k % 8 * 128;
+        clocked_async_read_run<8>(f, shared_offset(f, address, 128, "wgmma", site), group, good, "wgmma", site);
+      }
+    return;
+  }
   const u32 outer = transposed ? rows / 8 : rows, inner = transposed ? 16 : 2, begin = transposed ? first / 8 : first;
   for (u32 i = 0; i < outer; i++)
     for (u32 j = 0; j < inner; j++) {
@@ -912,7 +936,7 @@ void cuflash_emu_wgmma(float* d, i32 n, const u32* a_registers, u64 a, u64 b, u3
   w->d[f->lane] = d;
   w->a[f->lane] = a_registers;
   // Descriptors must be the same in all lanes.
-  w->value[f->lane] = static_cast<u32>(mix(a) ^ mix(b + 1) ^ flags);
+  w->value[f->lane] = static_cast<u32>((a * 0x9e3779b97f4a7c15ull + b) * 0xbf58476d1ce4e5b9ull >> 32) + flags;
   if (!meet(f, "wgmma", site)) return;
   for (u32 lane = 0; lane < 32; lane++)
     if (UNLIKELY(w->value[lane] != w->value[0]))
