@@ -38,8 +38,8 @@ HW_DEVICE void mbarrier_wait(u32 mbarrier, u32 parity) {
       ".reg .pred done;\n"
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra.uni finished;\n"
-      "bra.uni again;\n"
+      "@done bra finished;\n"
+      "bra again;\n"
       "finished:\n"
       "}" ::"r"(mbarrier),
       "r"(parity)
