@@ -8,7 +8,7 @@ import pytest
 _MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
 collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
 if find_spec("torch") is None:
-    collect_ignore.append("notebooks/02_training.ipynb")
+    collect_ignore += ["notebooks/02_training.ipynb", "notebooks/03_generation.ipynb"]
 collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own
 collect_ignore_glob = ["notebooks/*.py"]  # the notebooks once more, which looking for doctests would run
 

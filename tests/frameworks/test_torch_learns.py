@@ -80,8 +80,8 @@ def padded_loss(model, batch):
     return F.cross_entropy(model(ids, attend).flatten(0, 1), wanted.flatten(), ignore_index=-100)
 
 
-def train(loss_of, steps, seed=0, low=False, **broken):
-    """The loss of every step. The seed draws the weights; `low`: bfloat16, where autocast takes it."""
+def trained(loss_of, steps, seed=0, low=False, **broken):
+    """(model, the loss of every step). The seed draws the weights; `low`: bfloat16, where autocast takes it."""
     torch.manual_seed(seed)
     model = GPT()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
@@ -93,7 +93,11 @@ def train(loss_of, steps, seed=0, low=False, **broken):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    return np.array(losses)
+    return model, np.array(losses)
+
+
+def train(*args, **keywords):
+    return trained(*args, **keywords)[1]
 
 
 @functools.cache
