@@ -142,6 +142,7 @@ class _ArrayInterface:
         }
 
 
+@lru_cache(maxsize=4096)
 def canonical_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> tuple[int, ...]:
     """Strides without the arbitrary ones frameworks give to dimensions that never step.
 
@@ -168,6 +169,7 @@ def strides_in_elements(strides: tuple[int, ...], itemsize: int) -> tuple[int, .
     return tuple(s // itemsize for s in strides)
 
 
+@lru_cache(maxsize=4096)
 def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Row-major strides in elements.
 

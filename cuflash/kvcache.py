@@ -487,10 +487,15 @@ class _Step:
                 known |= api._download(framework, views, [n for n in _INDICES if n in views and n not in known])
         else:
             checking = True
-        if known or self.prepared.options.counted:
+        if known or (self.prepared.options.counted and not self._plainly_fits()):
             _check_values(self.prepared, views, _values(self.prepared, views, known, self.length))
         if checking and self.prepared.attention.mods is not None:
             self._check_indices(_values(self.prepared, views, known, self.length))
+
+    def _plainly_fits(self) -> bool:
+        """Whether a number of keys, where nothing else is known, can be seen to be right without looking further."""
+        new = self.prepared.new
+        return new is not None and self.length + new <= self.prepared.capacity and "rotary_cos" not in self.views
 
     def _check_indices(self, values: _Values) -> None:
         """That mods read inside of arrays they captured, where no score decides on it."""
