@@ -135,8 +135,8 @@ def flash_attn_with_kvcache(
     options = CacheOptions(
         validate.window(window_size, causal),
         None if softmax_scale is None else validate.number("scale", softmax_scale), validate.softcap(softcap),
-        bool(rotary_interleaved), num_splits, split_size, validate.hint("max_seqlen_q", max_seqlen_q),
-        bool(return_softmax_lse), length is not None,
+        bool(rotary_interleaved), num_splits, validate.split_size(split_size),
+        validate.hint("max_seqlen_q", max_seqlen_q), bool(return_softmax_lse), length is not None,
     )  # fmt: skip
     framework = frameworks.of(q)
     bound = None
@@ -616,11 +616,10 @@ def _refuse(**given: Any) -> None:
 
 
 def _check_splits(num_splits: Any, split_size: Any) -> None:
-    for name, value, least in (("num_splits", num_splits, 0), ("split_size", split_size, 1)):
-        require(
-            value is None or (isinstance(value, numbers.Integral) and int(value) >= least),
-            f"{name}={value!r} must be an int of at least {least}",
-        )
+    require(
+        isinstance(num_splits, numbers.Integral) and int(num_splits) >= 0,
+        f"num_splits={num_splits!r} must be an int of at least 0: pass 0 for an even share of keys for each block",
+    )
     require(
         not num_splits or split_size is None,
         f"num_splits={num_splits} and split_size={split_size} are both given: one number of parts, or parts of one "

@@ -514,7 +514,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "positions": ({"rotary_seqlens": i32(0, 10)}, r"rotary_cos\.shape\[0\]=12: sequence 1 needs positions 10 to 12"),
     "both kinds of splits": ({"num_splits": 2, "split_size": 64}, r"num_splits=2 and split_size=64 are both given"),
     "splits below 0": ({"num_splits": -1}, r"num_splits=-1 must be an int of at least 0"),
-    "parts of nothing": ({"split_size": 0}, r"split_size=0 must be an int of at least 1"),
+    "parts of nothing": ({"split_size": 0}, r"split_size=0 must be a positive int or None: pass a mul"),
     "sink": ({"sink": x(3)}, r"sink\.shape=\(3,\) must be \(4,\)"),
     "window": ({"window_size": (-2, 0)}, r"window_size=\(-2, 0\): -2 must be -1"),
     "scale": ({"softmax_scale": float("nan")}, r"scale=nan must be finite"),

@@ -68,7 +68,7 @@ def description(aux: tuple[str, ...], operation: str, inputs: dict[str, np.ndarr
     """What is traced for a causal call where there is a GPU."""
     keywords = {
         "max_seqlen_q": None, "max_seqlen_k": None, "scale": None, "window_size": (-1, 0), "softcap": 0.0,
-        "dropout_p": 0.0, "deterministic": False, "aux": aux, "backend": "auto", "arch": "sm_80",
+        "dropout_p": 0.0, "deterministic": False, "split_size": None, "aux": aux, "backend": "auto", "arch": "sm_80",
     }  # fmt: skip
     specs = tuple(jax_ffi.Spec(name, x.shape, dtypes.BY_NUMPY[x.dtype]) for name, x in inputs.items())
     static = jax_transforms.Static(**keywords)
