@@ -523,7 +523,8 @@ def _bind(
     mods: Mods | None = None
     scalars: tuple[int | float, ...] = ()
     if bound is not None:
-        views |= _captured_views(framework, bound, views["q"].device)
+        if bound.arrays:
+            views |= _captured_views(framework, bound, views["q"].device)
         if softcap:
             softcap = validate.softcap(softcap)
         mods, scalars, softcap = _folded(bound, views, softcap)
@@ -626,7 +627,7 @@ def _bind(
                     f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
                     f"values: copy to the device before the capture and pass that array"
                 )
-    if on_device and bound is not None:
+    if on_device and bound is not None and bound.arrays:
         uploads |= _captured_uploads(framework, bound, views, prepared.device)
     if checking and prepared.mods is not None:
         _check_indices(
