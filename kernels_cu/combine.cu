@@ -23,6 +23,8 @@ HW_DEVICE void store_element(u8* to, float x) {
   }
 }
 
+constexpr i32 kColumns = 256 / 32;  // that a lane may have
+
 HW_DEVICE float warp_max(float x) {
   HW_UNROLL
   for (i32 mask = 1; mask < 32; mask *= 2) x = hw::max(x, hw::shfl_xor(x, mask));
@@ -56,17 +58,29 @@ HW_DEVICE void combine_row(const DecodeParams& p, i32 sequence, const Sequence& 
   const float scale = sum == 0.0f ? 0.0f : hw::rcp_approx(sum);
 
   u8* out = at_row(p.out, seq, p.out_stride_batch, seq.q_begin + row, p.out_stride_row) + head * p.out_stride_head;
-  for (i32 column = lane; column < p.head_dim_v; column += 32) {
-    float x = 0.0f;
-    for (i32 s = 0; s < pieces.count; ++s) {
-      // A piece of which the row sees nothing has nothing in partial_out.
-      const i64 line = line_of(s);
-      const float lse = hw::load_global(p.partial_lse + line);
-      if (lse == -kInfinity) continue;
-      const float part = hw::load_global(p.partial_out + line * p.head_dim_v + column);
-      x = hw::fma(hw::exp2_approx(lse - safe), part, x);
+  float x[kColumns];  // of the columns lane, lane + 32, ...
+  HW_UNROLL
+  for (i32 c = 0; c < kColumns; ++c) x[c] = 0.0f;
+  HW_NO_UNROLL
+  for (i32 s = 0; s < pieces.count; ++s) {
+    // A piece of which the row sees nothing has nothing in partial_out.
+    const i64 line = line_of(s);
+    const float lse = hw::load_global(p.partial_lse + line);
+    if (lse == -kInfinity) continue;
+    const float weight = hw::exp2_approx(lse - safe);
+    HW_UNROLL
+    for (i32 c = 0; c < kColumns; ++c) {
+      const i32 column = lane + 32 * c;
+      if (column < p.head_dim_v) {
+        const float part = hw::load_global(p.partial_out + line * p.head_dim_v + column);
+        x[c] = hw::fma(weight, part, x[c]);
+      }
     }
-    store_element<Element>(out + column * static_cast<i32>(sizeof(Element)), x * scale);
+  }
+  HW_UNROLL
+  for (i32 c = 0; c < kColumns; ++c) {
+    const i32 column = lane + 32 * c;
+    if (column < p.head_dim_v) store_element<Element>(out + column * static_cast<i32>(sizeof(Element)), x[c] * scale);
   }
   const i64 at = row_offset(seq, p.lse_stride_batch, seq.q_begin + row, 1) + head * p.lse_stride_head;
   if (p.lse != nullptr && lane == 0) {

@@ -14,15 +14,20 @@
 //
 //   shared  name   rows      row            bytes for d = 128, 16 bits
 //           q      kBlockQ   kHeadDim       16 KB
+//           and kStages times
 //           k      kBlockK   kHeadDim       16 KB
 //           v      kBlockK   kHeadDimV      16 KB
 //           terms  kBlockK   M::kStagedK words      what mods need of each key, where it is dear (tile/mods.cuh)
 //
 //   barrier, per key tile    what it separates
 //   K landed                 every thread's copies of K (and Q) | the reads of S = Q K^T; of the terms likewise
-//                            the reads of the previous V        | the copy of this V
+//                            the reads of the previous V        | the copy of a V to its stage
 //   V landed                 every thread's copies of V         | the reads of O += P V
-//                            the reads of K                     | the copy of the next K
+//                            the reads of K                     | the copy of a K to its stage
+//   and, per piece           the reads of the last V            | the copies of the next piece's first
+//
+// Memory is what this waits for, so copies run kStages tiles ahead: K and V in turn, a group each, of which the last
+// 2 kStages - 2 are still on their way when one is waited for.
 #include <base.cuh>
 #include <hw/async_copy.cuh>
 #include <hw/device.cuh>
@@ -62,6 +67,10 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
   const u32 k_smem = q_smem + static_cast<u32>(V::kBlockQ * V::kHeadDim * kBytes);
   const u32 v_smem = k_smem + static_cast<u32>(V::kBlockK * V::kHeadDim * kBytes);
   const u32 terms_smem = v_smem + static_cast<u32>(V::kBlockK * V::kHeadDimV * kBytes);
+  constexpr i32 kStages = V::kStages;
+  constexpr i32 kTermBytes = ceil_div(staged_bytes<M, true, V::kBlockK>(), 128) * 128;
+  constexpr u32 kStageBytes = V::kBlockK * (V::kHeadDim + V::kHeadDimV) * kBytes + kTermBytes;
+  static_assert(V::kBlockQ * V::kHeadDim * kBytes + kStages * kStageBytes == V::kSharedBytes, "what the host asks for");
 
   // This piece
   const i32 sequence = piece.sequence, head_kv = piece.head_kv, first = piece.first;
@@ -77,8 +86,12 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
   const i32 tiles_begin = max_of(seen.any.begin / V::kBlockK, piece.tile_begin);
   const i32 tiles_end = seen.any.begin < seen.any.end ? min_of(ceil_div(seen.any.end, V::kBlockK), piece.tile_end) : 0;
   const bool has_rows = first + warp_row <= last;
-  // Of the key tiles, those that mask_mod leaves something of for any head.
+  // Of the key tiles, those that mask_mod leaves something of for any head. Where copies run ahead, so does the search:
+  // to_come[i] is the i-th tile after the one computed, and bit i of `full` whether nothing of it is masked.
+  constexpr bool kAhead = M::kMask && kStages > 1;
   TileWalk<1> walk(tiles_begin);
+  i32 to_come[kAhead ? kStages : 1] = {};
+  u32 full = 0;
   const auto find_tile = [&](i32 n) {
     if constexpr (M::kMask) {
       return walk.find(n, tiles_end, [&](i32 tile) {
@@ -91,6 +104,13 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
   };
   i32 n = find_tile(tiles_begin);
   const bool sees_keys = n < tiles_end;
+  const auto tile_at = [&](i32 i) { return kAhead ? to_come[kAhead ? i : 0] : n + i; };
+  const auto come = [&](i32 i, i32 tile) {
+    if constexpr (kAhead) {
+      if (tile < tiles_end) full |= static_cast<u32>(walk.is_full(tile)) << i;
+      if (i < kStages) to_come[i] = tile;
+    }
+  };
 
   // Of this thread's row i: the key its query stands on, and its head. NOTE: kept through the loop they cost registers.
   // A row behind the last counts as one more query: what is computed of it is never stored.
@@ -101,18 +121,26 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
     if constexpr (M::kScore || M::kMask) return M::tile(p, sequence, head_of(i), seq.q_len, seq.k_len);
   };
   const auto query_of = [&](i32 i) { return inside(row_of(i) / p.head_group, seq.q_len); };
-  const auto stage = [&](i32 tile) {
-    if constexpr (M::kStagedK > 0 && !M::kHead) {
-      stage_terms<M, true, V::kBlockK, V::kThreads>(p, tile_of(0), terms_smem, tile * V::kBlockK);
+  // `stage`: bytes from the first one.
+  const auto copy_k = [&](i32 tile, u32 stage) {
+    if (tile < tiles_end) {
+      k_loader.load(tile * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row, stage);
+      if constexpr (M::kStagedK > 0 && !M::kHead) {
+        stage_terms<M, true, V::kBlockK, V::kThreads>(p, tile_of(0), terms_smem + stage, tile * V::kBlockK);
+      }
     }
+    hw::cp_async_commit();
+  };
+  const auto copy_v = [&](i32 tile, u32 stage) {
+    if (tile < tiles_end) v_loader.load(tile * V::kBlockK, seq.k_len, row_bytes_v, p.v_stride_row, stage);
+    hw::cp_async_commit();
   };
   const LaneRows<QTile> q_rows(q_smem, warp_row + lane % 16, lane / 16);
-  const LaneRows<KTile> k_rows(k_smem, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
   OnlineSoftmax<S::kRows> softmax(p.softmax_scale);
   O o;
   o.fill(0.0f);
 
-  // Q
+  // Q, and the first tiles
   if (sees_keys) {
     const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row);
     HW_NO_UNROLL
@@ -126,29 +154,35 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
         QRows::copy_unit(QTile::address(q_smem, at, unit), from + unit * 16, left);
       }
     }
-    k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
-    hw::cp_async_commit();
-    stage(n);
+    come(0, n);
+    copy_k(n, 0);
+    HW_UNROLL
+    for (i32 i = 1; i < kStages; ++i) {
+      copy_v(tile_at(i - 1), (i - 1) * kStageBytes);
+      come(i, find_tile(tile_at(i - 1) + 1));
+      copy_k(tile_at(i), i * kStageBytes);
+    }
   }
+  u32 stage = 0;
 
   // KV loop
   HW_NO_UNROLL
   while (n < tiles_end) {
     // wait   K landed <- own copies of K and, the first time, Q
-    hw::cp_async_wait<0>();
+    hw::cp_async_wait<2 * kStages - 2>();
     // sync   K landed <-> all warps: K is whole; nobody reads the previous V any more
     hw::sync_threads();
+    copy_v(tile_at(kStages - 1), (stage == 0 ? kStages * kStageBytes : stage) - kStageBytes);
     const i32 k_first = n * V::kBlockK;
-    v_loader.load(k_first, seq.k_len, row_bytes_v, p.v_stride_row);
-    hw::cp_async_commit();
 
     S s;
     s.fill(0.0f);
     if (has_rows) {
+      const LaneRows<KTile> k_rows(k_smem + stage, lane % 8 + 8 * (lane / 16), lane / 8 % 2);
       multiply_qk<Element, V::kHeadDim>(s, q_rows, k_rows);
       if constexpr (M::kScore) {
         s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
-        visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem,
+        visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem + stage,
                             [&](float& x, const typename M::Tile& t, i32, i32, const typename M::QTerms& q,
                                 const typename M::KTerms& k) { x = M::score(p, t, q, k, x); });
       } else if (!p.raw_scores) {
@@ -170,7 +204,7 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
         }
       }
       bool mixed = k_first < seen.all.begin || k_first + V::kBlockK > seen.all.end;
-      if constexpr (M::kMask) mixed |= !walk.is_full(n);
+      if constexpr (M::kMask) mixed |= kAhead ? (full & 1u) == 0 : !walk.is_full(n);
       if (mixed) {
         i32 begin[S::kRows], end[S::kRows];
         HW_UNROLL
@@ -184,7 +218,7 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
           end[i] = own.end - k_first - S::first_col();
         }
         if constexpr (M::kMask && M::kKeepQ) {
-          visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem,
+          visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem + stage,
                               [&](float& x, const typename M::Tile& t, i32 row, i32 column, const typename M::QTerms& q,
                                   const typename M::KTerms& k) {
                                 const bool keep = (column >= begin[row]) & (column < end[row]) & M::keep_q(p, t, q, k);
@@ -200,19 +234,26 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
     }
 
     // wait   V landed <- own copies of V
-    hw::cp_async_wait<0>();
+    hw::cp_async_wait<2 * kStages - 2>();
     // sync   V landed <-> all warps: V is whole; nobody reads K any more
     hw::sync_threads();
-    n = find_tile(n + 1);
-    if (n < tiles_end) {
-      k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
-      hw::cp_async_commit();
-      stage(n);
-    }
+    const i32 last_tile = find_tile(tile_at(kStages - 1) + 1);
+    copy_k(last_tile, stage);
     if (has_rows) {
       softmax.update(s, o);
-      multiply_pv<Element, O, S, VTile>(o, s, v_smem);
+      multiply_pv<Element, O, S, VTile>(o, s, v_smem + stage);
     }
+    if constexpr (kAhead) {
+      come(kStages, last_tile);
+      full >>= 1;
+      HW_UNROLL
+      for (i32 i = 1; i < kStages; ++i) to_come[i - 1] = to_come[i];
+      to_come[kStages - 1] = last_tile;
+      n = to_come[0];
+    } else {
+      n = kStages == 1 ? last_tile : n + 1;
+    }
+    stage = stage + kStageBytes == kStages * kStageBytes ? 0 : stage + kStageBytes;
   }
 
   // Store. What it needs is read anew: kept through the loop it would cost registers there.
@@ -245,7 +286,11 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_decode_sm80(HW_GRID_CONSTANT DecodeParams p) {
-  // Nobody reads Q or K any more where a piece's last V has landed, so the next piece's may come at once.
   i32 done = 0;
-  for (Piece piece; next_piece(p, done, piece);) decode_piece<Variant, Mods>(p, piece);
+  Piece piece;
+  while (next_piece(p, done, piece)) {
+    decode_piece<Variant, Mods>(p, piece);
+    // sync   shared memory <-> all warps: the next piece's tiles may replace this one's
+    hw::sync_threads();
+  }
 }

@@ -39,7 +39,7 @@ BLOCK_K: dict[tuple[int, int], int] = {
 # The same for a score_mod, whose terms take registers.
 MOD_BLOCK_K: dict[tuple[int, int], int] = {(2, 192): 32, (2, 256): 16}  # twice as many spill on some chips
 BLOCK_Q = 64
-BLOCKS_PER_MULTIPROCESSOR = 2  # that run at a time: as many as 255 registers a thread let
+MAX_STAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +51,19 @@ class DecodeVariant:
     head_dim_v: int
     block_k: int
     load_bytes: int
+    stages: int
     paged: bool = False
     mods: str = emit_c.NO_MODS
 
     @property
     def smem_bytes(self) -> int:
-        """Q, one tile of K, one of V, and what mods need of each key."""
-        elements = (BLOCK_Q + self.block_k) * self.head_dim + self.block_k * self.head_dim_v
-        return elements * self.element.itemsize + 4 * self.block_k * emit_c.staged(self.mods)[1]
+        """Q, and of each stage a tile of K, one of V, and what mods need of each key."""
+        q = BLOCK_Q * self.head_dim * self.element.itemsize
+        return q + self.stages * _stage_bytes(self.element, self.head_dim, self.head_dim_v, self.block_k, self.mods)
+
+    def blocks(self, arch: Arch) -> int:
+        """How many a multiprocessor runs at a time: two, as many as 255 registers a thread let, or one."""
+        return 2 if 2 * (self.smem_bytes + BLOCK_SMEM) <= arch.smem_bytes + BLOCK_SMEM else 1
 
     def members(self) -> dict[str, str | int | bool]:
         return {
@@ -69,8 +74,18 @@ class DecodeVariant:
             "kBlockK": self.block_k,
             "kThreads": 2 * BLOCK_Q,
             "kLoadBytes": self.load_bytes,
+            "kStages": self.stages,
+            "kSharedBytes": self.smem_bytes,
             "kPaged": self.paged,
         }
+
+
+BLOCK_SMEM = 1024  # of every block, the system's own; a multiprocessor has as much more than one block may ask for
+
+
+def _stage_bytes(element: DType, head_dim: int, head_dim_v: int, block_k: int, mods: str) -> int:
+    terms = -(-4 * block_k * emit_c.staged(mods)[1] // 128) * 128
+    return block_k * (head_dim + head_dim_v) * element.itemsize + terms
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,17 +110,30 @@ PLAN = module.KernelSpec("decode_plan.cu", "cuflash_decode_plan", "DecodeParams"
 
 
 def choose_variant(
-    dtype: DType, head_dim: int, head_dim_v: int, load_bytes: int, *, mods: Mods | None = None, paged: bool = False
+    dtype: DType,
+    head_dim: int,
+    head_dim_v: int,
+    load_bytes: int,
+    arch: Arch,
+    *,
+    mods: Mods | None = None,
+    paged: bool = False,
 ) -> DecodeVariant:
-    """The variant of decode_sm80.cu, as `forward.choose_variant`. The same for every chip: a key block is what a sum's
-    order rests on, and the unit of split_size."""
+    """The variant of decode_sm80.cu, as `forward.choose_variant`. Of chips the stages alone depend: as many as let two
+    blocks share a multiprocessor, or, where that were one, as one block has room for."""
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
     row = dtype.itemsize, max(d, d_v)
     block_k = BLOCK_K[row]
     if mods is not None and mods.score is not None:
         block_k = MOD_BLOCK_K.get(row, block_k)
     text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
-    return DecodeVariant(dtype, d, d_v, block_k, max(load_bytes, min(dtype.itemsize, 4)), paged, text)
+    q_bytes, stage = BLOCK_Q * d * dtype.itemsize, _stage_bytes(dtype, d, d_v, block_k, text)
+    half = (arch.smem_bytes + BLOCK_SMEM) // 2 - BLOCK_SMEM
+    stages = (half - q_bytes) // stage
+    if stages < 2:
+        stages = (arch.smem_bytes - q_bytes) // stage
+    stages = max(1, min(stages, MAX_STAGES))
+    return DecodeVariant(dtype, d, d_v, block_k, max(load_bytes, min(dtype.itemsize, 4)), stages, paged, text)
 
 
 @functools.cache
@@ -140,7 +168,7 @@ class DecodePlan:
         _refuse(problem)
         require_counts(problem)
         self.variant = choose_variant(
-            problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, mods=problem.mods,
+            problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch, mods=problem.mods,
             paged=problem.page_size > 0,
         )  # fmt: skip
         block_k = self.variant.block_k
@@ -153,12 +181,12 @@ class DecodePlan:
         longest = min(problem.max_seqlen_q or problem.q_rows, problem.q_rows) if problem.packed else problem.q_rows
         group = problem.heads_q // max(problem.heads_kv, 1)
         rows = problem.q_rows if problem.packed else problem.batch * problem.q_rows
-        blocks = BLOCKS_PER_MULTIPROCESSOR * arch.multiprocessors
+        blocks = self.variant.blocks(arch) * arch.multiprocessors
         if split_size is None:
             splits, self.grid = 0, (blocks, 1, 1)
             lines = problem.heads_q * rows + blocks * BLOCK_Q
             self.why = (
-                f"keys: an even share of all sequences' for each of {blocks} blocks, {BLOCKS_PER_MULTIPROCESSOR} a "
+                f"keys: an even share of all sequences' for each of {blocks} blocks, {self.variant.blocks(arch)} a "
                 f"multiprocessor; decode_plan counts them on the device, combine puts the pieces of a row together"
             )
         else:
@@ -251,6 +279,6 @@ NO_PACKED_KEYS = "packed keys (cu_seqlens_k) are not split: pass them dense with
 
 def representative(arch: Arch) -> list[module.KernelSpec]:
     """Variants that between them compile every line: both key layouts, the widest rows of each size of element."""
-    variants = [choose_variant(dtypes.bfloat16, d, d, 16, paged=d == 128) for d in (128, 256)]
-    variants += [choose_variant(dtypes.float32, d, d, 16, paged=d == 256) for d in (192, 256)]
+    variants = [choose_variant(dtypes.bfloat16, d, d, 16, arch, paged=d == 128) for d in (128, 256)]
+    variants += [choose_variant(dtypes.float32, d, d, 16, arch, paged=d == 256) for d in (192, 256)]
     return [*map(kernel_spec, variants), PLAN, combine_spec(CombineVariant(dtypes.bfloat16))]

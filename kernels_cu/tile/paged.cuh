@@ -36,7 +36,7 @@ struct PagedRowLoader {
         address(Tile::address(tile, Rows::first_row(), Rows::first_unit())), page_stride(page_stride_) {}
 
   // Entries of the table past the page of key `rows - 1` are not read.
-  HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride) const {
+  HW_DEVICE void load(i32 begin, i32 rows, i32 row_bytes, i64 stride, u32 stage = 0) const {
     if (kThreads / Rows::kGroup > kRows && Rows::first_row() >= kRows) return;
     const i32* table = p.page_table + sequence * p.page_table_stride;
     const i32 pad = leftpad(), slots = rows + pad;
@@ -50,7 +50,7 @@ struct PagedRowLoader {
       const u8* from = source + page * page_stride + in_page * stride;
       const auto copy_group = [&](i32 group) {
         const i32 left = slot < slots ? row_bytes - (Rows::first_unit() + group * Rows::kGroup) * 16 : 0;
-        const u32 to = address + static_cast<u32>(step * Rows::kRowStep * Tile::kRowBytes + group * Rows::kGroup * 16);
+        const u32 to = address + stage + static_cast<u32>(step * Rows::kRowStep * Tile::kRowBytes + group * Rows::kGroup * 16);
         Rows::copy_unit(to, from + group * Rows::kGroup * 16, left);
       };
       if constexpr (Tile::kRowBytes < 1024) {
