@@ -666,7 +666,9 @@ def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
                 raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
         return of_numpy(np.array(x, np.int32))
     if isinstance(x, np.ndarray):
-        framework = frameworks.of(x)
+        own = frameworks.of(x)
+        # Beside arrays of another framework it may have to be copied to a device, as it lies.
+        x, framework = x if own is framework else np.ascontiguousarray(x), own
     return _views(framework, {name: x})[name]
 
 

@@ -265,16 +265,12 @@ def _prepared_for(
         framework.NAME, config.version, alignment, new, plain, options, mods,
         *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in views.items()],
     )  # fmt: skip
-    try:
-        prepared = _prepared.get(key)
-    except TypeError:  # something no key can hold, such as an array for the scale: the checks will name it
-        prepared, key = None, None
+    prepared = _prepared.get(key)
     if prepared is None:
         prepared = _prepare(framework, views, plain, alignment, alignment | new, options, mods)
-        if key is not None:
-            if len(_prepared) >= _PREPARED_LIMIT:
-                _prepared.clear()
-            _prepared[key] = prepared
+        if len(_prepared) >= _PREPARED_LIMIT:
+            _prepared.clear()
+        _prepared[key] = prepared
     if k is not None and framework.NAME != "JAX":  # whose caches are copied
         _check_overlaps(views, prepared.extents)
     return prepared

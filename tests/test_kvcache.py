@@ -796,6 +796,15 @@ def test_lengths_in_host_memory_beside_device_arrays(rng):
         assert [x.tolist() for x in recorder.uploads] == [[5, 0, 13]]
         recorder.replay(4)
         np.testing.assert_allclose(recorder.host(out).reshape(-1, HEADS, D_V), np.concatenate(step.out), atol=3e-6)
+        paged = Step(rng, page_size=8)
+        wide = np.full((3, 9), ABSURD, np.int32)
+        wide[:, 2:5] = paged.arguments["block_table"]
+        make = recorder.arrays["cupy stand-in"]
+        given = {n: make(x) for n, x in paged.arguments.items()} | {"block_table": wide[:, 2:5]}
+        caches = [make(x) for x in paged.caches]
+        out = cuflash.flash_attn_with_kvcache(make(paged.q), *caches, **given)
+        recorder.replay(4)
+        np.testing.assert_allclose(recorder.host(out).reshape(-1, HEADS, D_V), np.concatenate(paged.out), atol=3e-6)
         launches = len(recorder.launches)
         with pytest.raises(ArgumentError, match=r"cache_seqlens\[1\]=22, and 3 new keys behind them"):
             recorded(recorder, step, "cupy stand-in", cache_seqlens=[5, 22, 13])
