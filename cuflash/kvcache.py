@@ -549,7 +549,7 @@ class _Step:
                 cu_seqlens_k_new=values.starts_new, rotary_seqlens=turned,
                 rotary_interleaved=options.interleaved, **tables,
             )  # fmt: skip
-        made = {"pages": table[:, 0], "seqused_k": after.astype(np.int32)}
+        made = {"pages": np.arange(self.prepared.batch, dtype=np.int32), "seqused_k": after.astype(np.int32)}
         if tables:
             made["q_rotated"] = reference.rotate_queries(
                 arrays["q"], *tables.values(), starts=turned, advance=max(options.window) >= 0,

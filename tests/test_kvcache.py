@@ -588,6 +588,18 @@ def test_gradients_are_refused():
         cuflash.flash_attn_with_kvcache(**arguments)
 
 
+def test_transformations_of_pytorch_are_refused():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
+    before = arguments["k_cache"].clone()
+    q = arguments.pop("q")
+    with pytest.raises(UnsupportedError, match=r"torch\.func do not follow it: call it outside"):
+        torch.vmap(lambda q: cuflash.flash_attn_with_kvcache(q, **arguments))(q[None])
+    with torch.autocast("cpu"), pytest.raises(UnsupportedError, match=r"autocast and torch\.func do not follow it"):
+        cuflash.flash_attn_with_kvcache(q, **arguments)
+    assert torch.equal(arguments["k_cache"], before)
+
+
 # Kernels --------------------------------------------------------------------------------------------------------------
 
 
@@ -644,6 +656,17 @@ def test_nothing_is_legal(rng, shape, new):
         assert out.shape == (batch, q_len, 4, 16)
         if not new:
             assert not out.any() and (lse == -np.inf).all()
+
+
+def test_a_table_without_columns_is_legal(rng):
+    q, pages = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 4, 16), (5, 4, 2, 16)))
+    for backend in BACKENDS:
+        with using(backend):
+            out, lse = cuflash.flash_attn_with_kvcache(
+                q, pages, pages, cache_seqlens=i32(0, 0), block_table=np.zeros((2, 0), np.int32),
+                return_softmax_lse=True,
+            )  # fmt: skip
+        assert not out.any() and (lse == -np.inf).all()
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
