@@ -1,10 +1,10 @@
 // New keys and values written into a cache, in place, behind those that are there; before attention reads it. What else
 // that attention needs and only the device knows: the queries rotated, and how many keys each sequence has then.
 //
-//   cache[before + i] = new[i]       key n of sequence b is in slot n, row n % page_size of page page_table[b, n / page_size]
-//   seqused_k         = before + new - leftpad
-//   rotated           = (a cos - b sin, a sin + b cos)     of each pair (a, b) of a new key's, or query's, rotary_dim
-//                                                          elements: in float32, each product rounded, once to Element
+//   cache[before + i] = new[i]      slot n of sequence b is row n % page_size of page page_table[b, n / page_size]
+//   seqused_k = before + new - leftpad
+//   rotated = (a cos - b sin, a sin + b cos)      for each pair (a, b) of a new key's, or query's, first rotary_dim
+//                                                 elements: in float32, each product rounded, then once to Element
 //
 //   grid    (rows, part, sequence): part 0 appends keys, 1 values, 2 rotates queries. Blocks stride over rows
 //   roles   threads have units of 16 bytes of a row's heads
@@ -85,8 +85,8 @@ HW_DEVICE u32x4 rotate(const AppendParams& p, u32x4 unit, const u8* row, i32 fir
 
 // One row, all its heads. position: to rotate to; below 0: the row is copied.
 template <class V>
-HW_DEVICE void move_row(const AppendParams& p, const u8* from, i64 from_stride_head, u8* to, i64 to_stride_head, i32 heads,
-                        i32 dim, i32 position) {
+HW_DEVICE void move_row(const AppendParams& p, const u8* from, i64 from_stride_head, u8* to, i64 to_stride_head,
+                        i32 heads, i32 dim, i32 position) {
   using Element = typename V::Element;
   const i32 row_bytes = dim * static_cast<i32>(sizeof(Element)), units = ceil_div(row_bytes, 16);
   for (i32 i = hw::thread_idx(); i < heads * units; i += V::kThreads) {
