@@ -113,8 +113,9 @@ def attention(
     deterministic  makes gradients bitwise reproducible, at the price of seven matrix products instead of five; the
                    forward is so either way
     split_size     for few queries of many keys: cut the keys of each row into pieces of so many, which several blocks
-                   compute and a last kernel puts together. A multiple of 64 serves every kernel. A sequence's result
-                   has the same bits in any batch, but other ones than without. Keys are dense or in pages, not packed
+                   compute and a last kernel puts together, from float32 memory that `explain` tells. A multiple of 64
+                   serves every kernel. A sequence's result has the same bits in any batch, but other ones than without.
+                   Keys are dense or in pages, not packed; gradients are computed as without
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 

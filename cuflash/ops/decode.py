@@ -198,7 +198,7 @@ class DecodePlan:
                 "their order, whatever else is in the batch; grid: (piece and row tile, key head, sequence)"
             )
         self.combine_grid = (math.ceil(max(longest, 1) / 4), problem.heads_q, problem.batch + problem.packed)
-        if self.grid[0] > GRID_LIMITS[0]:
+        if self.grid[0] >= UNLIMITED:
             raise UnsupportedError(f"split_size={split_size} makes {splits} pieces of each row: pass a larger one")
         self.workspace: dict[str, tuple[tuple[int, ...], DType]] = {
             "partial_out": ((lines * problem.head_dim_v,), dtypes.float32),

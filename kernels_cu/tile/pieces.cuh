@@ -3,7 +3,8 @@
 // pieces of a row together. Two ways to cut:
 //
 //   fixed   piece s has the keys [s split_size, (s + 1) split_size): its result depends on nothing else in the batch
-//   even    a row tile counts as many units as it sees key tiles. The units of all row tiles, end to end in the order of
+//   even    a row tile counts as many units as causal, window and length let it see key tiles; what a mask_mod leaves of
+//           them is not asked here, a tile that it leaves nothing of counts and costs nothing. The units of all row tiles, end to end in the order of
 //           sequence, key head, row and key, are cut into one share a block, all alike but for one unit: a block has
 //           whole row tiles and, at either end, a piece of one. decode_plan.cu counts units, on the device
 //

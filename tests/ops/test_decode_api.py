@@ -29,10 +29,17 @@ def in_pages(x: np.ndarray, page_size: int, order: np.ndarray) -> np.ndarray:
     return pages
 
 
+DOCUMENTS = np.random.default_rng(0).integers(0, 2, (3, 320)).astype(np.int32)
 FEATURES: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True, "softcap": 5.0, "sink": np.ones(4, np.float32)},
     "window": {"window_size": (100, 0), "alibi_slopes": np.ones(4, np.float32) / 9},
+    "window, softcap, documents": {
+        "causal": True,
+        "window_size": (90, 0),
+        "softcap": 3.0,
+        "mask_mod": lambda b, h, i, j: DOCUMENTS[b, j] == 1,
+    },
     "mods": {"score_mod": lambda s, b, h, i, j: s + 0.01 * h * j, "mask_mod": lambda b, h, i, j: (j + h) % 3 != 0},
 }
 
