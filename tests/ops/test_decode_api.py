@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backends import using
+from backends import BACKENDS, using
+from cases import Case
+from compare import check_forward
 from recorded import recording
 
 import cuflash
@@ -62,6 +64,19 @@ def test_the_result_is_that_of_the_definition(features, layout, rng):
     assert counters.launches == 2
     for x, y in zip(found[:3], expected, strict=False):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype, d", [("float16", 64), ("bfloat16", 128), ("float32", 96)])
+def test_backends(backend, dtype, d):
+    """The arrays' surroundings are poisoned, and stay as they were."""
+    case = Case(
+        dtype, (3,) * 4, (700,) * 4, 8, 2, d, d, packed=False, causal=True, window_size=(600, 0), softcap=20.0,
+        alibi="head", sink="float32", seqused_k=(700, 0, 5, 300), layout="gaps",
+    )  # fmt: skip
+    inputs = case.inputs()
+    results = backend.run(inputs, split_size=128)
+    check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords)
 
 
 @pytest.mark.parametrize("page_size", [0, 1, 16])
