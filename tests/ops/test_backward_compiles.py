@@ -20,10 +20,13 @@ from cuflash.ops import backward, forward
 
 # Which of the representative variants each architecture compiles in a usual run, and of which the machine code is read.
 COMPILED = {
-    "sm_80": slice(0, None, 2), "sm_90a": slice(1, None, 4), "sm_86": slice(7, None, 24), "sm_89": slice(9, None, 24),
+    "sm_80": slice(0, None, 2), "sm_90a": slice(1, None, 6), "sm_86": slice(7, None, 24), "sm_89": slice(9, None, 24),
     "sm_100a": slice(3, None, 12), "sm_120a": slice(5, None, 12),
 }  # fmt: skip
-READ = {"sm_80": slice(0, None, 6), "sm_90a": slice(1, None, 24), "sm_100a": slice(3, None, 48), "sm_120a": slice(5, 6)}
+READ = {
+    "sm_80": slice(0, None, 6), "sm_90a": slice(1, None, 24), "sm_86": slice(0), "sm_89": slice(0),
+    "sm_100a": slice(3, None, 48), "sm_120a": slice(5, 6),
+}  # fmt: skip
 
 
 def spec_of(name: str, index: int) -> module.KernelSpec:

@@ -17,10 +17,13 @@ from cuflash.ops import forward
 
 # Which of the representative variants each architecture compiles in a usual run, and of which the machine code is read.
 COMPILED = {
-    "sm_80": slice(None), "sm_90a": slice(0, None, 3), "sm_86": slice(3, None, 7), "sm_89": slice(5, None, 7),
+    "sm_80": slice(None), "sm_90a": slice(0, None, 4), "sm_86": slice(3, None, 9), "sm_89": slice(5, None, 9),
     "sm_100a": slice(1, None, 7), "sm_120a": slice(2, None, 7),
 }  # fmt: skip
-READ = {"sm_80": slice(0, None, 4), "sm_90a": slice(0, None, 12), "sm_100a": slice(1, None, 28), "sm_120a": slice(2, 3)}
+READ = {
+    "sm_80": slice(0, None, 4), "sm_90a": slice(0, None, 12), "sm_86": slice(0), "sm_89": slice(0),
+    "sm_100a": slice(1, None, 28), "sm_120a": slice(2, 3),
+}  # fmt: skip
 
 
 def spec_of(name: str, index: int) -> module.KernelSpec:
