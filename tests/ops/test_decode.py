@@ -51,13 +51,14 @@ def check(case: Case, rng: np.random.Generator, page_size: int = 0, split_size: 
     """Both ways to cut against the definition: pieces of one size, even shares of some number of blocks."""
     inputs = case.inputs()
     hints = {} if case.max_seqlen_q is None else {"max_seqlen_q": case.max_seqlen_q}
-    given = launched(attend(inputs, **hints, **how.pop("mods", {})))
+    mods = how.pop("mods", {})
+    given = launched(attend(inputs, **hints, **mods))
     if page_size:
         given = in_pages(given, page_size, rng, **how)
     for size, multiprocessors in ((split_size, 108), (None, int(rng.integers(1, 9))), (None, 108)):
         results = decoded(given, size, multiprocessors)
         try:
-            check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords)
+            check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords, **mods)
         except AssertionError as error:
             error.add_note(f"split_size={size}, multiprocessors={multiprocessors}, page size {page_size}: {case!r}")
             raise
@@ -129,12 +130,13 @@ MODS: dict[str, dict[str, Any]] = {
         "score_mod": lambda s, b, h, q_idx, kv_idx: s * 0.5 + TABLE[h, kv_idx] * TABLE[h, q_idx + 3],
         "mask_mod": near,
     },
+    "from the 20th key on": {"mask_mod": lambda b, h, q_idx, kv_idx: kv_idx >= 20},
     "every third key of odd heads": {"mask_mod": lambda b, h, q_idx, kv_idx: (h % 2 == 0) | (kv_idx % 3 == 1)},
 }
 
 
 @pytest.mark.parametrize("mods", MODS)
-@pytest.mark.parametrize("page_size, q_len, heads", [(0, 3, (8, 2)), (16, 1, (8, 8)), (16, 20, (8, 1))])
+@pytest.mark.parametrize("page_size, q_len, heads", [(0, 3, (6, 2)), (16, 1, (8, 8)), (16, 20, (8, 1))])
 def test_mods(mods, page_size, q_len, heads, rng):
     """A row's head is its own: softcap, ALiBi, sink and a window beside."""
     features: dict[str, Any] = {"window_size": (99, 3)}
@@ -143,7 +145,47 @@ def test_mods(mods, page_size, q_len, heads, rng):
     case = Case(
         "float16", (q_len,) * 3, (300,) * 3, heads[0], heads[1], 64, 64, packed=False, seqused_k=(300, 2, 129),
         **features,
-    )  # fmt: skip  # fmt: skip
+    )  # fmt: skip
+    check(case, rng, page_size, mods=MODS[mods])
+
+
+@pytest.mark.parametrize("split_size", [128, None])
+@pytest.mark.parametrize(
+    "mask_mod, reach",
+    [(lambda b, h, q, k, q_len, kv_len: q + kv_len - q_len - k <= 90, 91), (near, 400)],
+    ids=["window", "a window of each head"],
+)
+def test_tiles_without_a_score_are_not_read(mask_mod, reach, split_size):
+    """Neither what a mask leaves nothing of, nor what it leaves nothing of for any head of the group."""
+    inputs = Case("float16", (1,), (1024,), 8, 1, 64, 64, packed=False).inputs()
+    given = launched(attend(inputs, mask_mod=mask_mod))
+    with cuflash.emulator.counting() as counters:
+        results = decoded(given, split_size, 1)
+    tiles = 1024 // 64 - (1024 - reach) // 64
+    assert counters.global_bytes_read["k"] == counters.global_bytes_read["v"] == tiles * 64 * 64 * 2
+    check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords, mask_mod=mask_mod)
+
+
+@pytest.mark.parametrize("mods", [{}, {"mask_mod": near}], ids=["", "mask"])
+@pytest.mark.parametrize(
+    "name, d, stages", [("sm_86", 192, 1), ("sm_80", 128, 2), ("sm_90a", 128, 3), ("sm_80", 32, 4)]
+)
+def test_as_many_stages_as_a_chip_has_room_for(name, d, stages, mods, rng):
+    """Pieces of more tiles than stages, and of fewer."""
+    inputs = Case("bfloat16", (2, 2), (600, 600), 8, 2, d, d, packed=False, seqused_k=(600, 90)).inputs()
+    given = in_pages(launched(attend(inputs, **mods), name), 16, rng)
+    for size, multiprocessors in ((128, 1), (640, 1), (None, 1)):
+        assert prepared(given, size)[0].variant.stages == stages
+        results = decoded(given, size, multiprocessors)
+        check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords, **mods)
+
+
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_used_queries(page_size, rng):
+    case = Case(
+        "float16", (9,) * 4, (200,) * 4, 4, 2, 64, 64, packed=False, causal=True, sink="element",
+        seqused_q=(9, 0, 3, 1), seqused_k=(200, 100, 0, 7),
+    )  # fmt: skip
     check(case, rng, page_size)
 
 
@@ -444,3 +486,37 @@ def test_planted_bug_is_caught(edited, name, rng):
     edited(edit, where=lambda spec: spec.source == kernel)
     with pytest.raises((EmulatorError, AssertionError)):
         check(case, rng, 16, 640)
+
+
+MODS_FILE = "tile/mods.cuh"
+# name -> (mods, edit of the kernel that reads keys)
+BUGS_OF_MODS = {
+    "terms of the first row's head": (
+        "a bias of head and key, a window of each head",
+        Edit(MODS_FILE, "M::k_terms(p, t[row], key)", "M::k_terms(p, t[0], key)"),
+    ),
+    "empty for one head, empty for all": (
+        "a bias of head and key, a window of each head",
+        Edit(MODS_FILE, "kind_of(i) == kind ? kind : kTileMixed", "min_of(kind_of(i), kind)"),
+    ),
+    "the next tile's fullness": (
+        "from the 20th key on",
+        Edit(KERNEL, "(full & 1u) == 0", "(full & 2u) == 0"),
+    ),
+    "terms of another stage": (
+        "a bias of the key, documents",
+        Edit(KERNEL, "terms_smem + stage, tile * V::kBlockK", "terms_smem, tile * V::kBlockK"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [None, *BUGS_OF_MODS])
+def test_planted_bug_of_mods_is_caught(edited, name, rng):
+    mods, edit = BUGS_OF_MODS.get(name, ("a bias of the key, documents", None))
+    case = Case("float16", (3,), (390,), 6, 1, 64, 64, packed=False)  # a thread's two rows are of different heads
+    if edit is None:
+        check(case, rng, 16, 384, mods=MODS[mods])
+        return
+    edited(edit, where=lambda spec: spec.source == KERNEL)
+    with pytest.raises((EmulatorError, AssertionError)):
+        check(case, rng, 16, 384, mods=MODS[mods])
