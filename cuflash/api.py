@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -525,7 +526,7 @@ def _bind(
     scalars: tuple[int | float, ...] = ()
     if bound is not None:
         if bound.arrays:
-            views |= _captured_views(framework, bound, views["q"].device)
+            views |= _captured_views(framework, bound)
         if softcap:
             softcap = validate.softcap(softcap)
         mods, scalars, softcap = _folded(bound, views, softcap)
@@ -588,13 +589,11 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size, mods,
     )  # fmt: skip
     if len(views) > 3:
         others = islice(views.items(), 3, None)  # behind q, k and v
         key += (*plain, *[(n, x.shape, x.strides, x.dtype.name, x.device, x.readonly) for n, x in others])
-    if mods is not None:
-        key += (mods,)
     if backward is not None:
         key += (backward.deterministic, backward.captured_grads)
     try:
@@ -628,7 +627,7 @@ def _bind(
                     f"{', '.join(uploads)} in host memory cannot enter a CUDA graph, which would replay these very "
                     f"values: copy to the device before the capture and pass that array"
                 )
-    if on_device and bound is not None and bound.arrays:
+    if on_device and bound is not None and bound.mods.has_single_numbers:
         uploads |= _captured_uploads(framework, bound, views, prepared.device)
     if checking and prepared.mods is not None:
         _check_indices(
@@ -803,11 +802,11 @@ def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
     return block_mask._as_mask_mod()
 
 
-def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[str, TensorView]:
+def _captured_views(framework: Framework, bound: Bound) -> dict[str, TensorView]:
     """Views of captured arrays, "captured0" and so on: of the framework of q, or of one element in host memory."""
     views = {}
     known: type | None = None
-    for i, (slot, x) in enumerate(zip(bound.mods.arrays, bound.arrays, strict=True)):
+    for name, slot, x in zip(_numbered(len(bound.arrays)), bound.mods.arrays, bound.arrays, strict=True):
         other = framework if type(x) is known else frameworks.of(x, slot.name)
         if other is framework:
             known = type(x)
@@ -817,16 +816,20 @@ def _captured_views(framework: Framework, bound: Bound, device: Device) -> dict[
                 "arrays must be of one framework; convert with from_dlpack, which copies nothing"
             )
         try:
-            views[f"captured{i}"] = other.view(x)
+            views[name] = other.view(x)
         except CuflashError as error:
             raise type(error)(f"{slot.name}, which a mod captured: {error}") from error
     return views
 
 
+@lru_cache
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"captured{i}" for i in range(count))
+
+
 def _captured_names(mods: Mods, views: Container[str]) -> list[str]:
     """The names of the views of captured arrays, in slot order: the slopes of ALiBi keep theirs."""
-    names = [f"captured{i}" for i in range(len(mods.arrays))]
-    return [name if name in views else "alibi_slopes" for name in names]
+    return [name if name in views else "alibi_slopes" for name in _numbered(len(mods.arrays))]
 
 
 def _folded(bound: Bound, views: dict[str, TensorView], softcap: float) -> tuple[Mods, tuple[int | float, ...], float]:

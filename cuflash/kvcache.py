@@ -182,7 +182,7 @@ def _append_and_attend(
     scalars: tuple[int | float, ...] = ()
     mods = None
     if bound is not None:
-        views |= api._captured_views(framework, bound, views["q"].device)
+        views |= api._captured_views(framework, bound)
         mods, scalars, softcap = api._folded(bound, views, options.softcap)
         options = options._replace(softcap=softcap)
     prepared = _prepared_for(framework, views, plain, options, mods)

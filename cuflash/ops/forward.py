@@ -348,7 +348,7 @@ class Captured:
         self._gradients = [(slot, f"sums{slot}", f"dcaptured{slot}") for slot in slots]
 
     def pack(self, arrays: Mapping[str, TensorView], scalars: Sequence[int | float]) -> bytes:
-        if self.words is None:
+        if self.words is None or not (self._names or scalars):
             return emit_c.NO_WORDS
         views = [arrays[name] for name in self._names]
         gradients = {}

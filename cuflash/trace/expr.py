@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -393,6 +393,11 @@ class Mods:
 
     def __hash__(self) -> int:
         return self._hash  # type: ignore[attr-defined]
+
+    @cached_property
+    def has_single_numbers(self) -> bool:
+        """Whether there are arrays of no dimensions, which may lie in host memory."""
+        return any(a.ndim == 0 for a in self.arrays)
 
     @property
     def names(self) -> dict[tuple[str, int], str]:
