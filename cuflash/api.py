@@ -117,13 +117,15 @@ def attention(
                    compute and a last kernel puts together, from float32 memory that `explain` tells. A multiple of 64
                    serves every kernel. A sequence's result has the same bits in any batch, but other ones than without.
                    Keys are dense or in pages, not packed; gradients are computed as without
+    kernel_options {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its own; the result
+                   has other bits
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
     A row that sees no key, and a row that no sequence owns, is 0 with lse -inf (with a sink, the former's lse is the
-    sink). `kernel_options`, and `split_size` beside dropout or packed keys, raise `UnsupportedError`, mods that cannot
-    be followed `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a refused
-    call has launched and written nothing.
+    sink). Other `kernel_options`, and `split_size` beside dropout or packed keys, raise `UnsupportedError`, mods that
+    cannot be followed `TraceError`; the message says what to use instead. Wrong arguments raise `ArgumentError`; a
+    refused call has launched and written nothing.
 
     Gradients for q, k, v, `alibi_slopes`, `sink` and the float arrays that a score_mod captures flow through out and
     lse. In PyTorch: in autograd, torch.func's grad and vmap, torch.compile, torch.export and checkpoints; under
@@ -168,7 +170,7 @@ def attention(
         if page_table is not None:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
         if kernel_options:
-            _refuse_options(kernel_options)
+            raise UnsupportedError(f"kernel_options: {_UNSUPPORTED_OPERATION['kernel_options']}")
         if out is not None:
             raise UnsupportedError(f"out: {_UNSUPPORTED_OPERATION['out']}")
         names = validate.aux_names(aux)
@@ -505,8 +507,7 @@ def _bind(
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    if kernel_options:
-        _refuse_options(kernel_options)
+    kernel = _kernel_of(kernel_options)
     split_size = validate.split_size(split_size)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
@@ -589,7 +590,7 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size, mods,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size, mods, kernel,
     )  # fmt: skip
     if len(views) > 3:
         others = islice(views.items(), 3, None)  # behind q, k and v
@@ -603,7 +604,7 @@ def _bind(
     if prepared is None:
         prepared = _prepare(
             framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
-            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward, split_size=split_size,
+            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward, split_size=split_size, kernel=kernel,
         )  # fmt: skip
         if key is not None:
             if len(_prepared) >= _PREPARED_LIMIT:
@@ -858,7 +859,10 @@ def _captured_uploads(
     return found
 
 
-def _refuse_options(kernel_options: Any) -> None:
+def _kernel_of(kernel_options: Any) -> str | None:
+    """The kernel that kernel_options ask for; None: the best."""
+    if not kernel_options or kernel_options == {"kernel": "sm_80"}:
+        return kernel_options["kernel"] if kernel_options else None
     raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
 
 
@@ -876,7 +880,8 @@ _PAGES_WITHOUT_GRADIENTS = (
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
-    "kernel_options": "the tile shapes follow from the problem and the device: leave it None",
+    "kernel_options": "tiles and stages follow from the problem and the device, {'kernel': 'sm_80'} is all there is to "
+    "choose: leave it None",
 }
 
 _MODS = ("score_mod", "mask_mod", "block_mask")
@@ -896,6 +901,10 @@ _UNSUPPORTED_OPERATION = {
         "a result that autograd, torch.func or a compiler follows is always a new array: leave out= away, or call "
         "outside of them, in PyTorch under torch.no_grad(), in JAX "
         "outside of jit and grad"
+    ),
+    "kernel_options": (
+        "what autograd, torch.func or a compiler follows runs the kernel that is best: leave it None, or call outside "
+        "of them"
     ),
 }
 
@@ -921,6 +930,7 @@ def _prepare(
     backward: _Backward | None,
     backend: str | None = None,
     split_size: int | None = None,
+    kernel: str | None = None,
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
@@ -995,7 +1005,7 @@ def _prepare(
             window=(left, right),
             softcap=softcap,
             dropout_p=dropout_p,
-        ), max_seqlen_k, backward, mods, split_size)  # fmt: skip
+        ), max_seqlen_k, backward, mods, split_size, kernel)  # fmt: skip
     folded = mods is not None and "alibi_slopes" in _captured_names(mods, views)
     return _Prepared(
         backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p, mods, folded,
@@ -1036,6 +1046,7 @@ def _plan(
     backward: _Backward | None,
     mods: Mods | None,
     split_size: int | None,
+    kernel: str | None,
 ) -> Any:
     """The plan of a checked call: `fields` are those of both problems that do not follow from the views."""
     names = ["q", "k", "v", "out"] + ([] if backward is None else ["dout", "dq", "dk", "dv"])
@@ -1064,7 +1075,7 @@ def _plan(
         if pages is not None:
             fields |= {"page_size": views["k"].shape[1], "max_pages": pages.shape[1]}
             fields["page_table_stride"] = pages.strides[0]
-        problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes)
+        problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes, kernel=kernel)
         return ops.plan(problem, arch) if split_size is None else _decode().DecodePlan(problem, arch, split_size)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}

@@ -31,6 +31,7 @@
 #include <hw/math.cuh>
 #include <params/forward.cuh>
 #include <tile/dropout.cuh>
+#include <tile/finish.cuh>
 #include <tile/fragment.cuh>
 #include <tile/mask.cuh>
 #include <tile/matmul.cuh>
@@ -41,7 +42,6 @@
 #include <tile/sequence.cuh>
 #include <tile/shared_tile.cuh>
 #include <tile/softmax.cuh>
-#include <tile/store.cuh>
 #include <variant.cuh>
 
 template <class V>
@@ -210,38 +210,9 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     multiply_pv<Element, O, S, typename Plan::VTile>(o, s, v_smem);
   }
 
-  // Finish
-  const float sink = read_sink<Element>(p, head);
-  typename OnlineSoftmax<S::kRows>::Row finished[S::kRows];
-  HW_UNROLL
-  for (i32 i = 0; i < S::kRows; ++i) {
-    finished[i] = softmax.finish(i, sink);
-    if constexpr (V::kDropout) finished[i].out_scale *= p.keep_scale;
-  }
-  o.for_each([&](float& x, i32 row, i32) { x *= finished[row].out_scale; });
-
-  // Store. What it needs is read anew: kept through the loop it would cost registers there.
-  const Sequence owner = read_sequence<V::kPaged>(p, sequence);
-  const i32 used = owner.q_len - q_first - warp_row;    // of this warp's rows, those that are queries
-  const i32 owned = owner.q_rows - q_first - warp_row;  // and those to write
-  u8* out = at_row(p.out, owner, p.out_stride_batch, owner.q_begin + q_first + warp_row, p.out_stride_row) +
-            head * p.out_stride_head;
-  store_rows<Element, typename Plan::OutTile, V::kLoadBytes>(
-      o, q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes), out, p.out_stride_row, used, owned,
-      row_bytes_v);
-  if (lane % 4 == 0) {
-    const i64 line = row_offset(owner, p.lse_stride_batch, owner.q_begin + q_first + warp_row, 1) + head * p.lse_stride_head;
-    HW_UNROLL
-    for (i32 i = 0; i < S::kRows; ++i) {
-      const i32 row = S::row_of(i);
-      if (row < owned) {
-        if (p.lse != nullptr) hw::store_global(p.lse + line + row, row < used ? finished[i].lse : -kInfinity);
-        if (p.max_logit != nullptr) {
-          hw::store_global(p.max_logit + line + row, row < used ? finished[i].max_logit : -kInfinity);
-        }
-      }
-    }
-  }
+  // Finish and store
+  finish_rows<V, typename Plan::OutTile, V::kPaged>(p, sequence, head, q_first, warp_row, softmax, o,
+                                                    q_smem + static_cast<u32>(warp_row * Plan::OutTile::kRowBytes));
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {

@@ -32,6 +32,7 @@ from cuflash.ops import append, backward, decode, forward
 
 _WRITTEN = {
     "ForwardParams": forward._WRITTEN,
+    "ForwardSm90Params": forward._WRITTEN,
     "BackwardParams": backward._WRITTEN,
     "CapturedGradientParams": ("sums", "out"),
     "AppendParams": append.WRITTEN,

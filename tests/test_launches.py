@@ -121,7 +121,7 @@ def test_bytes_do_not_depend_on_what_device_arrays_hold(rng):
 @pytest.mark.parametrize("offset, load_bytes", [(0, 16), (16, 16), (8, 4), (4, 4), (2, 2), (6, 2)])
 def test_loads_are_as_wide_as_the_addresses_allow(offset, load_bytes, rng):
     memory = np.zeros(4 * 64 * 2 + 64, np.float16)
-    with recording() as recorder:
+    with recording("sm_80") as recorder:
         base = recorder.arrays[KIND](memory)
         k = recorder.arrays[KIND](np.zeros((1, 4, 2, 64), np.float16))
         q = recorder._cupy_like(np.zeros((1, 4, 2, 64), np.float16))
@@ -157,7 +157,7 @@ def test_params_name_every_stride_and_number(rng):
             part.data.ptr = whole.data.ptr + i * 4 * 64 * 2
             parts.append(part)
         cuflash.attention(*parts, window_size=(3, 1), scale=-0.5)
-        fields = layout.load("ForwardParams").unpack(recorder.launches[0].params)
+        fields = layout.load(recorder.launches[0].kernel.spec.params).unpack(recorder.launches[0].params)
     assert [fields[n] - fields["q"] for n in "qkv"] == [0, 512, 1024]
     strides = ("batch", 5 * 3 * 4 * 64), ("row", 3 * 4 * 64), ("head", 64)
     for name in "qkv":
@@ -198,7 +198,11 @@ def test_numbers_lengths_and_heads_never_compile(rng):
             cuflash.config.on_compile = before
         used = {launch.kernel.spec for launch in recorder.launches}
     assert used == {
-        forward.kernel_spec(forward.choose_variant(dtypes.BY_NAME[dtype], d, d, load_bytes, arch.named("sm_90a")))
+        forward.kernel_spec(
+            forward.choose_sm90_variant(dtypes.BY_NAME[dtype], d, d)
+            if load_bytes == 16
+            else forward.choose_variant(dtypes.BY_NAME[dtype], d, d, load_bytes, arch.named("sm_90a"))
+        )
         for dtype, d, load_bytes in kinds
     }
     assert len(used) == 3 and len(compiled) <= 3, "40 and 64 are one class of head dims"

@@ -26,7 +26,10 @@ def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
     from ..ops import append, backward, decode, dropout_mask, forward
 
-    tiled = (ops.representative(arch) for ops in (forward, backward, append, decode))
+    tiled = (
+        *(ops.representative(arch) for ops in (forward, backward, append, decode)),
+        forward.representative_sm90(arch),
+    )
     return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
 
 

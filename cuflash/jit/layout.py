@@ -168,14 +168,20 @@ def load(name: str) -> Layout:
 
 
 def parse(text: str, name: str) -> Layout:
-    """The layout of `struct name` as `text` defines it; structs and constants it uses must be in the text too."""
+    """The layout of `struct name` as `text` defines it; structs and constants it uses must be in the text too.
+
+    >>> text = "struct A { i32 a; u64 b; }; struct B : A { i32 c; };"
+    >>> [(f.name, f.offset) for f in parse(text, "B").fields]
+    [('a', 0), ('b', 8), ('c', 16)]
+    """
     found = re.search(_opening(name) + r"(.*?)\n?\}\s*;", text, re.S)
     if found is None:
         raise CompileError(f"struct {name} is not defined in the text")
-    align = int(found[1] or 1)
-    at = 0
-    fields: list[Field] = []
-    for statement, comment in _statements(found[2]):
+    base = parse(text, found[2]) if found[2] else Layout("", 0, 1, ())
+    align = max(int(found[1] or 1), base.align)
+    at = base.size
+    fields = [*base.fields]
+    for statement, comment in _statements(found[3]):
         if statement.startswith("static "):
             continue
         m = _FIELD.fullmatch(statement)
@@ -197,8 +203,8 @@ def parse(text: str, name: str) -> Layout:
 
 
 def _opening(name: str) -> str:
-    """The pattern of `struct name {`; its one group is the alignas, if any."""
-    return rf"\bstruct\s+(?:alignas\s*\(\s*(\d+)\s*\)\s*)?{re.escape(name)}\s*\{{"
+    """The pattern of `struct name {` or `struct name : base {`; its groups are the alignas and the base, if any."""
+    return rf"\bstruct\s+(?:alignas\s*\(\s*(\d+)\s*\)\s*)?{re.escape(name)}\s*(?::\s*(\w+)\s*)?\{{"
 
 
 def _statements(body: str) -> list[tuple[str, str]]:

@@ -35,6 +35,7 @@ _FUNCTION = re.compile(r"^\.text\.(\w+):|^\s*\.section\s+\.text\.(\w+)")
 _LABEL = re.compile(r"^(\.L_x_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_ALWAYS = re.compile(r"BRA(\.\w+)* `")
 _TARGET = re.compile(r"\bBRA\b.*?(\.L_x_\w+)")
 
 
@@ -59,6 +60,22 @@ class Loop:
         """
         over = [self.instructions[a + 1 : b] for a, b in self.skips]
         return max(((count(x)["FSEL"], -len(x)) for x in over), default=(0, 0))[1] * -1
+
+    @property
+    def shortest(self) -> int:
+        """Instructions of the shortest way through it: of a tile that nothing is masked of and no score changed in.
+
+        >>> Loop(("HMMA R4, R8, R12, R4", "@P0 BRA 4", "FMUL R1, R2, R3", "FMUL R2, R3, R4", "EXIT"),
+        ...      skips=((1, 4),)).shortest
+        3
+        """
+        left = [0] * (self.length + 1)
+        targets = dict(self.skips)
+        for at in reversed(range(self.length)):
+            taken = left[targets[at]] if at in targets else left[at + 1]
+            always = at in targets and _ALWAYS.match(self.instructions[at]) is not None
+            left[at] = 1 + (taken if always else min(taken, left[at + 1]))
+        return left[0]
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:

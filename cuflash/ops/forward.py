@@ -1,7 +1,8 @@
-"""Attention forward: which kernel and tile, which grid, and the launch. The host half of kernels_cu/forward_sm80.cu.
+"""Attention forward: which kernel and tile, which grid, and the launch. The host half of kernels_cu/forward_sm80.cu
+and forward_sm90.cu.
 
 A `ForwardProblem` is everything the host knows of a call but its pointers; `plan` turns it into a `ForwardPlan` once,
-and a plan launches any number of times. What is compiled depends on `ForwardVariant` alone: two problems with the same
+and a plan launches any number of times. What is compiled depends on its variant alone: two problems with the same
 variant share one kernel, whatever their lengths, batch, heads and numbers.
 """
 
@@ -18,7 +19,7 @@ from ..arch import GRID_LIMITS, Arch
 from ..array import TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError, UnsupportedError
-from ..jit import layout, module
+from ..jit import layout, module, tensor_map
 from ..trace import emit_c
 from ..trace.expr import Mods
 from ..trace.strata import LIMIT as MAX_ROWS_OF_MODS
@@ -49,6 +50,7 @@ class ForwardProblem:
     dropout_p        share of the weights to drop; its seed and offset are given at the launch
     seed             dtype of an array of one element that holds the seed; None: a number
     mods             what score_mod and mask_mod compute; softcap and ALiBi are in there beside a score_mod
+    kernel           "sm_80": that one, which does everything everywhere; None: the best
     """
 
     dtype: DType
@@ -81,6 +83,7 @@ class ForwardProblem:
     page_size: int = 0
     max_pages: int = 0
     page_table_stride: int = 0
+    kernel: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +211,119 @@ def choose_variant(
     return ForwardVariant(dtype, d, d_v, tile, max(load_bytes, min(dtype.itemsize, 4)), dropout, text, paged)
 
 
+# Head-dim class of the wider of d and d_v -> tile of forward_sm90.cu: 64 rows for each warpgroup of consumers, one more
+# produces. Those of kernels.md's table that keep a block's tiles in shared memory twice and spill nothing.
+SM90_TILES: dict[int, Tile] = {
+    32: Tile(192, 128, 16),  # 48 KB
+    64: Tile(192, 128, 16),  # 88 KB; three consumers: exponentials bound it, and more warps issue more of them
+    96: Tile(128, 160, 12),  # 144 KB
+    128: Tile(128, 128, 12),  # 160 KB
+    192: Tile(128, 96, 12),  # 192 KB
+    256: Tile(128, 80, 12),  # 224 KB
+}
+# The same with mods or dropout, which take registers and shared memory.
+SM90_NARROWER_TILES: dict[int, Tile] = {
+    32: Tile(192, 96, 16),
+    64: Tile(192, 96, 16),
+    256: Tile(128, 64, 12),
+}
+SM90_DROPOUT_TILES: dict[int, Tile] = {192: Tile(128, 64, 12)}
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardSm90Variant:
+    """All that the machine code of forward_sm90.cu depends on."""
+
+    element: DType
+    head_dim: int
+    head_dim_v: int
+    tile: Tile
+    dropout: bool = False
+    mods: str = emit_c.NO_MODS
+
+    @property
+    def smem_bytes(self) -> int:
+        """Q, two tiles of K and of V, twice what mods need of each key, the bounds of each query under a mask, a word a
+        thread, and what the roles tell each other."""
+        q = self.tile.block_q * max(self.head_dim, self.head_dim_v)
+        tiles = (q + 2 * self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize
+        terms = 8 * self.tile.block_k * emit_c.staged(self.mods)[1]
+        bounds = 8 * self.tile.block_q if emit_c.has_mask(self.mods) else 0
+        return tiles + terms + bounds + 4 * 32 * self.tile.warps + 96
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a producer's thread and of a consumer's: together what the block has. A mask of more than bounds has the
+        producer look through tiles, for which it needs some more."""
+        if self.tile.warps == 16:
+            return 32, 160
+        return (56, 224) if "kKeepQ = true" in self.mods else (40, 232)
+
+    def members(self) -> dict[str, str | int | bool]:
+        producer, consumer = self.registers
+        return {
+            "Element": self.element.element,
+            "kHeadDim": self.head_dim,
+            "kHeadDimV": self.head_dim_v,
+            "kBlockQ": self.tile.block_q,
+            "kBlockK": self.tile.block_k,
+            "kThreads": 32 * self.tile.warps,
+            "kLoadBytes": 16,
+            "kSharedBytes": self.smem_bytes,
+            "kProducerRegisters": producer,
+            "kConsumerRegisters": consumer,
+            "kDropout": self.dropout,
+        }
+
+
+def why_not_sm90(p: ForwardProblem, arch: Arch) -> str:
+    """Why forward_sm80.cu computes a problem, and not forward_sm90.cu; "" where the latter does."""
+    if arch.name != "sm_90a":
+        return f"{arch.name} has no wgmma"
+    if p.kernel == "sm_80":
+        return "kernel_options ask for it"
+    if p.dtype.itemsize != 2:
+        return f"wgmma does not multiply {p.dtype.name} to its accuracy"
+    if p.page_size > 0:
+        return "keys are in pages"
+    if p.load_bytes < 16:
+        return "tensor copies want bases and strides that are multiples of 16 bytes"
+    for name, heads, rows in (("q", p.heads_q, p.q_rows), ("k", p.heads_kv, p.k_rows), ("v", p.heads_kv, p.k_rows)):
+        for stride, size in zip(getattr(p, f"{name}_strides"), (1 if p.packed else p.batch, rows, heads), strict=True):
+            if size > 1 and not 0 < stride * p.dtype.itemsize < tensor_map.MAX_STRIDE:
+                return f"a stride of {name}, {stride}, is not positive, or too long for tensor copies"
+    return ""
+
+
+def choose_sm90_variant(
+    dtype: DType, head_dim: int, head_dim_v: int, *, dropout: bool = False, mods: Mods | None = None
+) -> ForwardSm90Variant:
+    """As `choose_variant`, where `why_not_sm90` has nothing against it."""
+    d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
+    row = max(d, d_v)
+    tile = SM90_TILES[row]
+    if (d, d_v) == (192, 128):
+        tile = SM90_TILES[128]  # 208 KB
+    if mods is not None or dropout:
+        tile = SM90_NARROWER_TILES.get(row, tile)
+    if dropout:
+        tile = SM90_DROPOUT_TILES.get(row, tile)
+    text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
+    return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text)
+
+
 @functools.cache
-def kernel_spec(variant: ForwardVariant) -> module.KernelSpec:
+def kernel_spec(variant: ForwardVariant | ForwardSm90Variant) -> module.KernelSpec:
     """Where the variant's kernel is written and how a block of it is launched."""
+    if isinstance(variant, ForwardSm90Variant):
+        return module.KernelSpec(
+            source="forward_sm90.cu",
+            entry="cuflash_forward_sm90",
+            params="ForwardSm90Params",
+            variant=variant,
+            threads=32 * variant.tile.warps,
+            smem_bytes=variant.smem_bytes,
+        )
     return module.KernelSpec(
         source="forward_sm80.cu",
         entry="cuflash_forward_sm80",
@@ -260,6 +373,8 @@ POINTERS = (
     "cache_leftpad", "alibi_slopes", "sink", "seed", "offset",
 )  # fmt: skip
 _WRITTEN = ("out", "lse", "max_logit", "dropout_mask")
+# Of ForwardSm90Params.
+MAPS = ("q_map", "k_map", "v_map")
 
 
 class ForwardPlan:
@@ -268,16 +383,16 @@ class ForwardPlan:
     def __init__(self, problem: ForwardProblem, arch: Arch) -> None:
         self.problem = problem
         self.arch = arch
-        self.variant = choose_variant(
-            problem.dtype,
-            problem.head_dim,
-            problem.head_dim_v,
-            problem.load_bytes,
-            arch,
-            dropout=problem.dropout_p > 0,
-            mods=problem.mods,
-            paged=problem.page_size > 0,
-        )
+        choices: dict[str, Any] = {"dropout": problem.dropout_p > 0, "mods": problem.mods}
+        self.variant: ForwardVariant | ForwardSm90Variant
+        self.fallback = why_not_sm90(problem, arch)
+        if not self.fallback:
+            self.variant = choose_sm90_variant(problem.dtype, problem.head_dim, problem.head_dim_v, **choices)
+        else:
+            self.variant = choose_variant(
+                problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch,
+                paged=problem.page_size > 0, **choices,
+            )  # fmt: skip
         self.spec = kernel_spec(self.variant)
         self.grid, slots, self.why = choose_grid(
             packed=problem.packed,
@@ -292,14 +407,23 @@ class ForwardPlan:
         values["packed_grid"] = int(slots)
         values |= page_values(problem.page_size, problem.page_table_stride)
         self._values = tuple(values.values())
-        self._pack = layout.load("ForwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *values)
+        self._with_maps = isinstance(self.variant, ForwardSm90Variant)
+        names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
+        self._pack = layout.load(self.spec.params).packer(*names)
         self._captured = Captured(problem.mods)
 
     def params(
-        self, pointers: Sequence[int], seed: int = 0, offset: int = 0, captured: bytes = emit_c.NO_WORDS
+        self,
+        pointers: Sequence[int],
+        seed: int = 0,
+        offset: int = 0,
+        captured: bytes = emit_c.NO_WORDS,
+        *,
+        backend: str = "cuda",
     ) -> bytes:
         """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
-        return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *self._values)
+        maps = self._maps(pointers, backend) if self._with_maps else ()
+        return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *self._values, *maps)
 
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
@@ -308,7 +432,10 @@ class ForwardPlan:
 
     def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
         """For people: spec and grid of the kernel, and why."""
-        return self.spec, self.grid, [f"grid: {self.why}"]
+        lines = [f"grid: {self.why}"]
+        if self.arch.name == "sm_90a" and self.fallback:
+            lines.append(f"kernel: forward_sm80 and not forward_sm90, for {self.fallback}")
+        return self.spec, self.grid, lines
 
     def kernel(self, backend: str, device: int | None) -> module.Kernel:
         """The compiled kernel, compiling it if this machine never did."""
@@ -334,8 +461,27 @@ class ForwardPlan:
             return
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = buffers_of(arrays) if backend == "emulator" else ()
-        params = self.params(pointers, seed, offset, self._captured.pack(arrays, scalars))
+        params = self.params(pointers, seed, offset, self._captured.pack(arrays, scalars), backend=backend)
         self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
+
+    def _maps(self, pointers: Sequence[int], backend: str) -> list[bytes]:
+        """How tensor copies find q, k and v: head_dim, heads, rows, batch."""
+        p, tile = self.problem, self.variant.tile
+        maps = []
+        for name, pointer, heads, rows, d, columns, block in (
+            ("q", pointers[0], p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64),
+            ("k", pointers[1], p.heads_kv, p.k_rows, p.head_dim, self.variant.head_dim, tile.block_k),
+            ("v", pointers[2], p.heads_kv, p.k_rows, p.head_dim_v, self.variant.head_dim_v, tile.block_k),
+        ):
+            swizzle = 128 if columns % 64 == 0 else 64
+            dims = (d, heads, max(rows, 1), 1 if p.packed else p.batch)
+            steps = getattr(p, f"{name}_strides")
+            strides = [n * p.dtype.itemsize if size > 1 else 16 for n, size in zip(steps[::-1], dims[1:], strict=True)]
+            # Without rows nothing is read, and there is no address.
+            address = pointer if rows else pointers[0]
+            box = (swizzle // 2, 1, block, 1)
+            maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle))
+        return maps
 
 
 class Captured:
@@ -496,5 +642,18 @@ def representative(arch: Arch) -> list[module.KernelSpec]:
             (dtypes.bfloat16, 192, 128, 4),
             (dtypes.float16, 32, 32, 2),
         )
+    ]
+    return [kernel_spec(v) for v in variants]
+
+
+def representative_sm90(arch: Arch) -> list[module.KernelSpec]:
+    """The same of forward_sm90.cu: every tile, each class with dropout and without."""
+    if arch.name != "sm_90a":
+        return []
+    dims = [*((d, d) for d in HEAD_DIM_CLASSES), (192, 128)]
+    variants = [
+        choose_sm90_variant((dtypes.float16, dtypes.bfloat16)[i % 2], *d, dropout=dropout)
+        for dropout in (False, True)
+        for i, d in enumerate(dims)
     ]
     return [kernel_spec(v) for v in variants]

@@ -44,6 +44,7 @@ constexpr i32 staged_bytes() {
 template <class M, bool kRowsAreQueries, i32 kColumns, i32 kThreads, class Params>
 HW_DEVICE void stage_terms(const Params& p, const typename M::Tile& t, u32 smem, i32 first) {
   if constexpr (staged_fields<M, kRowsAreQueries>() > 0) {
+    HW_NO_UNROLL
     for (i32 i = hw::thread_idx(); i < kColumns; i += kThreads) {
       const u32 to = smem + static_cast<u32>(4 * i);
       if constexpr (kRowsAreQueries) {
@@ -140,10 +141,12 @@ constexpr i32 bounds_bytes() {
 }
 
 // Fills it, for the tile whose row 0 is the query `first` < q_len and stands on the key `center`. Gives what the tile as a
-// whole has to do with, of the rows that see anything, and what all of its rows see.
+// whole has to do with, of the rows that see anything, and what all of its rows see. The block's first kThreads threads
+// come: all of them, or one warp.
 template <class M, i32 kRows, i32 kThreads, class Params>
 HW_DEVICE TileInterval stage_bounds(const Params& p, const typename M::Tile& t, u32 smem, i32 first, i32 center,
                                     i32 left, i32 right) {
+  HW_NO_UNROLL
   for (i32 i = hw::thread_idx(); i < kRows; i += kThreads) {
     const i32 row = min_of(i, t.q_len - 1 - first);
     const Interval own = bounds_of_row<M, true>(p, t, first + row, center + row, left, right);
@@ -151,9 +154,14 @@ HW_DEVICE TileInterval stage_bounds(const Params& p, const typename M::Tile& t, 
     hw::store_shared(smem + static_cast<u32>(4 * i), begin);
     hw::store_shared(smem + static_cast<u32>(4 * (kRows + i)), max_of(own.end, begin));
   }
-  // sync   bounds written <-> all warps: each looks through all of them
-  hw::sync_threads();
+  // sync   bounds written <-> all of these threads: each warp looks through all of them
+  if constexpr (kThreads == 32) {
+    hw::sync_warp();
+  } else {
+    hw::sync_threads();
+  }
   Interval any{t.kv_len, 0}, all{0, t.kv_len};
+  HW_NO_UNROLL
   for (i32 i = hw::lane_idx(); i < kRows; i += 32) {
     const i32 begin = hw::load_shared<i32>(smem + static_cast<u32>(4 * i));
     const i32 end = hw::load_shared<i32>(smem + static_cast<u32>(4 * (kRows + i)));

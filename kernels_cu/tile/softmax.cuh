@@ -26,14 +26,14 @@ struct OnlineSoftmax {
     return maximum[row] == -kInfinity ? 0.0f : hw::mul(maximum[row], scale);
   }
 
-  // S: scores in, 2^(c s - c m) out. O: rescaled to the new maximum.
-  template <class S, class O>
-  HW_DEVICE void update(S& s, O& o) {
+  // S: scores in, 2^(c s - c m) out. What O is to be multiplied by, row by row, is left in `rescale`.
+  template <class S>
+  HW_DEVICE void weigh(S& s, float (&rescale)[kRows]) {
     float tile_maximum[kRows];
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) tile_maximum[i] = maximum[i];
     s.for_each([&](float& x, i32 row, i32) { tile_maximum[row] = hw::max(tile_maximum[row], x); });
-    float subtract[kRows], rescale[kRows];
+    float subtract[kRows];
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) {
       const float before = hw::mul(maximum[i], scale);
@@ -46,6 +46,13 @@ struct OnlineSoftmax {
       x = hw::exp2_approx(hw::fma(x, scale, -subtract[row]));
       sum[row] += x;
     });
+  }
+
+  // The same, and O rescaled to the new maximum.
+  template <class S, class O>
+  HW_DEVICE void update(S& s, O& o) {
+    float rescale[kRows];
+    weigh(s, rescale);
     o.for_each([&](float& x, i32 row, i32) { x *= rescale[row]; });
   }
 

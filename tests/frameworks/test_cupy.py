@@ -49,7 +49,7 @@ def test_the_params_hold_the_arrays_own_addresses(kind, rng):
         device = {name: make(x) for name, x in {**s.arrays, "out": out}.items()}
         assert cuflash.attention(**device) is device["out"]
         (launch,) = recorder.launches
-        fields = layout.load("ForwardParams").unpack(launch.params)
+        fields = layout.load(launch.kernel.spec.params).unpack(launch.params)
         for name in device:
             assert recorder.behind[fields[name]][1] is (out if name == "out" else s.arrays[name]), name
     assert fields["lse"] == fields["max_logit"] == fields["seqused_q"] == 0

@@ -195,7 +195,7 @@ BUGS: dict[str, Edit] = {
     ),
     "bounds one off": Edit(MODS_FILE, "length), bounds.end)}", "length), bounds.end + 1)}"),
     "bounds read before all are written": Edit(
-        MODS_FILE, "each looks through all of them\n  hw::sync_threads();\n", "each looks through all of them\n"
+        MODS_FILE, "    hw::sync_threads();\n  }\n  Interval any", "  }\n  Interval any"
     ),
     "a masked tile taken for full": Edit(MODS_FILE, "hw::reduce_min(all.end)", "t.kv_len"),
     "a tile too few": Edit(MODS_FILE, "max_of(any.end, end)};", "max_of(any.end, end - 64)};"),

@@ -1,0 +1,463 @@
+// Attention forward for compute capability 9.0a: the same as forward_sm80.cu, by wgmma and tensor copies, in two roles.
+//
+//   S = scale Q K^T    [kBlockQ, kBlockK]    never leaves registers; through the user's mods (tile/mods.cuh)
+//   m, l, O            online softmax in base 2 (tile/softmax.cuh)
+//   out = O / l        lse = ln(l) + m
+//
+//   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu
+//   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
+//           warpgroups 1..        consumers: 64 query rows each against all keys
+//
+//   shared  name      rows      row            bytes for d = 128, 128 x 128
+//           q         kBlockQ   kHeadDim       32 KB, each warpgroup's rows apart: its out is gathered there at the end
+//           k[2]      kBlockK   kHeadDim       32 KB each
+//           v[2]      kBlockK   kHeadDimV      32 KB each
+//           terms[2]  kBlockK   words          what mods need of each key, where it is dear (tile/mods.cuh)
+//           bounds    kBlockQ   2 words        the keys each query has to do with, where there is a mask_mod
+//           words[2]            1 word         of the tile in k: its number, whether it is masked, whether it is the last
+//           sees                1 word         whether the query tile has to do with any keys
+//           pins                a word a thread
+//           barriers
+//   Tiles of 16-bit elements lie in chunks as tensor copies write and wgmma reads them (tile/descriptor.cuh).
+//
+//   mbarrier      arrivals                          who waits
+//   k_full[s]     producer, and K's bytes           consumers: S = Q K^T, the tile's word, terms
+//   k_empty[s]    every consumer warp, S is there   producer: the next K, word and terms of this stage
+//   v_full[s]     producer, and V's bytes           consumers: O += P V
+//   v_empty[s]    every consumer warp, O is there   producer: the next V of this stage
+//   q_full        producer, and Q's bytes           consumers: S = Q K^T, bounds, sees
+//   q_empty       every consumer warp, after store  producer: the next tile's Q and bounds
+//
+//   named barrier 1        all consumers, where the last keys' V has been cleared behind them
+//                 2 + w    turn of warpgroup w to issue its products: the others' softmax runs under them
+//                 5 + w    warpgroup w: all of it has read Q
+//
+// A warpgroup issues S of the next tile and O += P V of this one together, and computes the softmax of the next tile while
+// the latter runs. Key tiles go from the last to the first, so that masked ones come first.
+#include <base.cuh>
+#include <hw/barrier.cuh>
+#include <hw/device.cuh>
+#include <hw/math.cuh>
+#include <hw/tma.cuh>
+#include <hw/warp.cuh>
+#include <hw/wgmma.cuh>
+#include <params/forward_sm90.cuh>
+#include <tile/descriptor.cuh>
+#include <tile/dropout.cuh>
+#include <tile/finish.cuh>
+#include <tile/fragment.cuh>
+#include <tile/mask.cuh>
+#include <tile/matmul_sm90.cuh>
+#include <tile/mods.cuh>
+#include <tile/schedule.cuh>
+#include <tile/score.cuh>
+#include <tile/sequence.cuh>
+#include <tile/softmax.cuh>
+#include <variant.cuh>
+
+template <class V>
+struct ForwardPlan {
+  using Element = typename V::Element;
+  static constexpr i32 kBytes = 2;
+  static constexpr i32 kConsumers = V::kBlockQ / 64;
+  static constexpr i32 kConsumerWarps = 4 * kConsumers;
+  static constexpr u32 kStages = 2;
+  static_assert(64 * kConsumers == V::kBlockQ && V::kThreads == 128 * (kConsumers + 1) && sizeof(Element) == kBytes,
+                "a warpgroup has 64 rows of 16-bit elements, and one more produces");
+
+  using QkChunk = Chunk<V::kHeadDim % 64 == 0 ? 128 : 64>;
+  using VChunk = Chunk<V::kHeadDimV % 64 == 0 ? 128 : 64>;
+  using OutTile = SharedTile<V::kHeadDimV * kBytes>;
+
+  // Of shared memory, from its beginning.
+  static constexpr i32 kOwnQBytes = 64 * max_of(V::kHeadDim, V::kHeadDimV) * kBytes;  // of a warpgroup
+  static constexpr i32 kQBytes = kConsumers * kOwnQBytes;
+  static constexpr i32 kKBytes = V::kBlockK * V::kHeadDim * kBytes;
+  static constexpr i32 kVBytes = V::kBlockK * V::kHeadDimV * kBytes;
+  static constexpr i32 kTermsBytes = staged_bytes<Mods, true, V::kBlockK>();
+  static constexpr i32 kK = kQBytes;
+  static constexpr i32 kV = kK + i32{kStages} * kKBytes;
+  static constexpr i32 kTerms = kV + kStages * kVBytes;
+  static constexpr i32 kBounds = kTerms + kStages * kTermsBytes;
+  static constexpr i32 kWords = kBounds + bounds_bytes<Mods, V::kBlockQ>();
+  static constexpr i32 kSees = kWords + 4 * kStages;
+  static constexpr i32 kPins = kSees + 8;
+  static constexpr i32 kBarriers = kPins + 4 * V::kThreads;
+  static constexpr i32 kEnd = kBarriers + 8 * (4 * kStages + 2);
+  static_assert(kEnd <= V::kSharedBytes, "the host asks for as much shared memory as is used");
+  static_assert(kK % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0 && kBarriers % 8 == 0, "aligned");
+};
+
+// Where a role stands: how many query tiles and how many key tiles came before, of all that the block has. The n-th of
+// them is in stage n % kStages, and completes the phase n / kStages of its barriers.
+struct Progress {
+  u32 q_tiles = 0, k_tiles = 0;
+};
+
+// What the producer says of the tile in a K stage: its number and these.
+constexpr u32 kMasked = 1u << 31;
+constexpr u32 kLast = 1u << 30;
+
+template <class V>
+struct Barriers {
+  using Plan = ForwardPlan<V>;
+  u32 base;
+
+  HW_DEVICE explicit Barriers(u32 smem) : base(smem + Plan::kBarriers) {}
+  HW_DEVICE u32 k_full(u32 stage) const { return base + 8 * stage; }
+  HW_DEVICE u32 k_empty(u32 stage) const { return k_full(stage) + 8 * Plan::kStages; }
+  HW_DEVICE u32 v_full(u32 stage) const { return k_full(stage) + 16 * Plan::kStages; }
+  HW_DEVICE u32 v_empty(u32 stage) const { return k_full(stage) + 24 * Plan::kStages; }
+  HW_DEVICE u32 q_full() const { return base + 32 * Plan::kStages; }
+  HW_DEVICE u32 q_empty() const { return q_full() + 8; }
+
+  static HW_DEVICE u32 stage(u32 tile) { return tile % Plan::kStages; }
+  static HW_DEVICE u32 parity(u32 tile) { return tile / Plan::kStages % 2; }
+
+  // By one thread, before anyone uses them.
+  template <class M>
+  HW_DEVICE void init() const {
+    for (u32 i = 0; i < Plan::kStages; ++i) {
+      hw::mbarrier_init(k_full(i), M::kStagedK > 0 ? 2 : 1);
+      hw::mbarrier_init(k_empty(i), Plan::kConsumerWarps);
+      hw::mbarrier_init(v_full(i), 1);
+      hw::mbarrier_init(v_empty(i), Plan::kConsumerWarps);
+    }
+    hw::mbarrier_init(q_full(), 1);
+    hw::mbarrier_init(q_empty(), Plan::kConsumerWarps);
+    hw::fence_mbarrier_init();
+  }
+};
+
+// Rows of a tensor, chunk by chunk; the caller announces kRows x kHeadDim elements.
+template <class Chunk, i32 kHeadDim, i32 kRows>
+HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePolicy policy, i32 head, i32 row, i32 batch) {
+  HW_UNROLL
+  for (i32 column = 0; column < kHeadDim; column += Chunk::kElements) {
+    hw::tma_load(to + static_cast<u32>(column * kRows * 2), map, mbarrier, policy, column, head, row, batch);
+  }
+}
+
+// Which queries the tile number `from_end` of a sequence has, counted from its end, and where they stand.
+template <class V>
+struct QueryTile {
+  i32 first;     // query of row 0
+  i32 last_row;  // the last row that is a query; -1: none is
+  i32 diagonal;  // the key that row 0 stands on
+
+  HW_DEVICE QueryTile(const Sequence& seq, i32 from_end)
+      : first((ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ),
+        last_row(min_of(V::kBlockQ, seq.q_len - first) - 1), diagonal(seq.diagonal() + first) {}
+
+  // By causal, window and length.
+  HW_DEVICE TileInterval keys(const ForwardParams& p, i32 k_len) const {
+    return interval_of_tile(diagonal, diagonal + last_row, p.window_left, p.window_right, k_len);
+  }
+};
+
+// Producer: the copies of the sequence's query tile number `from_end` and of its keys. It has few registers: what is
+// needed once in 32 tiles is worked out anew.
+template <class V, class M>
+HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, i32 from_end, Progress& progress) {
+  using Plan = ForwardPlan<V>;
+  const Barriers<V> barriers(smem);
+  const Sequence seq = read_sequence(p, sequence);
+  const QueryTile<V> q_tile(seq, from_end);
+  const i32 head = hw::block_idx_y();
+  const i32 head_kv = head / p.head_group;
+  const bool leader = hw::elect_one();
+
+  // wait   q empty <- every consumer warp: it has stored the tile before
+  hw::mbarrier_wait(barriers.q_empty(), (progress.q_tiles++ & 1) ^ 1);
+
+  TileInterval keys = q_tile.keys(p, seq.k_len);
+  if constexpr (M::kMask) {
+    if (q_tile.last_row >= 0) {
+      keys = stage_bounds<M, V::kBlockQ, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), smem + Plan::kBounds,
+                                             q_tile.first, q_tile.diagonal, p.window_left, p.window_right);
+    }
+  }
+  const i32 first_k_tile = keys.any.begin / V::kBlockK;
+  const bool sees_keys = q_tile.last_row >= 0 && keys.any.begin < keys.any.end;
+  const i32 k_tiles_end = sees_keys ? ceil_div(keys.any.end, V::kBlockK) : first_k_tile;
+  constexpr bool kWalk = M::kMask && M::kKeepQ;
+  TileWalk<-1> walk(k_tiles_end - 1);
+  const auto find_tile = [&](i32 n) {
+    if constexpr (kWalk) {
+      return walk.find(n, first_k_tile - 1, [&](i32 tile) {
+        const Sequence again = read_sequence(p, sequence);
+        const QueryTile<V> rows(again, from_end);
+        const Interval all = rows.keys(p, again.k_len).all;
+        const i32 first = tile * V::kBlockK, end = first + V::kBlockK;
+        const i32 kind = M::classify(p, M::tile(p, sequence, hw::block_idx_y(), again.q_len, again.k_len), rows.first,
+                                     rows.first + rows.last_row, first, min_of(end, again.k_len) - 1);
+        return first < all.begin || end > all.end ? min_of(kind, kTileMixed) : kind;
+      });
+    }
+    return n;
+  };
+  const auto is_masked = [&](i32 n) {
+    if constexpr (kWalk) return !walk.is_full(n);
+    return n * V::kBlockK < keys.all.begin || (n + 1) * V::kBlockK > keys.all.end;
+  };
+  const i32 k_row = static_cast<i32>(seq.k_begin);
+  const auto load_v = [&](i32 n, u32 tile) {
+    const u32 stage = barriers.stage(tile);
+    // wait   v empty <- every consumer warp: O of the tile that was here is there
+    hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);
+    if (leader) {
+      hw::mbarrier_arrive_expect_tx(barriers.v_full(stage), Plan::kVBytes);
+      load_rows<typename Plan::VChunk, V::kHeadDimV, V::kBlockK>(smem + Plan::kV + stage * Plan::kVBytes, p.v_map,
+                                                                 barriers.v_full(stage), hw::CachePolicy::kEvictLast,
+                                                                 head_kv, k_row + n * V::kBlockK, seq.dense_idx);
+    }
+  };
+
+  i32 n = find_tile(k_tiles_end - 1);
+  // Q, or that there is nothing to do
+  if (leader) {
+    hw::store_shared(smem + Plan::kSees, n >= first_k_tile ? 1u : 0u);
+    if (n >= first_k_tile) {
+      hw::mbarrier_arrive_expect_tx(barriers.q_full(), V::kBlockQ * V::kHeadDim * Plan::kBytes);
+      HW_NO_UNROLL
+      for (i32 i = 0; i < Plan::kConsumers; ++i) {
+        load_rows<typename Plan::QkChunk, V::kHeadDim, 64>(
+            smem + static_cast<u32>(i * Plan::kOwnQBytes), p.q_map, barriers.q_full(), hw::CachePolicy::kEvictFirst,
+            head, static_cast<i32>(seq.q_begin) + q_tile.first + 64 * i, seq.dense_idx);
+      }
+    } else {
+      hw::mbarrier_arrive(barriers.q_full());
+    }
+  }
+
+  // KV loop: K of a tile, then V of the tile before.
+  i32 before = -1;
+  HW_NO_UNROLL
+  while (n >= first_k_tile) {
+    const bool masked = is_masked(n);
+    const i32 next = find_tile(n - 1);
+    const u32 stage = barriers.stage(progress.k_tiles), k_full = barriers.k_full(stage);
+    // wait   k empty <- every consumer warp: S of the tile that was here is there
+    hw::mbarrier_wait(barriers.k_empty(stage), barriers.parity(progress.k_tiles) ^ 1);
+    if (leader) {
+      const u32 word = static_cast<u32>(n) | (masked ? kMasked : 0) | (next < first_k_tile ? kLast : 0);
+      hw::store_shared(smem + Plan::kWords + 4 * stage, word);
+      hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes);
+      load_rows<typename Plan::QkChunk, V::kHeadDim, V::kBlockK>(smem + Plan::kK + stage * Plan::kKBytes, p.k_map,
+                                                                 k_full, hw::CachePolicy::kEvictLast, head_kv,
+                                                                 k_row + n * V::kBlockK, seq.dense_idx);
+    }
+    if constexpr (M::kStagedK > 0) {
+      stage_terms<M, true, V::kBlockK, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len),
+                                           smem + Plan::kTerms + stage * Plan::kTermsBytes, n * V::kBlockK);
+      hw::sync_warp();
+      if (leader) hw::mbarrier_arrive(k_full);
+    }
+    if (before >= 0) load_v(before, progress.k_tiles - 1);
+    before = n;
+    n = next;
+    ++progress.k_tiles;
+  }
+  if (before >= 0) load_v(before, progress.k_tiles - 1);
+}
+
+// Zeros in place of a V tile's rows from `first` on, by all consumers.
+template <class V>
+HW_DEVICE void clear_rows(u32 v, i32 first) {
+  using Chunk = typename ForwardPlan<V>::VChunk;
+  constexpr i32 kUnits = V::kHeadDimV / 8;
+  for (i32 i = hw::thread_idx() - 128; i < (V::kBlockK - first) * kUnits; i += V::kThreads - 128) {
+    const i32 unit = i % kUnits, chunk = unit / Chunk::kUnits * V::kBlockK * Chunk::kBytes;
+    hw::store_shared(v + static_cast<u32>(chunk) + Chunk::unit_at(first + i / kUnits, unit % Chunk::kUnits),
+                     u32x4{{0, 0, 0, 0}});
+  }
+}
+
+// Consumer: that tile's rows of one warpgroup.
+template <class V, class M>
+HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, i32 sequence, i32 from_end,
+                            Progress& progress) {
+  using Plan = ForwardPlan<V>;
+  using Element = typename V::Element;
+  using S = Fragment<1, V::kBlockK / 8>;
+  using O = Fragment<1, V::kHeadDimV / 8>;
+  const Barriers<V> barriers(smem);
+  const i32 lane = hw::lane_idx();
+  const i32 warp_row = 64 * consumer + 16 * (hw::warp_idx() % 4);
+  const i32 head = hw::block_idx_y();
+  const Sequence seq = read_sequence(p, sequence);
+  const QueryTile<V> q_tile(seq, from_end);
+  const i32 q_first = q_tile.first, diagonal = q_tile.diagonal;
+
+  OnlineSoftmax<S::kRows> softmax(p.softmax_scale);
+  O o;
+  o.fill(0.0f);
+
+  const auto arrive = [&](u32 mbarrier) {
+    if (lane == 0) hw::mbarrier_arrive(mbarrier);
+  };
+  // Of key tile number `tile` of the block: the word, once K has landed; products.
+  const auto read_word = [&](u32 tile) {
+    return hw::shfl(hw::load_shared<u32>(smem + Plan::kWords + 4 * barriers.stage(tile)), 0);
+  };
+  const auto issue_scores = [&](S& s, u32 tile) {
+    issue_qk<Element, typename Plan::QkChunk, V::kHeadDim, 64, V::kBlockK>(
+        s, smem + static_cast<u32>(consumer * Plan::kOwnQBytes), smem + Plan::kK + barriers.stage(tile) * Plan::kKBytes);
+    hw::wgmma_commit();
+  };
+  const auto issue_out = [&](const Weights<Element, S>& weights, u32 tile) {
+    issue_pv<Element, typename Plan::VChunk>(o, weights, smem + Plan::kV + barriers.stage(tile) * Plan::kVBytes);
+    hw::wgmma_commit();
+  };
+  // From q.k of the tile to its scores; -inf where masked.
+  const auto score_tile = [&](S& s, u32 word, u32 tile) {
+    const i32 k_first = static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
+    const i32 center = diagonal + warp_row - k_first;
+    const u32 terms = smem + Plan::kTerms + barriers.stage(tile) * Plan::kTermsBytes;
+    if constexpr (M::kScore) {
+      s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
+      score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms);
+    } else {
+      score<Element>(p, sequence, head, s, center);
+    }
+    if (word & kMasked) {
+      if constexpr (M::kMask) {
+        const u32 bounds = smem + static_cast<u32>(Plan::kBounds + 4 * warp_row);
+        mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms,
+                             [&](i32 i) {
+                               const u32 row = bounds + static_cast<u32>(4 * S::row_of(i));
+                               return Interval{hw::load_shared<i32>(row), hw::load_shared<i32>(row + 4 * V::kBlockQ)};
+                             });
+      } else {
+        mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
+      }
+    }
+    // All lanes have read the terms when one of them says so. (That they have read the word its shuffle sees to.)
+    if constexpr (M::kStagedK > 0) hw::sync_warp();
+  };
+  const auto drop = [&](S& s, u32 word) {
+    if constexpr (V::kDropout) {
+      visit_dropout(read_dropout(p, sequence, head, hw::grid_dim_y()), s, q_first + warp_row,
+                    static_cast<i32>(word & (kLast - 1)) * V::kBlockK, [](float& x, bool kept) { x = kept ? x : 0.0f; });
+    }
+  };
+
+  // wait   q full <- the producer: Q, bounds, and whether there are keys
+  hw::mbarrier_wait(barriers.q_full(), progress.q_tiles++ & 1);
+  if (hw::shfl(hw::load_shared<u32>(smem + Plan::kSees), 0) != 0) {
+    Weights<Element, S> weights;
+    float rescale[S::kRows];
+    u32 tile = progress.k_tiles;
+    // wait   k full <- the producer: K and the tile's word
+    hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));
+    u32 word = read_word(tile);
+    {
+      S s;
+      hw::wgmma_fence();
+      issue_scores(s, tile);
+      hw::wgmma_wait<0>();
+      score_tile(s, word, tile);
+      // arrive   k empty -> the producer
+      arrive(barriers.k_empty(barriers.stage(tile)));
+      softmax.weigh(s, rescale);
+      drop(s, word);
+      weights.round(s);
+    }
+    // V's rows behind the last key belong to no one: a weight of 0 times what lies there may be NaN.
+    const i32 used = seq.k_len - static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
+    if (used < V::kBlockK) {
+      // wait   v full <- the producer
+      hw::mbarrier_wait(barriers.v_full(barriers.stage(tile)), barriers.parity(tile));
+      clear_rows<V>(smem + Plan::kV + barriers.stage(tile) * Plan::kVBytes, used);
+      hw::fence_proxy_async();
+      // sync   V cleared <-> all consumers
+      hw::named_sync(1, 128 * Plan::kConsumers);
+    }
+
+    // KV loop: S of a tile, O of the tile before.
+    HW_NO_UNROLL
+    while ((word & kLast) == 0) {
+      const u32 before = tile++;
+      // wait   k full <- the producer: K and the tile's word
+      hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));
+      word = read_word(tile);
+      // sync   turn <- the warpgroup before: its products are issued
+      hw::named_sync(2 + consumer, 256);
+      S s;
+      hw::wgmma_fence();
+      issue_scores(s, tile);
+      // wait   v full <- the producer
+      hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));
+      hw::wgmma_fence();
+      issue_out(weights, before);
+      // arrive   turn -> the warpgroup after
+      hw::named_arrive(2 + (consumer + 1) % Plan::kConsumers, 256);
+      hw::wgmma_wait<1>();
+      score_tile(s, word, tile);
+      // arrive   k empty -> the producer
+      arrive(barriers.k_empty(barriers.stage(tile)));
+      softmax.weigh(s, rescale);
+      drop(s, word);
+      // NOTE: the compiler would move the softmax behind the wait below, where no product runs any more. It does not move
+      // a store to shared memory, and the sums need all weights.
+      hw::store_shared(smem + static_cast<u32>(Plan::kPins + 4 * hw::thread_idx()), softmax.sum[0] + softmax.sum[1]);
+      hw::wgmma_wait<0>();
+      // arrive   v empty -> the producer
+      arrive(barriers.v_empty(barriers.stage(before)));
+      weights.round(s);
+      o.for_each([&](float& x, i32 row, i32) { x *= rescale[row]; });
+    }
+
+    // The last tile's values
+    // wait   v full <- the producer
+    hw::mbarrier_wait(barriers.v_full(barriers.stage(tile)), barriers.parity(tile));
+    hw::wgmma_fence();
+    issue_out(weights, tile);
+    hw::wgmma_wait<0>();
+    // arrive   v empty -> the producer
+    arrive(barriers.v_empty(barriers.stage(tile)));
+    progress.k_tiles = tile + 1;
+  }
+
+  // sync   Q read <-> the warpgroup: out may be gathered in its place
+  hw::named_sync(5 + consumer, 128);
+  const i32 own_rows = consumer * Plan::kOwnQBytes + (warp_row - 64 * consumer) * Plan::OutTile::kRowBytes;
+  finish_rows<V, typename Plan::OutTile, false>(p, sequence, head, q_first, warp_row, softmax, o,
+                                                smem + static_cast<u32>(own_rows));
+  hw::fence_proxy_async();
+  hw::sync_warp();
+  // arrive   q empty -> the producer
+  arrive(barriers.q_empty());
+}
+
+HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Params p) {
+  using V = Variant;
+  using Plan = ForwardPlan<V>;
+  const u32 smem = hw::smem_base();
+  const i32 warpgroup = hw::shfl(hw::warp_idx() / 4, 0);
+  if (hw::thread_idx() == 0) Barriers<V>(smem).template init<Mods>();
+  // sync   barriers made <-> all warps
+  hw::sync_threads();
+
+  // For each tile of the block. NOTE: which they are each role finds out for itself: handed on to both, it would be kept
+  // where the producer's few registers allow, in local memory.
+  const auto for_each_tile = [&](const auto& use) {
+    const TileRange range = tiles_of_block<V::kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+    const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kBlockQ); };
+    HW_NO_UNROLL
+    for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) use(range.sequence, i);
+  };
+  Progress progress;
+  if (warpgroup == 0) {
+    hw::register_dealloc<V::kProducerRegisters>();
+    if (hw::warp_idx() == 0) {
+      for_each_tile([&](i32 sequence, i32 i) { produce_tile<V, Mods>(p, smem, sequence, i, progress); });
+    }
+  } else {
+    hw::register_alloc<V::kConsumerRegisters>();
+    // The first turn is the first warpgroup's.
+    if (warpgroup == Plan::kConsumers) hw::named_arrive(2, 256);
+    for_each_tile(
+        [&](i32 sequence, i32 i) { consume_tile<V, Mods>(p, smem, warpgroup - 1, sequence, i, progress); });
+  }
+}

@@ -1,0 +1,325 @@
+"""The Hopper kernel, forward_sm90.cu: everything the forward does, on the emulator; its planted bugs; its machine code.
+
+tests/ops/test_forward.py has the generated cases for every kernel; those here are some of them, on this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from backends import Emulator, using
+from cases import Case, draw
+from compare import check_forward
+from needs import needs_nvrtc
+
+import cuflash
+from cuflash import arch, dtypes, mods
+from cuflash.errors import EmulatorError
+from cuflash.jit import module, sass, source
+from cuflash.jit.source import Edit
+from cuflash.ops import forward
+from cuflash.trace import tracer
+
+TARGET = arch.named("sm_90a")
+KERNEL = "forward_sm90.cu"
+
+
+def check(case: Case, **hints) -> tuple[np.ndarray, ...]:
+    inputs = case.inputs()
+    if case.max_seqlen_q is not None:
+        hints.setdefault("max_seqlen_q", case.max_seqlen_q)
+    try:
+        results = Emulator().run(inputs, arch="sm_90a", **hints)
+        check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords)
+    except Exception as error:
+        error.add_note(f"case: {case!r}")
+        raise
+    return results
+
+
+def cases(seed: int, count: int, classes: tuple[int, ...]) -> list[Case]:
+    drawn = draw(320, seed, cost=8_000_000)
+    found = [c for c in drawn if c.dtype != "float32" and c.head_dim % 8 == c.head_dim_v % 8 == 0]
+    return [c for c in found if c.entry.dim_class in classes][:count]
+
+
+@pytest.mark.parametrize("classes", [(64,), (128,), pytest.param((32, 96, 192, 256), marks=pytest.mark.slow)])
+def test_generated_cases(classes, seed):
+    found = cases(seed, 400 if len(classes) > 1 else 12, classes)
+    assert len(found) >= 10
+    for n, case in enumerate(found):
+        with cuflash.emulator.schedule(seed=seed + n, landing="early" if n % 2 else "late"):
+            check(case)
+
+
+# Three key tiles and two query tiles in one block (the hint is 1), a head dim short of its class, a tail in q and in k.
+CASE = Case(
+    "float16", (260, 40), (380, 40), 2, 1, 56, 40, window_size=(300, 140), max_seqlen_q=1, sink="float32", seed=3
+)
+
+
+def test_the_same_bits_under_any_schedule(seed):
+    """Twenty of them, and not a report."""
+    found = set()
+    for n in range(20):
+        with cuflash.emulator.schedule(seed=seed + n, landing="early" if n % 3 == 2 else "late"):
+            found.add(b"".join(x.tobytes() for x in check(CASE)))
+    assert len(found) == 1
+
+
+def test_with_mods():
+    """Of bounds alone; of tiles that are looked through, with terms of keys that are staged; of scores."""
+    rng = np.random.default_rng(7)
+    n = 330
+    q, k, v = (rng.standard_normal((1, n, h, 64)).astype(np.float16) for h in (2, 1, 1))
+    ids = np.repeat(np.arange(4), 83)[:n].astype(np.int32)
+    bias = rng.standard_normal((2, 2 * n)).astype(np.float32)
+    calls: tuple[dict[str, Any], ...] = (
+        {"mask_mod": mods.sliding_window(100)},
+        {
+            "mask_mod": cuflash.and_masks(mods.document(ids), mods.causal()),
+            "score_mod": lambda s, b, h, i, j: s + bias[h, i - j + n],
+        },
+    )
+    for keywords in calls:
+        expected = cuflash.attention(q, k, v, aux=("lse",), **keywords)
+        with using("emulator", "sm_90a"), cuflash.emulator.counting() as counters:
+            found = cuflash.attention(q, k, v, aux=("lse",), **keywords)
+        np.testing.assert_allclose(found.out.astype(float), expected.out.astype(float), atol=4e-3)
+        np.testing.assert_allclose(found.lse, expected.lse, atol=1e-5)
+        assert counters.total_matrix_instructions > 0
+
+
+def test_which_calls_it_does_not_take():
+    """And what explain says of each."""
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 64, 2, 64)).astype(np.float16)
+    odd = rng.standard_normal((1, 64, 2, 63)).astype(np.float16)
+    wide = q.astype(np.float32)
+    table = np.zeros((1, 4), np.int32)
+    used = np.array([64], np.int32)
+    with using("emulator", "sm_90a"):
+        assert cuflash.explain(q, q, q).kernel == "forward_sm90"
+        calls: tuple[tuple[np.ndarray, dict[str, Any], str], ...] = (
+            (wide, {}, "float32"),
+            (odd, {}, "multiples of 16 bytes"),
+            (np.broadcast_to(q[:, :1], q.shape), {}, "not positive"),
+            (q, {"kernel_options": {"kernel": "sm_80"}}, "kernel_options"),
+        )
+        for x, keywords, reason in calls:
+            explained = cuflash.explain(x, x, x, **keywords)
+            assert explained.kernel == "forward_sm80" and reason in str(explained)
+        pages = rng.standard_normal((4, 16, 2, 64)).astype(np.float16)
+        explained = cuflash.explain(q, pages, pages, page_table=table, seqused_k=used)
+        assert explained.kernel == "forward_sm80" and "pages" in str(explained)
+    with using("emulator", "sm_100a"):
+        assert cuflash.explain(q, q, q).kernel == "forward_sm80"
+
+
+def test_kernel_options_ask_for_the_other_kernel():
+    rng = np.random.default_rng(0)
+    q = rng.standard_normal((1, 70, 1, 64)).astype(np.float16)
+    used = []
+    for options in (None, {"kernel": "sm_80"}):
+        with using("emulator", "sm_90a"), cuflash.emulator.counting() as counters:
+            found = cuflash.attention(q, q, q, kernel_options=options)
+        used.append(sorted(counters.matrix_instructions)[0].partition("_")[0])
+        np.testing.assert_allclose(found.astype(float), cuflash.attention(q, q, q).astype(float), atol=2e-3)
+    assert used == ["wgmma", "mma"]
+
+
+# Planted bugs -----------------------------------------------------------------------------------------------------
+
+DEADLOCK = "deadlock"
+UNORDERED = "race|uninitialised|before"
+BUGS: dict[str, tuple[Edit, str | None]] = {
+    "wait for Q missing": (Edit(KERNEL, "hw::mbarrier_wait(barriers.q_full(), progress.q_tiles++ & 1);",
+                                "++progress.q_tiles;"), None),
+    "wrong phase of Q": (Edit(KERNEL, "progress.q_tiles++ & 1);\n  if", "(progress.q_tiles++ & 1) ^ 1);\n  if"), None),
+    "wait for the first K missing": (
+        Edit(KERNEL, "u32 tile = progress.k_tiles;\n    // wait   k full <- the producer: K and the tile's word\n"
+             "    hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));",
+             "u32 tile = progress.k_tiles;"), None),
+    "wait for K missing": (
+        Edit(KERNEL, "      // wait   k full <- the producer: K and the tile's word\n"
+             "      hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));", ""), None),
+    "wait for V missing": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));", ""), None),
+    "wait for the last V missing": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.v_full(barriers.stage(tile)), barriers.parity(tile));\n"
+             "    hw::wgmma_fence();", "hw::wgmma_fence();"), None),
+    "K refilled early": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.k_empty(stage), barriers.parity(progress.k_tiles) ^ 1);", ""),
+        "protocol"),
+    "V refilled early": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);", ""), UNORDERED),
+    "Q refilled early": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.q_empty(), (progress.q_tiles++ & 1) ^ 1);", "++progress.q_tiles;"),
+        UNORDERED),
+    "K not given back": (
+        Edit(KERNEL, "      // arrive   k empty -> the producer\n      arrive(barriers.k_empty(barriers.stage(tile)));"
+             "\n      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
+             "      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE"), DEADLOCK),
+    "V not given back": (Edit(KERNEL, "arrive(barriers.v_empty(barriers.stage(before)));", ""), DEADLOCK),
+    "Q not given back": (Edit(KERNEL, "arrive(barriers.q_empty());", ""), DEADLOCK),
+    "K given back before it is read": (
+        Edit(KERNEL, "      hw::wgmma_wait<1>();\n", "      arrive(barriers.k_empty(barriers.stage(tile)));\n"
+             "      hw::wgmma_wait<1>();\n"), None),
+    "scores used before they are there": (Edit(KERNEL, "      hw::wgmma_wait<1>();\n", ""), None),
+    "O used before it is there": (
+        Edit(KERNEL, "+ softmax.sum[1]);\n      hw::wgmma_wait<0>();", "+ softmax.sum[1]);"), None),
+    "fence of scores missing": (
+        Edit(KERNEL, "S s;\n      hw::wgmma_fence();\n      issue_scores(s, tile);\n      // wait   v",
+             "S s;\n      issue_scores(s, tile);\n      // wait   v"), None),
+    "too few bytes announced": (
+        Edit(KERNEL, "hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes);",
+             "hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes - 16);"), None),
+    "another swizzle": (Edit("tile/descriptor.cuh", "kBytes == 128 ? 1u", "kBytes == 128 ? 2u"), None),
+    "V tail not cleared": (
+        Edit(KERNEL, "clear_rows<V>(smem + Plan::kV + barriers.stage(tile) * Plan::kVBytes, used);", ""), None),
+    "V tail cleared one row short": (Edit(KERNEL, "barriers.stage(tile) * Plan::kVBytes, used);",
+                                          "barriers.stage(tile) * Plan::kVBytes, used + 1);"), None),
+    "V tail not fenced": (
+        Edit(KERNEL, "hw::fence_proxy_async();\n      // sync   V cleared", "// sync   V cleared"), "proxy"),
+    "V tail used before all have cleared it": (
+        Edit(KERNEL, "hw::named_sync(1, 128 * Plan::kConsumers);", ""), UNORDERED),
+    "out gathered while Q is read": (Edit(KERNEL, "hw::named_sync(5 + consumer, 128);", ""), UNORDERED),
+    "out not fenced": (Edit(KERNEL, "  hw::fence_proxy_async();\n  hw::sync_warp();", "  hw::sync_warp();"), "proxy"),
+    "a warp's lanes do not meet before Q is given back": (
+        Edit(KERNEL, "  hw::fence_proxy_async();\n  hw::sync_warp();", "  hw::fence_proxy_async();"), "proxy"),
+    "barriers used before they are made": (
+        Edit(KERNEL, "  // sync   barriers made <-> all warps\n  hw::sync_threads();", ""), None),
+    "O not rescaled": (Edit(KERNEL, "{ x *= rescale[row]; }", "{ x *= 1.0f; }"), None),
+    "the next stage's K": (Edit(KERNEL, "smem + Plan::kK + barriers.stage(tile) * Plan::kKBytes);",
+                                "smem + Plan::kK + barriers.stage(tile + 1) * Plan::kKBytes);"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BUGS)  # one needs rows of several chunks: those of other warps then lie in between
+def test_planted_bug_is_caught(edited, name):
+    edit, report = BUGS[name]
+    edited(edit)
+    with pytest.raises((EmulatorError, AssertionError)) as caught:
+        for landing in ("late", "early"):
+            with cuflash.emulator.schedule(landing=landing):
+                check(dataclasses.replace(CASE, head_dim=128, head_dim_v=128) if "gathered" in name else CASE)
+    if report is not None:
+        assert re.search(report, str(caught.value))
+
+
+def test_every_wait_and_fence_is_removed_in_turn():
+    """All that the kernel's text has, but V's wait before its tail is cleared, which `V tail` bugs go with, and the two
+    that say whose turn it is to issue products, which cost time alone."""
+    text = (source.folder() / KERNEL).read_text(encoding="utf-8")
+    for call, left in (("mbarrier_wait(", 1), ("fence_proxy_async()", 0), ("named_sync(", 1), ("wgmma_wait<1>()", 0)):
+        removed = [edit.old for edit, _ in BUGS.values() if edit.old.count(call) > edit.new.count(call)]
+        assert len(set(removed)) >= text.count(call) - left > 0, call
+
+
+# Machine code -----------------------------------------------------------------------------------------------------
+
+# (d, d_v) -> wgmma instructions of a key tile (d / 16 + block_k / 16), exponentials (block_k / 2 + 2), and how many
+# instructions a tile may take that nothing is masked of and no score changed in: 1.1 x those of a kernel of that alone.
+GATES = {
+    (64, 64): (12, 66, 476),
+    (96, 96): (16, 82, 594),
+    (128, 128): (16, 66, 534),
+    (192, 192): (18, 50, 504),
+    (192, 128): (20, 66, 557),
+    (256, 256): (21, 42, 514),
+}
+
+
+def loop_of(variant: forward.ForwardSm90Variant) -> sass.Loop:
+    """The KV loop's machine code. Consumers touch no local memory, nor does the producer, unless three warpgroups of
+    consumers leave it 32 registers; and nothing makes products wait for each other (C75xx)."""
+    spec = forward.kernel_spec(variant)
+    compiled = module.compile(spec, TARGET)
+    assert "(C75" not in compiled.cubin.log and not compiled.cubin.warnings
+    assert spec.smem_bytes + compiled.resources.static_smem_bytes <= TARGET.smem_bytes
+    found = sass.functions(sass.disassemble(compiled.path))[spec.entry]
+    assert found.counts["HMMA"] == 0 < found.counts["UTMALDG"]
+    (producer,) = [i for i, x in enumerate(found.instructions) if "USETMAXREG.DEALLOC" in x]
+    local = [i for i, x in enumerate(found.instructions) if sass.opcode(x).split(".")[0] in ("LDL", "STL")]
+    assert not [i for i in local if i < producer]
+    assert len(local) <= (48 if variant.tile.warps == 16 else 0)
+    return found.loops[0]
+
+
+def in_window(loop: sass.Loop, opcode: str) -> tuple[int, int]:
+    """How often a loop has an opcode between its two waits for products, while O += P V runs; and in all."""
+    waits = [i for i, x in enumerate(loop.instructions) if x.startswith("WARPGROUP.DEPBAR")]
+    assert len(waits) == 2
+    found = [i for i, x in enumerate(loop.instructions) if opcode in x]
+    return sum(waits[0] < i < waits[1] for i in found), len(found)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("d, d_v", GATES)
+def test_machine_code(d, d_v):
+    """The softmax of a tile runs under the products of the tile before."""
+    products, exponentials, length = GATES[d, d_v]
+    loop = loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d_v))
+    assert loop.counts["HGMMA"] == products
+    inside, everywhere = in_window(loop, "MUFU.EX2")
+    assert inside == everywhere >= exponentials
+    assert loop.shortest <= length
+
+
+WHAT = ("causal", "documents", "soft cap", "dropout")
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "d, what",
+    [(128, "causal"), (128, "documents"), (64, "soft cap"), (128, "dropout")]
+    + [
+        pytest.param(d, what, marks=pytest.mark.slow)
+        for d in (96, 192, 256)
+        for what in ("causal", "documents", "soft cap")
+    ],
+)
+def test_machine_code_with_mods(d, what):
+    """In a full tile a mask costs nothing more; a score is in the window too."""
+    ids = np.zeros(64, np.int32)
+    bound = {
+        "causal": tracer.bind(None, mods.causal()),
+        "documents": tracer.bind(None, cuflash.and_masks(mods.document(ids), mods.causal())),
+        "soft cap": tracer.bind(mods.softcap(30.0), mods.causal()),
+    }.get(what)
+    loop = loop_of(
+        forward.choose_sm90_variant(dtypes.bfloat16, d, d, mods=bound and bound.mods, dropout=what == "dropout")
+    )
+    inside, everywhere = in_window(loop, "MUFU.EX2")
+    assert inside == everywhere
+    if what in ("causal", "documents") and 64 < d < 256:  # where the tile is the same
+        assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
+
+
+def test_every_tile_fits():
+    for d in forward.HEAD_DIM_CLASSES:
+        for d_v in forward.HEAD_DIM_CLASSES:
+            for bound in (None, tracer.bind(None, mods.document(np.zeros(9, np.int32)))):
+                variant = forward.choose_sm90_variant(dtypes.float16, d, d_v, mods=bound and bound.mods)
+                assert variant.smem_bytes <= TARGET.smem_bytes, variant
+                producer, consumer = variant.registers
+                warpgroups = variant.tile.warps // 4
+                # What ptxas gives every thread at first is what the block has; in blocks of 8.
+                assert producer + (warpgroups - 1) * consumer <= warpgroups * (65536 // (128 * warpgroups) // 8 * 8)
+
+
+def test_alone_packed_or_dense_the_same_bits():
+    rng = np.random.default_rng(2)
+    lengths = (70, 200)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    q, k, v = (rng.standard_normal((starts[-1], h, 64)).astype(np.float16) for h in (2, 1, 1))
+    with using("emulator", "sm_90a"):
+        together = cuflash.attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, causal=True)
+        for begin, end in itertools.pairwise(starts):
+            alone = cuflash.attention(*(x[None, begin:end] for x in (q, k, v)), causal=True)
+            np.testing.assert_array_equal(alone[0], together[begin:end])
