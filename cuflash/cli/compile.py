@@ -58,6 +58,8 @@ def compile_kernels(
 
 def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict[str, Any]:
     """One kernel's row. `sass` counts its opcodes by class, `loops` those of each innermost loop with matrix products.
+    Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `ex2_in_window`,
+    exponentials of the main loop that run under its products, and all; `loop_instructions`, of a plain tile.
 
     `error` is None, or why it did not compile; then the measurements are None.
     """
@@ -72,6 +74,7 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         "cubin": None,
         "sass": None,
         "loops": None,
+        **dict.fromkeys(("consumer_spills", "producer_spills", "ex2_in_window", "loop_instructions")),
         "error": None,
     }
     try:
@@ -93,6 +96,10 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
     code = _machine_code(compiled)
     if code is not None:
         row.update(sass=code.counts, loops=[loop.counts for loop in code.loops])
+        if code.local_by_role is not None and code.loops:
+            main = code.loops[0]
+            row["consumer_spills"], row["producer_spills"] = code.local_by_role
+            row.update(ex2_in_window=main.in_window("MUFU.EX2"), loop_instructions=main.shortest)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{spec.name}.{arch.name}.{cache.key_of(compiled.text)[:10]}.cubin"

@@ -81,6 +81,13 @@ class Loop:
     def counts(self) -> dict[str, int]:
         return count(self.instructions)
 
+    def in_window(self, opcode: str) -> tuple[int, int]:
+        """How often it has an opcode between its two waits for products of a warpgroup, while the later of them run;
+        and in all. (0, .) where it has no such waits."""
+        waits = [i for i, x in enumerate(self.instructions) if x.startswith("WARPGROUP.DEPBAR")]
+        found = [i for i, x in enumerate(self.instructions) if opcode in x]
+        return sum(len(waits) == 2 and waits[0] < i < waits[1] for i in found), len(found)
+
     def segments(self, boundary: str) -> list[dict[str, int]]:
         """Counts of the stretches between instructions whose opcode begins with `boundary`, e.g. "WARPGROUP.DEPBAR":
         shows what is issued while asynchronous products are under way."""
@@ -104,6 +111,16 @@ class Function:
     @functools.cached_property
     def counts(self) -> dict[str, int]:
         return count(self.instructions)
+
+    @property
+    def local_by_role(self) -> tuple[int, int] | None:
+        """Accesses to local memory of warps that take registers, and of those that give theirs up, whose code stands
+        behind; None where no warps do."""
+        given = [i for i, x in enumerate(self.instructions) if "USETMAXREG.DEALLOC" in x]
+        if len(given) != 1:
+            return None
+        local = [i for i, x in enumerate(self.instructions) if opcode(x).split(".")[0] in ("LDL", "STL")]
+        return sum(i < given[0] for i in local), sum(i > given[0] for i in local)
 
 
 def nvdisasm() -> Path:

@@ -244,19 +244,10 @@ def loop_of(variant: forward.ForwardSm90Variant) -> sass.Loop:
     assert spec.smem_bytes + compiled.resources.static_smem_bytes <= TARGET.smem_bytes
     found = sass.functions(sass.disassemble(compiled.path))[spec.entry]
     assert found.counts["HMMA"] == 0 < found.counts["UTMALDG"]
-    (producer,) = [i for i, x in enumerate(found.instructions) if "USETMAXREG.DEALLOC" in x]
-    local = [i for i, x in enumerate(found.instructions) if sass.opcode(x).split(".")[0] in ("LDL", "STL")]
-    assert not [i for i in local if i < producer]
-    assert len(local) <= (48 if variant.tile.warps == 16 else 0)
+    assert found.local_by_role is not None
+    consumers, producer = found.local_by_role
+    assert consumers == 0 and producer <= (48 if variant.tile.warps == 16 else 0)
     return found.loops[0]
-
-
-def in_window(loop: sass.Loop, opcode: str) -> tuple[int, int]:
-    """How often a loop has an opcode between its two waits for products, while O += P V runs; and in all."""
-    waits = [i for i, x in enumerate(loop.instructions) if x.startswith("WARPGROUP.DEPBAR")]
-    assert len(waits) == 2
-    found = [i for i, x in enumerate(loop.instructions) if opcode in x]
-    return sum(waits[0] < i < waits[1] for i in found), len(found)
 
 
 @needs_nvrtc
@@ -266,7 +257,7 @@ def test_machine_code(d, d_v):
     products, exponentials, length = GATES[d, d_v]
     loop = loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d_v))
     assert loop.counts["HGMMA"] == products
-    inside, everywhere = in_window(loop, "MUFU.EX2")
+    inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere >= exponentials
     assert loop.shortest <= length
 
@@ -295,7 +286,7 @@ def test_machine_code_with_mods(d, what):
     loop = loop_of(
         forward.choose_sm90_variant(dtypes.bfloat16, d, d, mods=bound and bound.mods, dropout=what == "dropout")
     )
-    inside, everywhere = in_window(loop, "MUFU.EX2")
+    inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere
     if what in ("causal", "documents") and 64 < d < 256:  # where the tile is the same
         assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
