@@ -422,7 +422,7 @@ class ForwardPlan:
         backend: str = "cuda",
     ) -> bytes:
         """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
-        maps = self._maps(pointers, backend) if self._with_maps else ()
+        maps = self._maps(backend, *pointers[:3]) if self._with_maps else ()
         return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *self._values, *maps)
 
     @property
@@ -464,21 +464,22 @@ class ForwardPlan:
         params = self.params(pointers, seed, offset, self._captured.pack(arrays, scalars), backend=backend)
         self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
 
-    def _maps(self, pointers: Sequence[int], backend: str) -> list[bytes]:
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - plans are kept for good, and allocators give the same addresses again
+    def _maps(self, backend: str, q: int, k: int, v: int) -> list[bytes]:
         """How tensor copies find q, k and v: head_dim, heads, rows, batch."""
         p, tile = self.problem, self.variant.tile
         maps = []
         for name, pointer, heads, rows, d, columns, block in (
-            ("q", pointers[0], p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64),
-            ("k", pointers[1], p.heads_kv, p.k_rows, p.head_dim, self.variant.head_dim, tile.block_k),
-            ("v", pointers[2], p.heads_kv, p.k_rows, p.head_dim_v, self.variant.head_dim_v, tile.block_k),
+            ("q", q, p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64),
+            ("k", k, p.heads_kv, p.k_rows, p.head_dim, self.variant.head_dim, tile.block_k),
+            ("v", v, p.heads_kv, p.k_rows, p.head_dim_v, self.variant.head_dim_v, tile.block_k),
         ):
             swizzle = 128 if columns % 64 == 0 else 64
             dims = (d, heads, max(rows, 1), 1 if p.packed else p.batch)
             steps = getattr(p, f"{name}_strides")
             strides = [n * p.dtype.itemsize if size > 1 else 16 for n, size in zip(steps[::-1], dims[1:], strict=True)]
             # Without rows nothing is read, and there is no address.
-            address = pointer if rows else pointers[0]
+            address = pointer if rows else q
             box = (swizzle // 2, 1, block, 1)
             maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle))
         return maps

@@ -186,7 +186,7 @@ def test_padding_before_the_first_key(page_size, rng):
 def test_tiles_of_other_chips(name, rng):
     for dtype, d in (("bfloat16", 128), ("float16", 256), ("float32", 256)):
         inputs = Case(dtype, (70, 3), (130, 70), 2, 1, d, d, causal=True).inputs()
-        check_paged(attend(inputs), 16, rng, name=name)
+        check_paged(attend(inputs, kernel_options={"kernel": "sm_80"}), 16, rng, name=name)  # the one that has pages
 
 
 def test_mods_see_positions_and_not_pages(rng):
