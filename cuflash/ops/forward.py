@@ -221,7 +221,7 @@ SM90_TILES: dict[int, Tile] = {
     192: Tile(128, 96, 12),  # 192 KB
     256: Tile(128, 80, 12),  # 224 KB
 }
-# The same with mods or dropout, which take registers and shared memory.
+# The same with a score_mod, a mask of more than bounds, or dropout, which take registers and shared memory.
 SM90_NARROWER_TILES: dict[int, Tile] = {
     32: Tile(192, 96, 16),
     64: Tile(192, 96, 16),
@@ -257,7 +257,7 @@ class ForwardSm90Variant:
         producer look through tiles, for which it needs some more."""
         if self.tile.warps == 16:
             return 32, 160
-        return (56, 224) if "kKeepQ = true" in self.mods else (40, 232)
+        return (56, 224) if emit_c.keeps_more_than_bounds(self.mods) else (40, 232)
 
     def members(self) -> dict[str, str | int | bool]:
         producer, consumer = self.registers
@@ -304,11 +304,11 @@ def choose_sm90_variant(
     tile = SM90_TILES[row]
     if (d, d_v) == (192, 128):
         tile = SM90_TILES[128]  # 208 KB
-    if mods is not None or dropout:
+    text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
+    if dropout or (mods is not None and (mods.score is not None or emit_c.keeps_more_than_bounds(text))):
         tile = SM90_NARROWER_TILES.get(row, tile)
     if dropout:
         tile = SM90_DROPOUT_TILES.get(row, tile)
-    text = emit_c.NO_MODS if mods is None else emit_c.mods_text(mods)
     return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text)
 
 

@@ -363,6 +363,11 @@ def has_mask(text: str) -> bool:
     return " kMask = true;" in text
 
 
+def keeps_more_than_bounds(text: str) -> bool:
+    """Of the same: whether mask_mod is more than an interval of keys for each query."""
+    return " kKeepQ = true;" in text
+
+
 NO_MODS = (
     "struct Mods {\n"
     + "".join(
