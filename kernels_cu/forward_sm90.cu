@@ -324,10 +324,7 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       if constexpr (M::kMask) {
         const u32 bounds = smem + static_cast<u32>(Plan::kBounds + 4 * warp_row);
         mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms,
-                             [&](i32 i) {
-                               const u32 row = bounds + static_cast<u32>(4 * S::row_of(i));
-                               return Interval{hw::load_shared<i32>(row), hw::load_shared<i32>(row + 4 * V::kBlockQ)};
-                             });
+                             [&](i32 i) { return staged_bounds<V::kBlockQ>(bounds, S::row_of(i)); });
       } else {
         mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
       }

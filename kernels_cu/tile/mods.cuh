@@ -171,6 +171,13 @@ HW_DEVICE TileInterval stage_bounds(const Params& p, const typename M::Tile& t, 
   return {{hw::reduce_min(any.begin), hw::reduce_max(any.end)}, {hw::reduce_max(all.begin), hw::reduce_min(all.end)}};
 }
 
+// The bounds it left for row `row` of the tile.
+template <i32 kRows>
+HW_DEVICE Interval staged_bounds(u32 smem, i32 row) {
+  const u32 at = smem + static_cast<u32>(4 * row);
+  return {hw::load_shared<i32>(at), hw::load_shared<i32>(at + 4 * kRows)};
+}
+
 // -inf where mask_mod says so, or causal, window and length: bounds(i) gives the columns that a thread's row i has to do
 // with by `bounds_of_row`.
 template <class M, bool kRowsAreQueries, class Params, class S, class Bounds>
