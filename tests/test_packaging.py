@@ -17,6 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 KERNELS = {p.relative_to(ROOT / "kernels_cu").as_posix() for p in (ROOT / "kernels_cu").rglob("*") if p.is_file()}
+BENCHMARKS = {p.relative_to(ROOT).as_posix() for p in (ROOT / "benchmarks").glob("*.py")}
 
 FIND_KERNELS = """
 from cuflash.jit import source
@@ -67,6 +68,7 @@ def test_the_wheel_is_pure_python_and_carries_the_kernels(built: Path) -> None:
     assert top == {"cuflash", wheel.name.removesuffix("-py3-none-any.whl") + ".dist-info"}
     carried = {n.removeprefix("cuflash/_kernels_cu/") for n in names if n.startswith("cuflash/_kernels_cu/")}
     assert carried == KERNELS
+    assert {n for n in names if n.startswith("cuflash/_benchmarks/")} == {f"cuflash/_{n}" for n in BENCHMARKS}
     assert "cuflash/py.typed" in names and "cuflash/cli/sample.txt" in names
     assert not [name for name in names if name.endswith((".so", ".pyd", ".dll", ".cubin"))]
 
@@ -79,6 +81,8 @@ def test_an_installed_wheel_finds_its_kernels(built: Path, tmp_path: Path) -> No
     folder, names = kernels_found(python, tmp_path)
     assert folder == site / "cuflash" / "_kernels_cu"
     assert names == KERNELS
+    script = "from cuflash.cli.bench import benchmarks; print(benchmarks('schema').__name__)"
+    assert run([str(python), "-P", "-c", script], cwd=tmp_path).strip() == "cuflash._benchmarks.schema"
 
 
 def test_the_source_distribution_holds_the_project(built: Path) -> None:
