@@ -1,4 +1,4 @@
-"""Running kernels without a GPU: launches on the emulator, what they cost, and in which order their threads run.
+"""Running kernels without a GPU: launches on the emulator, what they cost, what their warps do, and in which order.
 
     with cuflash.emulator.counting() as counters:
         cuflash.attention(q, k, v)              # under config.backend = "emulator"
@@ -6,6 +6,9 @@
 
     with cuflash.emulator.schedule(seed=7, landing="early"):
         cuflash.attention(q, k, v)              # another order; the result must have the same bits
+
+    with cuflash.emulator.tracing() as trace:
+        cuflash.attention(q, k, v)              # what every warp does, event by event
 
 A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it is:
 
@@ -46,7 +49,7 @@ DEFAULT_STEP_LIMIT = 400_000_000  # of one block: accesses and meetings of its t
 MAX_THREADS = 1024
 MAX_SMEM_BYTES = 227 * 1024
 
-__all__ = ["Counters", "Schedule", "counting", "launch", "schedule", "speed"]
+__all__ = ["Counters", "Event", "Schedule", "Trace", "counting", "launch", "schedule", "speed", "tracing"]
 
 
 class Buffer(Protocol):
@@ -134,6 +137,84 @@ def counting() -> Iterator[Counters]:
         yield counters
     finally:
         _counting[:] = [c for c in _counting if c is not counters]
+
+
+# --- What its warps do --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What a warp did at one place. Where it may have to wait there are two: it comes, and it goes on (`passed`).
+
+    kernel   the kernel's name, and `launch`, which of the trace's launches: 0, 1, ...
+    block    (x, y, z)
+    warp     of the block, and `lanes`, how many of its lanes did it
+    what     sync_threads, mbarrier_init, mbarrier_arrive, mbarrier_arrive_expect_tx, mbarrier_wait, named_sync,
+             named_arrive, tma_load, tma_store, bulk_commit, bulk_wait, cp_async_16, cp_async_4, cp_async_commit,
+             cp_async_wait, wgmma, wgmma_commit, wgmma_wait, mma_m16n8k16, mma_m16n8k8_tf32, shfl, shfl_xor and so on,
+             register_alloc, register_dealloc, exit. Loads and stores by threads are not among them
+    object   an mbarrier's offset in shared memory (of tma_load: the one its bytes are counted by), a named barrier's
+             number, 0 for sync_threads; -1: none
+    phase    of the mbarrier or barrier: its number, from 0 (-1: a wait that never waits). Of asynchronous copies and
+             products their group; of a wait for groups the last that it waits for
+    tick     steps the block had taken: accesses to memory and meetings of its threads, one warp after the other. An
+             event is no earlier than what its warp does before it
+    file, line
+    buffer   of a copy: the array, and its bytes [begin, end), for a tensor's box from its first to behind its last
+    """
+
+    kernel: str
+    launch: int
+    block: tuple[int, int, int]
+    warp: int
+    lanes: int
+    what: str
+    passed: bool
+    object: int
+    phase: int
+    tick: int
+    file: str
+    line: int
+    buffer: str = ""
+    begin: int = 0
+    end: int = 0
+
+
+@dataclass
+class Trace:
+    """The events of the launches traced: launch by launch, block by block, in the order in which they happened;
+    those of a warp in the order of its program.
+
+    dropped   how many were not kept, because their block had more than the limit
+    launches  kernels started
+    """
+
+    events: list[Event] = field(default_factory=list)
+    dropped: int = 0
+    launches: int = 0
+
+
+_tracing: list[tuple[Trace, int]] = []
+
+
+@contextlib.contextmanager
+def tracing(limit: int = 200_000) -> Iterator[Trace]:
+    """Keeps what the warps of every launch do while this lasts, in any thread: at most `limit` events of a block.
+
+    A launch that ends with a report leaves what its blocks did until then.
+
+    >>> with tracing() as trace:
+    ...     pass
+    >>> trace.events, trace.dropped
+    ([], 0)
+    """
+    require(limit > 0, f"limit={limit!r} must be at least 1: the events that are kept of a block")
+    entry = Trace(), limit
+    _tracing.append(entry)
+    try:
+        yield entry[0]
+    finally:
+        _tracing[:] = [e for e in _tracing if e is not entry]
 
 
 # --- In which order ----------------------------------------------------------------------------------------------
@@ -231,11 +312,35 @@ class _Launch(ctypes.Structure):
         ("counting", ctypes.c_int32),
         ("os_threads", ctypes.c_int32),
         ("clocked", ctypes.c_int32),
+        ("event_limit", ctypes.c_uint64),
+    )
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (
+        ("tick", ctypes.c_uint64),
+        ("begin", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("what", ctypes.c_char_p),
+        ("file", ctypes.c_char_p),
+        ("line", ctypes.c_int32),
+        ("block", ctypes.c_int32),
+        ("warp", ctypes.c_int32),
+        ("lanes", ctypes.c_int32),
+        ("object", ctypes.c_int32),
+        ("phase", ctypes.c_int32),
+        ("passed", ctypes.c_int32),
     )
 
 
 class _Result(ctypes.Structure):
-    _fields_ = (("report", ctypes.c_char_p), ("counters", ctypes.c_char_p))
+    _fields_ = (
+        ("report", ctypes.c_char_p),
+        ("counters", ctypes.c_char_p),
+        ("events", ctypes.POINTER(_Event)),
+        ("event_count", ctypes.c_uint64),
+        ("dropped", ctypes.c_uint64),
+    )
 
 
 @functools.cache
@@ -301,7 +406,7 @@ def launch(
     memory = ctypes.create_string_buffer(len(params) + 64)
     start = -ctypes.addressof(memory) % 64  # as aligned as a struct may ask
     memory[start : start + len(params)] = params
-    counted = tuple(_counting)
+    counted, traced = tuple(_counting), tuple(_tracing)
     request = _Launch(
         entry=address,
         params=ctypes.addressof(memory) + start,
@@ -316,11 +421,14 @@ def launch(
         counting=bool(counted),
         os_threads=how.os_threads or _os_threads(),
         clocked=clocked,
+        event_limit=max((limit for _, limit in traced), default=0),
     )
     result = _Result()
     _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))
     try:
         report, counters = result.report, result.counters
+        for trace, _ in traced:
+            _add_events(trace, result, entry, grid, buffers)
     finally:
         _runtime().cuflash_emu_free(ctypes.byref(result))
     if counters is not None:
@@ -329,6 +437,23 @@ def launch(
     if report is not None:
         again = f"cuflash.emulator.schedule(seed={how.seed}, landing={how.landing!r})"
         raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
+
+
+def _add_events(
+    trace: Trace, result: _Result, entry: str, grid: tuple[int, int, int], buffers: Sequence[Buffer]
+) -> None:
+    kernel = entry.removeprefix("cuflash_")
+    for e in result.events[: result.event_count]:
+        block = e.block % grid[0], e.block // grid[0] % grid[1], e.block // grid[0] // grid[1]
+        what, file, passed = e.what.decode(), e.file.decode(), bool(e.passed)
+        where = e.object, e.phase, e.tick, file, e.line
+        event = Event(kernel, trace.launches, block, e.warp, e.lanes, what, passed, *where)
+        of = next((x for x in buffers if x.ptr <= e.begin < e.end <= x.ptr + x.nbytes), None)
+        if of is not None:
+            event = replace(event, buffer=of.name, begin=e.begin - of.ptr, end=e.end - of.ptr)
+        trace.events.append(event)
+    trace.dropped += result.dropped
+    trace.launches += 1
 
 
 def _check_shape(shape: str, grid: tuple[int, int, int], threads: int, compiled_threads: int, smem_bytes: int) -> None:

@@ -27,6 +27,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #if !defined(__x86_64__) && !defined(__aarch64__)
@@ -114,12 +115,18 @@ struct CuflashEmuLaunch {
   i32 early_landing;
   i32 counting;
   i32 os_threads;
-  i32 clocked;  // warps meet at mbarriers or named barriers
+  i32 clocked;      // warps meet at mbarriers or named barriers
+  u64 event_limit;  // of one block; 0: events are not recorded
 };
 
+struct CuflashEmuEvent;
+
 struct CuflashEmuResult {
-  char* report;    // null: no fault
-  char* counters;  // lines "group<tab>name<tab>number"; null unless counting
+  char* report;             // null: no fault
+  char* counters;           // lines "group<tab>name<tab>number"; null unless counting
+  CuflashEmuEvent* events;  // a block's one after the other; null unless asked for
+  u64 event_count;
+  u64 dropped;  // events beyond the limit
 };
 }
 
@@ -155,6 +162,7 @@ struct Block;
 struct Warp;
 struct Clocks;
 struct Sm90;
+struct Events;
 
 struct Copy {
   const u8* source;
@@ -271,7 +279,7 @@ struct Block {
   int16_t interval_tag;
 
   i32 warps;
-  i32 alive, at_barrier;
+  i32 alive, at_barrier, barriers_met;
   Fiber* first_at_barrier;
   Site barrier_site;
   u64 steps_left;
@@ -282,6 +290,7 @@ struct Block {
   Counters counters;
   Clocks* clocks;  // null: intervals
   Sm90* sm90;      // likewise
+  Events* events;
   Warp warp[32];
 };
 
@@ -404,6 +413,7 @@ struct Arena {
   void* signal_stack = nullptr;
   Clocks* clocks = nullptr;
   Sm90* sm90 = nullptr;
+  Events* events = nullptr;
   Block block;
 
   Fiber* fiber(i32 i) {
@@ -587,6 +597,8 @@ ALWAYS_INLINE void step(Fiber* f, Site site) {
   if (UNLIKELY(--f->block->steps_left == 0)) fail_runaway(f, site);
 }
 
+#include "events.cpp"
+
 // ---- Counting ----
 
 void count_bank_conflicts(Block* b, Trace site, const u32* addresses, const u8* words, i32 count) {
@@ -733,6 +745,7 @@ void cuflash_emu_thread_main() {
 #endif
   Fiber* f = this_fiber();
   f->block->launch->entry(f->block->launch->params);
+  note_lane(f, "exit", {"", 0});
   thread_end(f);
 }
 #ifndef CUFLASH_EMU_UCONTEXT
@@ -1218,7 +1231,7 @@ void run_block(Arena* arena, u64 linear) {
   b->interval_tag = static_cast<int16_t>(kFirstInterval << 6);
   b->warps = launch.threads / 32;
   b->alive = launch.threads;
-  b->at_barrier = 0;
+  b->at_barrier = b->barriers_met = 0;
   b->steps_left = launch.step_limit;
   b->recent_buffer = nullptr;
   b->fault_signal = 0;
@@ -1244,6 +1257,11 @@ void run_block(Arena* arena, u64 linear) {
     w->accesses.clear();
     prepare(f, arena->stack_low(i), arena->stack_top(i));
   }
+  if (launch.event_limit) {
+    if (!arena->events) arena->events = new Events();
+    arena->events->clear();
+  }
+  b->events = arena->events;
   if (launch.clocked) {
     begin_sm90(arena);
   } else {
@@ -1263,8 +1281,12 @@ void run_block(Arena* arena, u64 linear) {
       b->at_barrier = 0;
       b->counters.barriers++;
       for (i32 w = 0; w < b->warps; w++)
-        for (i32 lane = 0; lane < 32; lane++)
-          if (b->warp[w].state[lane] == kAtBarrier) b->warp[w].state[lane] = kRunning;
+        for (i32 lane = 0; lane < 32; lane++) {
+          if (b->warp[w].state[lane] != kAtBarrier) continue;
+          b->warp[w].state[lane] = kRunning;
+          note_lane(b->warp[w].fibers[lane], "sync_threads", b->barrier_site, 0, b->barriers_met, true);
+        }
+      b->barriers_met++;
       if (b->clocks)
         meet_sm90(b);
       else
@@ -1363,6 +1385,8 @@ struct Run {
   std::mutex mutex;
   std::string report;
   Counters counters;
+  std::vector<CuflashEmuEvent> events;
+  u64 dropped = 0;
 
   void worker() {
     Arena* arena = take_arena();
@@ -1385,6 +1409,12 @@ struct Run {
         const u64 place = next++;
         if (place >= blocks || place > failed) break;
         run_block(arena, (place * stride + start) % blocks);
+        if (launch->event_limit) {
+          const std::vector<CuflashEmuEvent> ordered = b->events->ordered();
+          std::lock_guard<std::mutex> lock(mutex);
+          events.insert(events.end(), ordered.begin(), ordered.end());
+          dropped += b->events->dropped;
+        }
         if (b->error.empty()) continue;
         std::lock_guard<std::mutex> lock(mutex);
         if (place < failed) {
@@ -1442,6 +1472,7 @@ void cuflash_emu_sync_threads(Site site) {
   if (LIKELY(w->arrived == 0)) w->site = site;
   step(f, site);
   w->state[f->lane] = kAtBarrier;
+  note_lane(f, "sync_threads", site, 0, b->barriers_met);
   if (b->at_barrier++ == 0) {
     b->first_at_barrier = f;
     b->barrier_site = site;
@@ -1461,8 +1492,10 @@ u32 cuflash_emu_shuffle(u32 value, i32 source, const char* name, Site site) {
   const u32 lane = f->lane;
   w->value[lane] = value;
   w->source[lane] = static_cast<u32>(source) & 31;
-  if (meet(f, name, site))
+  if (meet(f, name, site)) {
+    note_warp(f, name, site);
     for (i32 i = 0; i < 32; i++) w->result[i] = w->value[w->source[i]];
+  }
   return w->result[lane];
 }
 
@@ -1564,12 +1597,16 @@ void cuflash_emu_cp_async(u32 destination, const void* source, u32 bytes, i32 so
   const Copy copy = {static_cast<const u8*>(source), offset, f->copies.group, static_cast<u8>(bytes),
                      static_cast<u8>(source_bytes)};
   if (b->launch->early_landing) move_bytes(b, copy);
+  const u64 from = reinterpret_cast<u64>(source);
+  note_lane(f, what, site, -1, static_cast<i32>(f->copies.group), false,
+            source_bytes ? Copied{from, from + static_cast<u32>(source_bytes)} : Copied{~0ull, 0});
   f->copies.items.push_back(copy);
 }
 
 void cuflash_emu_cp_async_commit(Site site) {
   Fiber* f = this_fiber();
   step(f, site);
+  note_lane(f, "cp_async_commit", site, -1, static_cast<i32>(f->copies.group));
   f->copies.group++;
 }
 
@@ -1577,6 +1614,7 @@ void cuflash_emu_cp_async_wait(i32 pending, Site site) {
   Fiber* f = this_fiber();
   step(f, site);
   CopyQueue& queue = f->copies;
+  note_lane(f, "cp_async_wait", site, -1, static_cast<i32>(queue.group) - 1 - pending);
   while (queue.head < queue.items.size() && static_cast<i64>(queue.items[queue.head].group) + pending < queue.group)
     land(f, queue.items[queue.head++]);
   if (queue.head == queue.items.size()) {
@@ -1620,6 +1658,7 @@ void cuflash_emu_mma_m16n8k16_f16(float* d, const u32* a, u32 b0, u32 b1, Site s
   post_mma(f->warp, f->lane, d, a, b0, b1);
   if (!meet(f, "mma_m16n8k16", site)) return;
   f->block->counters.mma_f16++;
+  note_warp(f, "mma_m16n8k16", site);
   execute_mma_16<DecodeF16>(f->warp);
 }
 
@@ -1628,6 +1667,7 @@ void cuflash_emu_mma_m16n8k16_bf16(float* d, const u32* a, u32 b0, u32 b1, Site 
   post_mma(f->warp, f->lane, d, a, b0, b1);
   if (!meet(f, "mma_m16n8k16", site)) return;
   f->block->counters.mma_bf16++;
+  note_warp(f, "mma_m16n8k16", site);
   execute_mma_16<DecodeBf16>(f->warp);
 }
 
@@ -1636,6 +1676,7 @@ void cuflash_emu_mma_m16n8k8_tf32(float* d, const u32* a, u32 b0, u32 b1, Site s
   post_mma(f->warp, f->lane, d, a, b0, b1);
   if (!meet(f, "mma_m16n8k8_tf32", site)) return;
   f->block->counters.mma_tf32++;
+  note_warp(f, "mma_m16n8k8_tf32", site);
   execute_mma_tf32(f->warp);
 }
 
@@ -1688,11 +1729,21 @@ void cuflash_emu_launch(const CuflashEmuLaunch* launch, CuflashEmuResult* result
   for (auto& other : others) other.join();
   result->report = run.report.empty() ? nullptr : strdup(run.report.c_str());
   result->counters = launch->counting ? strdup(counters_text(run).c_str()) : nullptr;
+  result->events = nullptr;
+  result->event_count = run.events.size();
+  result->dropped = run.dropped;
+  if (!launch->event_limit) return;
+  // A block's events came in one piece: only the pieces' order depends on the threads.
+  std::stable_sort(run.events.begin(), run.events.end(), [](auto& x, auto& y) { return x.block < y.block; });
+  const size_t bytes = run.events.size() * sizeof(CuflashEmuEvent);
+  result->events = static_cast<CuflashEmuEvent*>(malloc(std::max<size_t>(bytes, 1)));
+  if (bytes) memcpy(result->events, run.events.data(), bytes);
 }
 
 void cuflash_emu_free(CuflashEmuResult* result) {
   free(result->report);
   free(result->counters);
+  free(result->events);
 }
 
 }  // extern "C"

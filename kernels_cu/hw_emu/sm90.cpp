@@ -55,6 +55,7 @@ struct Mbarrier {
 
 struct NamedBarrier {
   i32 threads = 0, arrived = 0;
+  i32 phase = 0;
   Clock clock;
   Site first;
   std::vector<Warp*> waiting;
@@ -243,6 +244,7 @@ void arrive(Fiber* f, u32 address, u32 bytes, const char* what, Site site) {
     fail_protocol(f, site,
                   format("%s: one arrival more than the %d of ", what, m->count) + name_of(b, m) +
                       ", whose bytes have not all landed");
+  note_lane(f, what, site, static_cast<i32>(m->offset), static_cast<i32>(m->completed));
   b->clocks->release(warp_of(f), m->arriving);
   m->bytes += bytes;
   m->pending--;
@@ -335,6 +337,18 @@ void count_tensor(Fiber* f, const MapBytes& map, const i32 (&at)[5], bool write,
   if (UNLIKELY(b->launch->counting)) b->counters.others[{"moves", what}]++;
 }
 
+// What of the tensor the box holds, from its first byte to behind its last.
+Copied extent(Block* b, const MapBytes& map, const i32 (&at)[5]) {
+  Copied all = {~0ull, 0};
+  if (LIKELY(b->launch->event_limit == 0)) return all;
+  for_each_row(map, at, [&](u32, u64 address, u32 from, u32 to) {
+    if (from == to) return;
+    all.begin = std::min(all.begin, address + from * map.element_bytes);
+    all.end = std::max(all.end, address + to * map.element_bytes);
+  });
+  return all;
+}
+
 void run_store(Block* b, const BulkStore& store) {
   const MapBytes& map = store.map;
   const u32 row_bytes = map.box[0] * map.element_bytes, e = map.element_bytes;
@@ -403,6 +417,7 @@ void named_barrier(Fiber* f, i32 id, i32 threads, bool sync, const char* what, S
                       place(named.first) + ", which has come there first");
   if (!named.arrived) named.threads = threads, named.first = site;
   named.arrived += 32;
+  note_warp(f, what, site, id, named.phase);
   b->clocks->release(warp_of(f), named.clock);
   b->counters.barriers += sync && named.arrived == threads;
   if (named.arrived < threads) {
@@ -416,8 +431,11 @@ void named_barrier(Fiber* f, i32 id, i32 threads, bool sync, const char* what, S
   for (Warp* waiting : named.waiting) {
     b->clocks->now[warp_of(waiting->fibers[0])].join(named.clock);
     memset(waiting->state, kRunning, 32);
+    note_warp(waiting->fibers[0], "named_sync", waiting->site, id, named.phase, true);
   }
+  const i32 met = named.phase + 1;
   named = NamedBarrier();
+  named.phase = met;
 }
 
 // All warps of a warpgroup execute the same instructions of this kind, in the same order.
@@ -651,6 +669,7 @@ void issue_product(Fiber* f, Product& p, Site site) {
     fail_protocol(f, site, format("wgmma: n = %d into accumulators that another of n = %d still writes", p.n, acc->n));
   }
   acc->group = p.group;
+  note_warp(f, "wgmma", site, -1, static_cast<i32>(p.group));
 
   if (!products.reads) {
     products.reads = new_reads(f, "wgmma", site);
@@ -783,6 +802,7 @@ void cuflash_emu_mbarrier_init(u32 address, u32 count, Site site) {
   m->made_tag = clocked_tag(f);
   s.mbarriers.push_back(m);
   s.mbarrier_at[offset / 8] = static_cast<u8>(s.mbarriers.size());
+  note_lane(f, "mbarrier_init", site, static_cast<i32>(offset), 0);
   clocked_write(b, offset, 8, kMbarrierObject, m->made);
 }
 
@@ -804,6 +824,9 @@ void cuflash_emu_mbarrier_wait(u32 address, u32 parity, Site site) {
   Block* b = f->block;
   Mbarrier* m = find_mbarrier(f, address, "mbarrier_wait", site);
   if (UNLIKELY(parity > 1)) fail_protocol(f, site, format("mbarrier_wait: the parity %u is neither 0 nor 1", parity));
+  // The phase that must be complete; -1: the one before the first, which always is.
+  const i32 phase = static_cast<i32>(m->completed) - ((m->completed & 1) == parity ? 0 : 1);
+  note_lane(f, "mbarrier_wait", site, static_cast<i32>(m->offset), phase);
   if ((m->completed & 1) == parity) try_complete(f, m, true, site);
   if ((m->completed & 1) == parity) {
     b->sm90->waits[static_cast<size_t>(f->index)] = {m, parity};
@@ -813,6 +836,7 @@ void cuflash_emu_mbarrier_wait(u32 address, u32 parity, Site site) {
     leave(f);
     m->woken--;
   }
+  note_lane(f, "mbarrier_wait", site, static_cast<i32>(m->offset), phase, true);
   b->clocks->now[warp_of(f)].join(m->done);
 }
 
@@ -846,6 +870,7 @@ void cuflash_emu_set_registers(i32 count, bool more, Site site) {
   const char* what = more ? "register_alloc" : "register_dealloc";
   if (!meet(f, what, site)) return;
   const u32 warp = warp_of(f);
+  note_warp(f, what, site);
   warpgroup_step(f, what, site, static_cast<u64>(count));
   if (more ? count < s.registers[warp] : count > s.registers[warp])
     fail_protocol(f, site, format("%s<%d>: the warp has %d registers a thread", what, count, s.registers[warp]));
@@ -880,6 +905,8 @@ void cuflash_emu_tma_load(u32 destination, const void* map_pointer, u32 mbarrier
   if (UNLIKELY(destination < emu::kSharedBase || offset + load.bytes > b->launch->smem_bytes))
     fail_shared_address(f, destination, load.bytes, "tma_load", site);
   count_tensor(f, map, load.at, false, "tma_load", site);
+  note_lane(f, "tma_load", site, static_cast<i32>(m->offset), static_cast<i32>(m->completed), false,
+            extent(b, map, load.at));
   clocked_check_write(f, offset, load.bytes, Use::kAsyncWrite, "tma_load", site);
   if (b->launch->early_landing) {
     land_load(b, m, load);
@@ -903,6 +930,7 @@ void cuflash_emu_tma_store(const void* map_pointer, u32 source, i32 rank, const 
   if (UNLIKELY(source < emu::kSharedBase || store.source + box_bytes(map) > b->launch->smem_bytes))
     fail_shared_address(f, source, box_bytes(map), "tma_store", site);
   count_tensor(f, map, store.at, true, "tma_store", site);
+  note_lane(f, "tma_store", site, -1, static_cast<i32>(bulk.group), false, extent(b, map, store.at));
   const u32 row_bytes = map.box[0] * map.element_bytes;
   u32 good = 0;
   for_each_row(map, store.at, [&](u32 row, u64, u32 from, u32 to) {
@@ -916,12 +944,16 @@ void cuflash_emu_tma_store(const void* map_pointer, u32 source, i32 rank, const 
 void cuflash_emu_bulk_commit(Site site) {
   Fiber* f = this_fiber();
   step(f, site);
-  f->block->sm90->bulk[static_cast<size_t>(f->index)].group++;
+  BulkStores& bulk = f->block->sm90->bulk[static_cast<size_t>(f->index)];
+  note_lane(f, "bulk_commit", site, -1, static_cast<i32>(bulk.group));
+  bulk.group++;
 }
 
 void cuflash_emu_bulk_wait(i32 pending, Site site) {
   Fiber* f = this_fiber();
   step(f, site);
+  note_lane(f, "bulk_wait", site, -1,
+            static_cast<i32>(f->block->sm90->bulk[static_cast<size_t>(f->index)].group) - 1 - pending);
   wait_stores(f, static_cast<u32>(pending));
 }
 
@@ -964,6 +996,7 @@ void cuflash_emu_wgmma_commit(Site site) {
   if (!meet(f, "wgmma_commit", site)) return;
   warpgroup_step(f, "wgmma_commit", site);
   WarpProducts& products = f->block->sm90->products[warp_of(f)];
+  note_warp(f, "wgmma_commit", site, -1, static_cast<i32>(products.group));
   products.group++;
   products.reads = 0;
 }
@@ -972,6 +1005,7 @@ void cuflash_emu_wgmma_wait(i32 pending, Site site) {
   Fiber* f = this_fiber();
   if (!meet(f, "wgmma_wait", site)) return;
   warpgroup_step(f, "wgmma_wait", site);
+  note_warp(f, "wgmma_wait", site, -1, static_cast<i32>(f->block->sm90->products[warp_of(f)].group) - 1 - pending);
   wait_products(f, static_cast<u32>(pending), site);
 }
 

@@ -1,6 +1,6 @@
 """A small GPT generates: from caches in pages, and many continuations of one prompt, as computing everything anew does.
 
-`notebooks/03_generation.ipynb` is the longer form.
+`notebooks/06_inference.ipynb` is the longer form.
 """
 
 from __future__ import annotations

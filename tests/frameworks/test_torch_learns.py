@@ -1,7 +1,7 @@
 """A small GPT learns the project's own README: paragraphs packed with cuflash, padded with PyTorch's attention.
 
 Positions are ALiBi's alone: what a byte may see then matters from the first step, and a mask that is wrong shows.
-`notebooks/02_training.ipynb` is the longer form.
+`notebooks/05_training.ipynb` is the longer form.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 # %% [markdown]
 # ## 1. The model
 #
-# That of `02_training`: bytes in, the logits of the next byte out, positions by ALiBi's slopes alone. It learns the
+# That of `05_training`: bytes in, the logits of the next byte out, positions by ALiBi's slopes alone. It learns the
 # docstrings of `math` until its bytes begin to look like them.
 
 # %%
