@@ -386,10 +386,13 @@ def launch(
 ) -> None:
     """Runs a kernel to its end.
 
-    library  from `hostcxx.compile`       entry       the kernel's name in it
-    threads  of a block                   smem_bytes  dynamic shared memory of a block
-    params   the bytes of its struct      buffers     every array the params point into
-    seed, landing: see `schedule`, which gives what is None
+    library        from `hostcxx.compile`
+    entry          the kernel's name in it
+    threads        of a block
+    smem_bytes     dynamic shared memory of a block
+    params         the bytes of its struct
+    buffers        every array the params point into
+    seed, landing  see `schedule`, which gives what is None
 
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
     written stays written.

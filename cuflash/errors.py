@@ -6,6 +6,8 @@ All derive from `CuflashError`; each also derives from the built-in exception a 
 
 from __future__ import annotations
 
+__all__ = ["ArgumentError", "CompileError", "CuflashError", "EmulatorError", "TraceError", "UnsupportedError"]
+
 
 class CuflashError(Exception):
     """Base of every error raised by cuflash."""

@@ -34,6 +34,29 @@ from .trace.symbols import call, traced
 from .trace.tracer import mod as _mod
 from .trace.tracer import static
 
+__all__ = [
+    "alibi",
+    "and_masks",
+    "bias",
+    "causal",
+    "chunked",
+    "compose",
+    "dilated_window",
+    "document",
+    "image_spans",
+    "natten_1d",
+    "natten_2d",
+    "noop_mask",
+    "not_mask",
+    "or_masks",
+    "prefix_lm",
+    "relative_bias",
+    "sliding_window",
+    "softcap",
+    "tree",
+    "visible",
+]
+
 Array = Any  # of NumPy, CuPy, PyTorch or JAX; or a number where the text says so
 Mask = Callable[..., Any]  # f(b, h, q_idx, kv_idx[, q_len, kv_len]) -> bool
 Score = Callable[..., Any]  # f(score, b, h, q_idx, kv_idx[, q_len, kv_len]) -> score

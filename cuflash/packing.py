@@ -23,6 +23,8 @@ import numpy as np
 
 from .errors import ArgumentError, require
 
+__all__ = ["Packed", "cu_seqlens_from", "pack", "pad_input", "unpack", "unpad_input"]
+
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
 

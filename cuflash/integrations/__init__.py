@@ -4,3 +4,5 @@ transformers   `register()`, then `attn_implementation="cuflash"`
 """
 
 from . import transformers as transformers
+
+__all__ = ["transformers"]

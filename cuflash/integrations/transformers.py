@@ -16,6 +16,8 @@ from ..api import attention
 from ..errors import UnsupportedError
 from ..packing import cu_seqlens_from, pad_input
 
+__all__ = ["register"]
+
 
 class Rows(NamedTuple):
     """What a layer has to know about its mask.
