@@ -281,6 +281,9 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   using Element = typename V::Element;
   using S = Fragment<1, V::kBlockK / 8>;
   using O = Fragment<1, V::kHeadDimV / 8>;
+  // Between the end of O's products and the next ones' issue nothing should stand. A wide O is rescaled under S of the next
+  // tile; a narrow one in its warpgroup's idle time, for that would keep the others' products waiting.
+  constexpr bool kRescaleUnderS = V::kHeadDimV > 128;
   const Barriers<V> barriers(smem);
   const i32 lane = hw::lane_idx();
   const i32 warp_row = 64 * consumer + 16 * (hw::warp_idx() % 4);
@@ -308,6 +311,9 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   const auto issue_out = [&](const Weights<Element, S>& weights, u32 tile) {
     issue_pv<Element, typename Plan::VChunk>(o, weights, smem + Plan::kV + barriers.stage(tile) * Plan::kVBytes);
     hw::wgmma_commit();
+  };
+  const auto rescale_out = [&](const float (&rescale)[S::kRows]) {
+    o.for_each([&](float& x, i32 row, i32) { x *= rescale[row]; });
   };
   // From q.k of the tile to its scores; -inf where masked.
   const auto score_tile = [&](S& s, u32 word, u32 tile) {
@@ -383,6 +389,7 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       S s;
       hw::wgmma_fence();
       issue_scores(s, tile);
+      if constexpr (kRescaleUnderS) rescale_out(rescale);
       // wait   v full <- the producer
       hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));
       hw::wgmma_fence();
@@ -402,10 +409,11 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       // arrive   v empty -> the producer
       arrive(barriers.v_empty(barriers.stage(before)));
       weights.round(s);
-      o.for_each([&](float& x, i32 row, i32) { x *= rescale[row]; });
+      if constexpr (!kRescaleUnderS) rescale_out(rescale);
     }
 
     // The last tile's values
+    if constexpr (kRescaleUnderS) rescale_out(rescale);
     // wait   v full <- the producer
     hw::mbarrier_wait(barriers.v_full(barriers.stage(tile)), barriers.parity(tile));
     hw::wgmma_fence();

@@ -16,6 +16,7 @@ from .. import arch as arches
 from ..arch import Arch
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..jit import cache, module, nvrtc, sass, variant
+from ..ops import forward
 from ..settings import config
 
 THREADS = 2  # NVRTC needs about 200 MB a compile
@@ -24,7 +25,7 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import append, backward, decode, dropout_mask, forward
+    from ..ops import append, backward, decode, dropout_mask
 
     tiled = (
         *(ops.representative(arch) for ops in (forward, backward, append, decode)),
@@ -59,7 +60,8 @@ def compile_kernels(
 def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict[str, Any]:
     """One kernel's row. `sass` counts its opcodes by class, `loops` those of each innermost loop with matrix products.
     Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `ex2_in_window`,
-    exponentials of the main loop that run under its products, and all; `loop_instructions`, of a plain tile.
+    exponentials of the main loop that run under its products, and all; `loop_instructions`, of a plain tile;
+    `tensor_use`, the share of the time that the tensor cores can be busy, predicted (jit/sm_model.py), not measured.
 
     `error` is None, or why it did not compile; then the measurements are None.
     """
@@ -74,7 +76,7 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         "cubin": None,
         "sass": None,
         "loops": None,
-        **dict.fromkeys(("consumer_spills", "producer_spills", "ex2_in_window", "loop_instructions")),
+        **dict.fromkeys(("consumer_spills", "producer_spills", "ex2_in_window", "loop_instructions", "tensor_use")),
         "error": None,
     }
     try:
@@ -100,6 +102,8 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
             main = code.loops[0]
             row["consumer_spills"], row["producer_spills"] = code.local_by_role
             row.update(ex2_in_window=main.in_window("MUFU.EX2"), loop_instructions=main.shortest)
+            if isinstance(spec.variant, forward.ForwardSm90Variant):
+                row["tensor_use"] = round(forward.predicted(spec.variant, main).tensor_use, 3)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{spec.name}.{arch.name}.{cache.key_of(compiled.text)[:10]}.cubin"

@@ -61,21 +61,32 @@ class Loop:
         over = [self.instructions[a + 1 : b] for a, b in self.skips]
         return max(((count(x)["FSEL"], -len(x)) for x in over), default=(0, 0))[1] * -1
 
-    @property
-    def shortest(self) -> int:
-        """Instructions of the shortest way through it: of a tile that nothing is masked of and no score changed in.
+    @functools.cached_property
+    def path(self) -> tuple[str, ...]:
+        """The shortest way through it: of a tile that nothing is masked of and no score changed in.
 
         >>> Loop(("HMMA R4, R8, R12, R4", "@P0 BRA 4", "FMUL R1, R2, R3", "FMUL R2, R3, R4", "EXIT"),
-        ...      skips=((1, 4),)).shortest
-        3
+        ...      skips=((1, 4),)).path
+        ('HMMA R4, R8, R12, R4', '@P0 BRA 4', 'EXIT')
         """
-        left = [0] * (self.length + 1)
+        left, after = [0] * (self.length + 1), [0] * self.length
         targets = dict(self.skips)
         for at in reversed(range(self.length)):
-            taken = left[targets[at]] if at in targets else left[at + 1]
-            always = at in targets and _ALWAYS.match(self.instructions[at]) is not None
-            left[at] = 1 + (taken if always else min(taken, left[at + 1]))
-        return left[0]
+            ways = {at + 1} if at not in targets else {targets[at]} if self._leaves(at) else {targets[at], at + 1}
+            after[at] = min(ways, key=left.__getitem__)
+            left[at] = 1 + left[after[at]]
+        way = [0]
+        while after[way[-1]] < self.length:
+            way.append(after[way[-1]])
+        return tuple(self.instructions[at] for at in way)
+
+    @property
+    def shortest(self) -> int:
+        """How many instructions `path` has."""
+        return len(self.path)
+
+    def _leaves(self, at: int) -> bool:
+        return _ALWAYS.match(self.instructions[at]) is not None
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:

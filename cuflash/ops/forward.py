@@ -19,7 +19,7 @@ from ..arch import GRID_LIMITS, Arch
 from ..array import TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError, UnsupportedError
-from ..jit import layout, module, tensor_map
+from ..jit import layout, module, sass, sm_model, tensor_map
 from ..trace import emit_c
 from ..trace.expr import Mods
 from ..trace.strata import LIMIT as MAX_ROWS_OF_MODS
@@ -645,6 +645,13 @@ def representative(arch: Arch) -> list[module.KernelSpec]:
         )
     ]
     return [kernel_spec(v) for v in variants]
+
+
+def predicted(variant: ForwardSm90Variant, loop: sass.Loop) -> sm_model.TileTime:
+    """What a multiprocessor would need for a plain key tile of forward_sm90.cu, whose KV loop is `loop`."""
+    consumers = variant.tile.warps // 4 - 1
+    copied = variant.tile.block_k * (variant.head_dim + variant.head_dim_v) * variant.element.itemsize
+    return sm_model.predict(loop.path, consumers=consumers, copied_bytes=copied)
 
 
 def representative_sm90(arch: Arch) -> list[module.KernelSpec]:
