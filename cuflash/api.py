@@ -117,8 +117,9 @@ def attention(
                    compute and a last kernel puts together, from float32 memory that `explain` tells. A multiple of 64
                    serves every kernel. A sequence's result has the same bits in any batch, but other ones than without.
                    Keys are dense or in pages, not packed; gradients are computed as without
-    kernel_options {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its own; the result
-                   has other bits
+    kernel_options for measuring. {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its
+                   own; the result has other bits. {"persistent": True or False}: whether Hopper's computes a dense
+                   batch by a block for each multiprocessor
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -507,7 +508,7 @@ def _bind(
     aux: Any,
     backward: _Backward | None = None,
 ) -> _Call:
-    kernel = _kernel_of(kernel_options)
+    options = _options_of(kernel_options)
     split_size = validate.split_size(split_size)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
@@ -590,7 +591,7 @@ def _bind(
         vq.shape, vq.strides, vq.dtype.name, vq.device,
         vk.shape, vk.strides, vk.dtype.name, vk.device,
         vv.shape, vv.strides, vv.dtype.name, vv.device,
-        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size, mods, kernel,
+        scale, causal, window_size, softcap, max_seqlen_q, max_seqlen_k, aux, dropout_p, split_size, mods, options,
     )  # fmt: skip
     if len(views) > 3:
         others = islice(views.items(), 3, None)  # behind q, k and v
@@ -604,7 +605,7 @@ def _bind(
     if prepared is None:
         prepared = _prepare(
             framework, views, plain, alignment, scale, causal, window_size, softcap, max_seqlen_q,
-            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward, split_size=split_size, kernel=kernel,
+            max_seqlen_k, aux, mods, dropout_p, (*targets,), backward, split_size=split_size, options=options,
         )  # fmt: skip
         if key is not None:
             if len(_prepared) >= _PREPARED_LIMIT:
@@ -859,11 +860,14 @@ def _captured_uploads(
     return found
 
 
-def _kernel_of(kernel_options: Any) -> str | None:
-    """The kernel that kernel_options ask for; None: the best."""
-    if not kernel_options or kernel_options == {"kernel": "sm_80"}:
-        return kernel_options["kernel"] if kernel_options else None
-    raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
+def _options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
+    """Checked, and as part of a key."""
+    if not kernel_options:
+        return ()
+    allowed = {"kernel": (None, "sm_80"), "persistent": (None, True, False)}
+    if not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
+        raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
+    return tuple(sorted(kernel_options.items()))
 
 
 def _refuse_pages(backward: bool) -> None:
@@ -880,8 +884,8 @@ _PAGES_WITHOUT_GRADIENTS = (
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
-    "kernel_options": "tiles and stages follow from the problem and the device, {'kernel': 'sm_80'} is all there is to "
-    "choose: leave it None",
+    "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'} and "
+    "{'persistent': True or False} to choose: leave it None",
 }
 
 _MODS = ("score_mod", "mask_mod", "block_mask")
@@ -930,7 +934,7 @@ def _prepare(
     backward: _Backward | None,
     backend: str | None = None,
     split_size: int | None = None,
-    kernel: str | None = None,
+    options: tuple[tuple[str, Any], ...] = (),
 ) -> _Prepared:
     """Check everything that does not depend on pointers and values, choose the backend, describe the problem."""
     q, k, v = views["q"], views["k"], views["v"]
@@ -1005,7 +1009,7 @@ def _prepare(
             window=(left, right),
             softcap=softcap,
             dropout_p=dropout_p,
-        ), max_seqlen_k, backward, mods, split_size, kernel)  # fmt: skip
+        ), max_seqlen_k, backward, mods, split_size, options)  # fmt: skip
     folded = mods is not None and "alibi_slopes" in _captured_names(mods, views)
     return _Prepared(
         backend, q.device, plan, tuple(results), aux, scale, (left, right), softcap, dropout_p, mods, folded,
@@ -1046,7 +1050,7 @@ def _plan(
     backward: _Backward | None,
     mods: Mods | None,
     split_size: int | None,
-    kernel: str | None,
+    options: tuple[tuple[str, Any], ...],
 ) -> Any:
     """The plan of a checked call: `fields` are those of both problems that do not follow from the views."""
     names = ["q", "k", "v", "out"] + ([] if backward is None else ["dout", "dq", "dk", "dv"])
@@ -1075,7 +1079,8 @@ def _plan(
         if pages is not None:
             fields |= {"page_size": views["k"].shape[1], "max_pages": pages.shape[1]}
             fields["page_table_stride"] = pages.strides[0]
-        problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes, kernel=kernel)
+        fields["options"] = ops.Options(**dict(options))
+        problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes)
         return ops.plan(problem, arch) if split_size is None else _decode().DecodePlan(problem, arch, split_size)
     ops = _backward()
     fields |= {name: name in shapes for name in ("dsink", "dslopes")}

@@ -4,18 +4,19 @@
 //   m, l, O            online softmax in base 2 (tile/softmax.cuh)
 //   out = O / l        lse = ln(l) + m
 //
-//   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu
+//   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu; or, where the tiles of a
+//           dense batch are alike, a block for each multiprocessor, which goes over (query block, head, sequence) in steps
 //   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
 //           warpgroups 1..        consumers: 64 query rows each against all keys
 //
 //   shared  name      rows      row            bytes for d = 128, 128 x 128
-//           q         kBlockQ   kHeadDim       32 KB, each warpgroup's rows apart: its out is gathered there at the end
+//           q[1..2]   kBlockQ   kHeadDim       32 KB each, a warpgroup's rows apart: its out is gathered there at the end
 //           k[2]      kBlockK   kHeadDim       32 KB each
 //           v[2]      kBlockK   kHeadDimV      32 KB each
 //           terms[2]  kBlockK   words          what mods need of each key, where it is dear (tile/mods.cuh)
-//           bounds    kBlockQ   2 words        the keys each query has to do with, where there is a mask_mod
+//           bounds[1..2] kBlockQ 2 words       the keys each query has to do with, where there is a mask_mod
 //           words[2]            1 word         of the tile in k: its number, whether it is masked, whether it is the last
-//           sees                1 word         whether the query tile has to do with any keys
+//           tiles[1..2]         4 words        of the tile in q: which it is, and whether it has to do with any keys
 //           pins                a word a thread
 //           barriers
 //   Tiles of 16-bit elements lie in chunks as tensor copies write and wgmma reads them (tile/descriptor.cuh).
@@ -25,8 +26,8 @@
 //   k_empty[s]    every consumer warp, S is there   producer: the next K, word and terms of this stage
 //   v_full[s]     producer, and V's bytes           consumers: O += P V
 //   v_empty[s]    every consumer warp, O is there   producer: the next V of this stage
-//   q_full        producer, and Q's bytes           consumers: S = Q K^T, bounds, sees
-//   q_empty       every consumer warp, after store  producer: the next tile's Q and bounds
+//   q_full[s]     producer, and Q's bytes           consumers: S = Q K^T, bounds, the tile's words
+//   q_empty[s]    every consumer warp, after store  producer: the next Q, bounds and words of this stage
 //
 //   named barrier 1        all consumers, where the last keys' V has been cleared behind them
 //                 2 + w    turn of warpgroup w to issue its products: the others' softmax runs under them
@@ -62,6 +63,7 @@ struct ForwardPlan {
   static constexpr i32 kConsumers = V::kBlockQ / 64;
   static constexpr i32 kConsumerWarps = 4 * kConsumers;
   static constexpr u32 kStages = 2;
+  static constexpr u32 kQStages = V::kQStages;  // 2, where they fit: Q of the next tile lands while this one is computed
   static_assert(64 * kConsumers == V::kBlockQ && V::kThreads == 128 * (kConsumers + 1) && sizeof(Element) == kBytes,
                 "a warpgroup has 64 rows of 16-bit elements, and one more produces");
 
@@ -75,21 +77,22 @@ struct ForwardPlan {
   static constexpr i32 kKBytes = V::kBlockK * V::kHeadDim * kBytes;
   static constexpr i32 kVBytes = V::kBlockK * V::kHeadDimV * kBytes;
   static constexpr i32 kTermsBytes = staged_bytes<Mods, true, V::kBlockK>();
-  static constexpr i32 kK = kQBytes;
+  static constexpr i32 kBoundsBytes = bounds_bytes<Mods, V::kBlockQ>();
+  static constexpr i32 kK = i32{kQStages} * kQBytes;
   static constexpr i32 kV = kK + i32{kStages} * kKBytes;
   static constexpr i32 kTerms = kV + kStages * kVBytes;
   static constexpr i32 kBounds = kTerms + kStages * kTermsBytes;
-  static constexpr i32 kWords = kBounds + bounds_bytes<Mods, V::kBlockQ>();
-  static constexpr i32 kSees = kWords + 4 * kStages;
-  static constexpr i32 kPins = kSees + 8;
+  static constexpr i32 kTiles = kBounds + i32{kQStages} * kBoundsBytes;
+  static constexpr i32 kWords = kTiles + 16 * kQStages;
+  static constexpr i32 kPins = kWords + 4 * kStages;
   static constexpr i32 kBarriers = kPins + 4 * V::kThreads;
-  static constexpr i32 kEnd = kBarriers + 8 * (4 * kStages + 2);
+  static constexpr i32 kEnd = kBarriers + 8 * (4 * kStages + 2 * kQStages);
   static_assert(kEnd <= V::kSharedBytes, "the host asks for as much shared memory as is used");
-  static_assert(kK % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0 && kBarriers % 8 == 0, "aligned");
+  static_assert(kK % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0 && kTiles % 16 == 0 && kBarriers % 8 == 0, "aligned");
 };
 
-// Where a role stands: how many query tiles and how many key tiles came before, of all that the block has. The n-th of
-// them is in stage n % kStages, and completes the phase n / kStages of its barriers.
+// Where a role stands: how many query tiles and how many key tiles came before, of all that the block has. The n-th key
+// tile is in stage n % kStages, and completes the phase n / kStages of its barriers; query tiles likewise, with kQStages.
 struct Progress {
   u32 q_tiles = 0, k_tiles = 0;
 };
@@ -97,6 +100,11 @@ struct Progress {
 // What the producer says of the tile in a K stage: its number and these.
 constexpr u32 kMasked = 1u << 31;
 constexpr u32 kLast = 1u << 30;
+
+// What it says of the tile in a Q stage: sequence, head, number from the end of the sequence, and one of these.
+constexpr i32 kSeesNothing = 0;
+constexpr i32 kSeesKeys = 1;
+constexpr i32 kNoTile = 2;  // no tile: the block is done
 
 template <class V>
 struct Barriers {
@@ -108,11 +116,13 @@ struct Barriers {
   HW_DEVICE u32 k_empty(u32 stage) const { return k_full(stage) + 8 * Plan::kStages; }
   HW_DEVICE u32 v_full(u32 stage) const { return k_full(stage) + 16 * Plan::kStages; }
   HW_DEVICE u32 v_empty(u32 stage) const { return k_full(stage) + 24 * Plan::kStages; }
-  HW_DEVICE u32 q_full() const { return base + 32 * Plan::kStages; }
-  HW_DEVICE u32 q_empty() const { return q_full() + 8; }
+  HW_DEVICE u32 q_full(u32 stage) const { return base + 32 * Plan::kStages + 8 * stage; }
+  HW_DEVICE u32 q_empty(u32 stage) const { return q_full(stage) + 8 * Plan::kQStages; }
 
   static HW_DEVICE u32 stage(u32 tile) { return tile % Plan::kStages; }
   static HW_DEVICE u32 parity(u32 tile) { return tile / Plan::kStages % 2; }
+  static HW_DEVICE u32 q_stage(u32 tile) { return tile % Plan::kQStages; }
+  static HW_DEVICE u32 q_parity(u32 tile) { return tile / Plan::kQStages % 2; }
 
   // By one thread, before anyone uses them.
   template <class M>
@@ -123,8 +133,10 @@ struct Barriers {
       hw::mbarrier_init(v_full(i), 1);
       hw::mbarrier_init(v_empty(i), Plan::kConsumerWarps);
     }
-    hw::mbarrier_init(q_full(), 1);
-    hw::mbarrier_init(q_empty(), Plan::kConsumerWarps);
+    for (u32 i = 0; i < Plan::kQStages; ++i) {
+      hw::mbarrier_init(q_full(i), 1);
+      hw::mbarrier_init(q_empty(i), Plan::kConsumerWarps);
+    }
     hw::fence_mbarrier_init();
   }
 };
@@ -155,25 +167,52 @@ struct QueryTile {
   }
 };
 
+// What a block computes, tile by tile: use(sequence, head, number from the end of the sequence).
+template <class V, class Use>
+HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
+  const bool persistent = p.persistent_tiles > 0;
+  const TileRange range =
+      persistent ? TileRange{0, hw::block_idx_x()}
+                 : tiles_of_block<V::kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+  HW_NO_UNROLL
+  for (i32 i = range.first;; i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
+    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence(p, range.sequence).q_rows, V::kBlockQ))) break;
+    if (persistent) {
+      const i32 tiles = ceil_div(p.q_len, V::kBlockQ), line = i / tiles, sequence = line / p.heads_q;
+      use(sequence, line - sequence * p.heads_q, i - line * tiles);
+    } else {
+      use(range.sequence, hw::block_idx_y(), i);
+    }
+  }
+}
+
+template <class V>
+HW_DEVICE void say_tile(u32 smem, u32 q_stage, i32 sequence, i32 head, i32 from_end, i32 what) {
+  hw::store_shared(smem + ForwardPlan<V>::kTiles + 16 * q_stage,
+                   u32x4{{static_cast<u32>(sequence), static_cast<u32>(head), static_cast<u32>(from_end),
+                          static_cast<u32>(what)}});
+}
+
 // Producer: the copies of the sequence's query tile number `from_end` and of its keys. It has few registers: what is
 // needed once in 32 tiles is worked out anew.
 template <class V, class M>
-HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, i32 from_end, Progress& progress) {
+HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, i32 head, i32 from_end,
+                            Progress& progress) {
   using Plan = ForwardPlan<V>;
   const Barriers<V> barriers(smem);
   const Sequence seq = read_sequence(p, sequence);
   const QueryTile<V> q_tile(seq, from_end);
-  const i32 head = hw::block_idx_y();
   const i32 head_kv = head / p.head_group;
   const bool leader = hw::elect_one();
 
-  // wait   q empty <- every consumer warp: it has stored the tile before
-  hw::mbarrier_wait(barriers.q_empty(), (progress.q_tiles++ & 1) ^ 1);
+  const u32 q_stage = barriers.q_stage(progress.q_tiles), q_full = barriers.q_full(q_stage);
+  // wait   q empty <- every consumer warp: it has stored the tile that was here
+  hw::mbarrier_wait(barriers.q_empty(q_stage), barriers.q_parity(progress.q_tiles++) ^ 1);
 
   TileInterval keys = q_tile.keys(p, seq.k_len);
   if constexpr (M::kMask) {
     if (q_tile.last_row >= 0) {
-      keys = stage_bounds<M, V::kBlockQ, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), smem + Plan::kBounds,
+      keys = stage_bounds<M, V::kBlockQ, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), smem + Plan::kBounds + q_stage * Plan::kBoundsBytes,
                                              q_tile.first, q_tile.diagonal, p.window_left, p.window_right);
     }
   }
@@ -189,7 +228,7 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
         const QueryTile<V> rows(again, from_end);
         const Interval all = rows.keys(p, again.k_len).all;
         const i32 first = tile * V::kBlockK, end = first + V::kBlockK;
-        const i32 kind = M::classify(p, M::tile(p, sequence, hw::block_idx_y(), again.q_len, again.k_len), rows.first,
+        const i32 kind = M::classify(p, M::tile(p, sequence, head, again.q_len, again.k_len), rows.first,
                                      rows.first + rows.last_row, first, min_of(end, again.k_len) - 1);
         return first < all.begin || end > all.end ? min_of(kind, kTileMixed) : kind;
       });
@@ -216,17 +255,17 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
   i32 n = find_tile(k_tiles_end - 1);
   // Q, or that there is nothing to do
   if (leader) {
-    hw::store_shared(smem + Plan::kSees, n >= first_k_tile ? 1u : 0u);
+    say_tile<V>(smem, q_stage, sequence, head, from_end, n >= first_k_tile ? kSeesKeys : kSeesNothing);
     if (n >= first_k_tile) {
-      hw::mbarrier_arrive_expect_tx(barriers.q_full(), V::kBlockQ * V::kHeadDim * Plan::kBytes);
+      hw::mbarrier_arrive_expect_tx(q_full, V::kBlockQ * V::kHeadDim * Plan::kBytes);
       HW_NO_UNROLL
       for (i32 i = 0; i < Plan::kConsumers; ++i) {
         load_rows<typename Plan::QkChunk, V::kHeadDim, 64>(
-            smem + static_cast<u32>(i * Plan::kOwnQBytes), p.q_map, barriers.q_full(), hw::CachePolicy::kEvictFirst,
-            head, static_cast<i32>(seq.q_begin) + q_tile.first + 64 * i, seq.dense_idx);
+            smem + q_stage * Plan::kQBytes + static_cast<u32>(i * Plan::kOwnQBytes), p.q_map, q_full,
+            hw::CachePolicy::kEvictFirst, head, static_cast<i32>(seq.q_begin) + q_tile.first + 64 * i, seq.dense_idx);
       }
     } else {
-      hw::mbarrier_arrive(barriers.q_full());
+      hw::mbarrier_arrive(q_full);
     }
   }
 
@@ -273,10 +312,9 @@ HW_DEVICE void clear_rows(u32 v, i32 first) {
   }
 }
 
-// Consumer: that tile's rows of one warpgroup.
+// Consumer: that tile's rows of one warpgroup; whether there was a tile.
 template <class V, class M>
-HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, i32 sequence, i32 from_end,
-                            Progress& progress) {
+HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, Progress& progress) {
   using Plan = ForwardPlan<V>;
   using Element = typename V::Element;
   using S = Fragment<1, V::kBlockK / 8>;
@@ -287,7 +325,16 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   const Barriers<V> barriers(smem);
   const i32 lane = hw::lane_idx();
   const i32 warp_row = 64 * consumer + 16 * (hw::warp_idx() % 4);
-  const i32 head = hw::block_idx_y();
+  const u32 q_stage = barriers.q_stage(progress.q_tiles);
+  const u32 own_q = smem + q_stage * Plan::kQBytes + static_cast<u32>(consumer * Plan::kOwnQBytes);
+
+  // wait   q full <- the producer: Q, bounds, and which tile it is
+  hw::mbarrier_wait(barriers.q_full(q_stage), barriers.q_parity(progress.q_tiles++));
+  const auto said = [&](i32 word) {
+    return hw::shfl(hw::load_shared<i32>(smem + static_cast<u32>(Plan::kTiles + 4 * word) + 16 * q_stage), 0);
+  };
+  const i32 sequence = said(0), head = said(1), from_end = said(2), sees = said(3);
+  if (sees == kNoTile) return false;
   const Sequence seq = read_sequence(p, sequence);
   const QueryTile<V> q_tile(seq, from_end);
   const i32 q_first = q_tile.first, diagonal = q_tile.diagonal;
@@ -305,7 +352,7 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   };
   const auto issue_scores = [&](S& s, u32 tile) {
     issue_qk<Element, typename Plan::QkChunk, V::kHeadDim, 64, V::kBlockK>(
-        s, smem + static_cast<u32>(consumer * Plan::kOwnQBytes), smem + Plan::kK + barriers.stage(tile) * Plan::kKBytes);
+        s, own_q, smem + Plan::kK + barriers.stage(tile) * Plan::kKBytes);
     hw::wgmma_commit();
   };
   const auto issue_out = [&](const Weights<Element, S>& weights, u32 tile) {
@@ -328,7 +375,7 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
     }
     if (word & kMasked) {
       if constexpr (M::kMask) {
-        const u32 bounds = smem + static_cast<u32>(Plan::kBounds + 4 * warp_row);
+        const u32 bounds = smem + Plan::kBounds + q_stage * Plan::kBoundsBytes + static_cast<u32>(4 * warp_row);
         mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms,
                              [&](i32 i) { return staged_bounds<V::kBlockQ>(bounds, S::row_of(i)); });
       } else {
@@ -340,14 +387,12 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   };
   const auto drop = [&](S& s, u32 word) {
     if constexpr (V::kDropout) {
-      visit_dropout(read_dropout(p, sequence, head, hw::grid_dim_y()), s, q_first + warp_row,
+      visit_dropout(read_dropout(p, sequence, head, p.heads_q), s, q_first + warp_row,
                     static_cast<i32>(word & (kLast - 1)) * V::kBlockK, [](float& x, bool kept) { x = kept ? x : 0.0f; });
     }
   };
 
-  // wait   q full <- the producer: Q, bounds, and whether there are keys
-  hw::mbarrier_wait(barriers.q_full(), progress.q_tiles++ & 1);
-  if (hw::shfl(hw::load_shared<u32>(smem + Plan::kSees), 0) != 0) {
+  if (sees == kSeesKeys) {
     Weights<Element, S> weights;
     float rescale[S::kRows];
     u32 tile = progress.k_tiles;
@@ -404,7 +449,7 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       drop(s, word);
       // NOTE: the compiler would move the softmax behind the wait below, where no product runs any more. It does not move
       // a store to shared memory, and the sums need all weights.
-      hw::store_shared(smem + static_cast<u32>(Plan::kPins + 4 * hw::thread_idx()), softmax.sum[0] + softmax.sum[1]);
+      hw::store_shared(smem + static_cast<u32>(Plan::kPins + 8 * warp_row + 4 * lane), softmax.sum[0] + softmax.sum[1]);
       hw::wgmma_wait<0>();
       // arrive   v empty -> the producer
       arrive(barriers.v_empty(barriers.stage(before)));
@@ -426,13 +471,15 @@ HW_DEVICE void consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
 
   // sync   Q read <-> the warpgroup: out may be gathered in its place
   hw::named_sync(5 + consumer, 128);
-  const i32 own_rows = consumer * Plan::kOwnQBytes + (warp_row - 64 * consumer) * Plan::OutTile::kRowBytes;
-  finish_rows<V, typename Plan::OutTile, false>(p, sequence, head, q_first, warp_row, softmax, o,
-                                                smem + static_cast<u32>(own_rows));
+  // NOTE: which tile it is is read again: kept through the KV loop it would cost registers there.
+  finish_rows<V, typename Plan::OutTile, false>(
+      p, said(0), said(1), q_first, warp_row, softmax, o,
+      own_q + static_cast<u32>((warp_row - 64 * consumer) * Plan::OutTile::kRowBytes));
   hw::fence_proxy_async();
   hw::sync_warp();
   // arrive   q empty -> the producer
-  arrive(barriers.q_empty());
+  arrive(barriers.q_empty(q_stage));
+  return true;
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Params p) {
@@ -444,25 +491,28 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
   // sync   barriers made <-> all warps
   hw::sync_threads();
 
-  // For each tile of the block. NOTE: which they are each role finds out for itself: handed on to both, it would be kept
-  // where the producer's few registers allow, in local memory.
-  const auto for_each_tile = [&](const auto& use) {
-    const TileRange range = tiles_of_block<V::kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
-    const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kBlockQ); };
-    HW_NO_UNROLL
-    for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) use(range.sequence, i);
-  };
   Progress progress;
   if (warpgroup == 0) {
     hw::register_dealloc<V::kProducerRegisters>();
     if (hw::warp_idx() == 0) {
-      for_each_tile([&](i32 sequence, i32 i) { produce_tile<V, Mods>(p, smem, sequence, i, progress); });
+      for_each_tile<V>(p, [&](i32 sequence, i32 head, i32 from_end) {
+        produce_tile<V, Mods>(p, smem, sequence, head, from_end, progress);
+      });
+      const Barriers<V> barriers(smem);
+      const u32 q_stage = barriers.q_stage(progress.q_tiles);
+      // wait   q empty <- every consumer warp
+      hw::mbarrier_wait(barriers.q_empty(q_stage), barriers.q_parity(progress.q_tiles) ^ 1);
+      if (hw::elect_one()) {
+        say_tile<V>(smem, q_stage, 0, 0, 0, kNoTile);
+        hw::mbarrier_arrive(barriers.q_full(q_stage));
+      }
     }
   } else {
     hw::register_alloc<V::kConsumerRegisters>();
     // The first turn is the first warpgroup's.
     if (warpgroup == Plan::kConsumers) hw::named_arrive(2, 256);
-    for_each_tile(
-        [&](i32 sequence, i32 i) { consume_tile<V, Mods>(p, smem, warpgroup - 1, sequence, i, progress); });
+    HW_NO_UNROLL
+    while (consume_tile<V, Mods>(p, smem, warpgroup - 1, progress)) {
+    }
   }
 }

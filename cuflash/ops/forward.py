@@ -34,6 +34,19 @@ Strides = tuple[int, int, int]  # (batch, row, head) in elements; batch 0 when p
 
 
 @dataclass(frozen=True, slots=True)
+class Options:
+    """`kernel_options`: what is chosen for a caller who does not. None of them changes what a result means.
+
+    kernel      "sm_80": the kernel that runs on every GPU, where the chip has one of its own
+    persistent  whether a dense batch is computed by a block for each multiprocessor, which goes over its share of the
+                query tiles and loads for the next while it computes one, or by a block for each; Hopper's kernel alone
+    """
+
+    kernel: str | None = None
+    persistent: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardProblem:
     """A forward call without its pointers.
 
@@ -50,7 +63,7 @@ class ForwardProblem:
     dropout_p        share of the weights to drop; its seed and offset are given at the launch
     seed             dtype of an array of one element that holds the seed; None: a number
     mods             what score_mod and mask_mod compute; softcap and ALiBi are in there beside a score_mod
-    kernel           "sm_80": that one, which does everything everywhere; None: the best
+    options          what the caller chose of how it is computed
     """
 
     dtype: DType
@@ -83,7 +96,7 @@ class ForwardProblem:
     page_size: int = 0
     max_pages: int = 0
     page_table_stride: int = 0
-    kernel: str | None = None
+    options: Options = Options()
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +240,7 @@ SM90_NARROWER_TILES: dict[int, Tile] = {
     64: Tile(192, 96, 16),
     256: Tile(128, 64, 12),
 }
+SM90_SMEM = 227 * 1024
 SM90_DROPOUT_TILES: dict[int, Tile] = {192: Tile(128, 64, 12)}
 
 
@@ -243,13 +257,21 @@ class ForwardSm90Variant:
 
     @property
     def smem_bytes(self) -> int:
-        """Q, two tiles of K and of V, twice what mods need of each key, the bounds of each query under a mask, a word a
-        thread, and what the roles tell each other."""
-        q = self.tile.block_q * max(self.head_dim, self.head_dim_v)
-        tiles = (q + 2 * self.tile.block_k * (self.head_dim + self.head_dim_v)) * self.element.itemsize
-        terms = 8 * self.tile.block_k * emit_c.staged(self.mods)[1]
+        return self._smem_bytes(self.q_stages)
+
+    @property
+    def q_stages(self) -> int:
+        """2 where they fit: Q of a block's next tile lands while this one is computed."""
+        return 2 if self._smem_bytes(2) <= SM90_SMEM else 1
+
+    def _smem_bytes(self, q_stages: int) -> int:
+        """Of a Q stage: Q, and the bounds of each query under a mask. Two tiles of K and of V, twice what mods need of
+        each key, a word a thread, and what the roles tell each other."""
+        q = self.tile.block_q * max(self.head_dim, self.head_dim_v) * self.element.itemsize
         bounds = 8 * self.tile.block_q if emit_c.has_mask(self.mods) else 0
-        return tiles + terms + bounds + 4 * 32 * self.tile.warps + 96
+        keys = 2 * self.tile.block_k * (self.head_dim + self.head_dim_v) * self.element.itemsize
+        terms = 8 * self.tile.block_k * emit_c.staged(self.mods)[1]
+        return q_stages * (q + bounds + 32) + keys + terms + 4 * 32 * self.tile.warps + 72
 
     @property
     def registers(self) -> tuple[int, int]:
@@ -270,6 +292,7 @@ class ForwardSm90Variant:
             "kThreads": 32 * self.tile.warps,
             "kLoadBytes": 16,
             "kSharedBytes": self.smem_bytes,
+            "kQStages": self.q_stages,
             "kProducerRegisters": producer,
             "kConsumerRegisters": consumer,
             "kDropout": self.dropout,
@@ -280,7 +303,7 @@ def why_not_sm90(p: ForwardProblem, arch: Arch) -> str:
     """Why forward_sm80.cu computes a problem, and not forward_sm90.cu; "" where the latter does."""
     if arch.name != "sm_90a":
         return f"{arch.name} has no wgmma"
-    if p.kernel == "sm_80":
+    if p.options.kernel == "sm_80":
         return "kernel_options ask for it"
     if p.dtype.itemsize != 2:
         return f"wgmma does not multiply {p.dtype.name} to its accuracy"
@@ -406,11 +429,28 @@ class ForwardPlan:
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
         values |= page_values(problem.page_size, problem.page_table_stride)
+        if isinstance(self.variant, ForwardSm90Variant):
+            values |= {"heads_q": problem.heads_q, "persistent_tiles": self._choose_persistence()}
         self._values = tuple(values.values())
         self._with_maps = isinstance(self.variant, ForwardSm90Variant)
         names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
         self._pack = layout.load(self.spec.params).packer(*names)
         self._captured = Captured(problem.mods)
+
+    def _choose_persistence(self) -> int:
+        """How many query tiles blocks go over in steps, where `grid` becomes one of a block for each multiprocessor;
+        0: it stays. By itself where tiles have equally many keys, so that shares are equal, and there is more than one
+        of them for a block; where they differ, the grid gives each multiprocessor that is done the next longest."""
+        p, total = self.problem, math.prod(self.grid)
+        wanted, can = p.options.persistent, not p.packed and 0 < total < 2**31
+        if wanted and not can:
+            raise UnsupportedError("kernel_options: persistent is for dense batches: leave it None")
+        alike = p.window == (-1, -1) and not p.seqused_q and not p.seqused_k and (p.mods is None or p.mods.mask is None)
+        if not can or not (alike and total > self.arch.multiprocessors if wanted is None else wanted):
+            return 0
+        self.grid = (min(total, self.arch.multiprocessors), 1, 1)
+        self.why = "dense, persistent: each block goes over (query block, head, sequence) in steps"
+        return total
 
     def params(
         self,

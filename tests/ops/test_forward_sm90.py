@@ -62,6 +62,9 @@ CASE = Case(
     "float16", (260, 40), (380, 40), 2, 1, 56, 40, window_size=(300, 140), max_seqlen_q=1, sink="float32", seed=3
 )
 
+# More query tiles in a block than Q has stages.
+LONG = dataclasses.replace(CASE, lengths_q=(580,), lengths_k=(140,), heads_q=1)
+
 
 def test_the_same_bits_under_any_schedule(seed):
     """Twenty of them, and not a report."""
@@ -121,6 +124,56 @@ def test_which_calls_it_does_not_take():
         assert cuflash.explain(q, q, q).kernel == "forward_sm80"
 
 
+@pytest.fixture
+def three_processors(monkeypatch):
+    monkeypatch.setitem(arch.ARCHES, "sm_90a", dataclasses.replace(TARGET, multiprocessors=3))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_block_for_each_multiprocessor(three_processors, seed, causal):
+    """Twelve query tiles of two sequences and two heads, four a block: the bits of a block for each."""
+    rng = np.random.default_rng(seed)
+    q, k, v = (rng.standard_normal((2, n, h, 64)).astype(np.float16) for n, h in ((500, 2), (300, 1), (300, 1)))
+    found = set()
+    for persistent, landing in ((False, "late"), (True, "late"), (True, "early")):
+        options = {"persistent": persistent}
+        with using("emulator", "sm_90a"), cuflash.emulator.schedule(seed=seed, landing=landing):
+            told = cuflash.explain(q, k, v, causal=causal, kernel_options=options)
+            result = cuflash.attention(q, k, v, causal=causal, kernel_options=options, aux=("lse",))
+        assert told.grid == ((3, 1, 1) if persistent else (3, 2, 2))
+        found.add(result.out.tobytes() + result.lse.tobytes())
+    expected = cuflash.attention(q, k, v, causal=causal)
+    np.testing.assert_allclose(result.out.astype(float), expected.astype(float), atol=4e-3)
+    assert len(found) == 1
+
+
+def test_when_there_is_a_block_for_each_multiprocessor(three_processors):
+    """Where tiles are alike and more than multiprocessors; or where it is asked for."""
+    q = np.zeros((2, 500, 1, 64), np.float16)
+    used = np.array([1, 2], np.int32)
+    with using("emulator", "sm_90a"):
+        for keywords, expected in (
+            ({}, True),
+            ({"score_mod": mods.softcap(3.0)}, True),
+            ({"kernel_options": {"persistent": False}}, False),
+            ({"causal": True}, False),
+            ({"causal": True, "kernel_options": {"persistent": True}}, True),
+            ({"window_size": (9, -1)}, False),
+            ({"mask_mod": mods.causal()}, False),
+            ({"seqused_k": used}, False),
+        ):
+            told = cuflash.explain(q, q, q, **keywords)
+            assert (told.grid == (3, 1, 1) and "persistent" in str(told)) == expected, keywords
+        assert cuflash.explain(q[:1], q[:1], q[:1]).grid == (3, 1, 1) and "persistent" not in str(
+            cuflash.explain(q[:1], q[:1], q[:1])
+        )
+        starts = np.array([0, 100, 500], np.int32)
+        with pytest.raises(cuflash.errors.UnsupportedError, match="dense"):
+            cuflash.attention(
+                *[q[0]] * 3, cu_seqlens_q=starts, cu_seqlens_k=starts, kernel_options={"persistent": True}
+            )
+
+
 def test_kernel_options_ask_for_the_other_kernel():
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, 70, 1, 64)).astype(np.float16)
@@ -138,9 +191,10 @@ def test_kernel_options_ask_for_the_other_kernel():
 DEADLOCK = "deadlock"
 UNORDERED = "race|uninitialised|before"
 BUGS: dict[str, tuple[Edit, str | None]] = {
-    "wait for Q missing": (Edit(KERNEL, "hw::mbarrier_wait(barriers.q_full(), progress.q_tiles++ & 1);",
-                                "++progress.q_tiles;"), None),
-    "wrong phase of Q": (Edit(KERNEL, "progress.q_tiles++ & 1);\n  if", "(progress.q_tiles++ & 1) ^ 1);\n  if"), None),
+    "wait for Q missing": (Edit(KERNEL, "hw::mbarrier_wait(barriers.q_full(q_stage), "
+                                "barriers.q_parity(progress.q_tiles++));", "++progress.q_tiles;"), None),
+    "wrong phase of Q": (Edit(KERNEL, "barriers.q_parity(progress.q_tiles++));",
+                              "barriers.q_parity(progress.q_tiles++) ^ 1);"), None),
     "wait for the first K missing": (
         Edit(KERNEL, "u32 tile = progress.k_tiles;\n    // wait   k full <- the producer: K and the tile's word\n"
              "    hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));",
@@ -159,14 +213,18 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
     "V refilled early": (
         Edit(KERNEL, "hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);", ""), UNORDERED),
     "Q refilled early": (
-        Edit(KERNEL, "hw::mbarrier_wait(barriers.q_empty(), (progress.q_tiles++ & 1) ^ 1);", "++progress.q_tiles;"),
-        UNORDERED),
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.q_empty(q_stage), barriers.q_parity(progress.q_tiles++) ^ 1);",
+             "++progress.q_tiles;"), UNORDERED),
+    "the end said early": (
+        Edit(KERNEL, "hw::mbarrier_wait(barriers.q_empty(q_stage), barriers.q_parity(progress.q_tiles) ^ 1);", ""),
+        None),
+    "the end not said": (Edit(KERNEL, "hw::mbarrier_arrive(barriers.q_full(q_stage));", ""), DEADLOCK),
     "K not given back": (
         Edit(KERNEL, "      // arrive   k empty -> the producer\n      arrive(barriers.k_empty(barriers.stage(tile)));"
              "\n      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
              "      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE"), DEADLOCK),
     "V not given back": (Edit(KERNEL, "arrive(barriers.v_empty(barriers.stage(before)));", ""), DEADLOCK),
-    "Q not given back": (Edit(KERNEL, "arrive(barriers.q_empty());", ""), DEADLOCK),
+    "Q not given back": (Edit(KERNEL, "arrive(barriers.q_empty(q_stage));", ""), DEADLOCK),
     "K given back before it is read": (
         Edit(KERNEL, "      hw::wgmma_wait<1>();\n", "      arrive(barriers.k_empty(barriers.stage(tile)));\n"
              "      hw::wgmma_wait<1>();\n"), None),
@@ -201,16 +259,25 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
                                 "smem + Plan::kK + barriers.stage(tile + 1) * Plan::kKBytes);"), None),
 }  # fmt: skip
 
+BUG_CASES = {
+    # Rows of several chunks: those of other warps then lie in between.
+    "out gathered while Q is read": dataclasses.replace(CASE, head_dim=128, head_dim_v=128),
+    "a wide O not rescaled before the last tile": dataclasses.replace(CASE, head_dim=192, head_dim_v=192),
+    "Q refilled early": LONG,
+    "out not fenced": LONG,
+    "a warp's lanes do not meet before Q is given back": LONG,
+    "the end said early": LONG,
+}
 
-@pytest.mark.parametrize("name", BUGS)  # one needs rows of several chunks: those of other warps then lie in between
+
+@pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(edited, name):
     edit, report = BUGS[name]
     edited(edit)
     with pytest.raises((EmulatorError, AssertionError)) as caught:
-        for landing in ("late", "early"):
-            with cuflash.emulator.schedule(landing=landing):
-                d = next((d for word, d in (("gathered", 128), ("wide", 192)) if word in name), None)
-                check(dataclasses.replace(CASE, head_dim=d, head_dim_v=d) if d else CASE)
+        for n in range(8):
+            with cuflash.emulator.schedule(seed=n, landing="early" if n % 2 else "late"):
+                check(BUG_CASES.get(name, CASE))
     if report is not None:
         assert re.search(report, str(caught.value))
 
@@ -282,7 +349,8 @@ WHAT = ("causal", "documents", "soft cap", "dropout")
     ],
 )
 def test_machine_code_with_mods(d, what):
-    """In a full tile a mask costs nothing more; a score is in the window too."""
+    """In a full tile a mask of bounds costs nothing more, one of more than that a hundredth; a score is in the window
+    too."""
     ids = np.zeros(64, np.int32)
     bound = {
         "causal": tracer.bind(None, mods.causal()),
@@ -295,7 +363,8 @@ def test_machine_code_with_mods(d, what):
     inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere
     if what == "causal" or (what == "documents" and 64 < d < 256):  # where the tile is the same
-        assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
+        plain = loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest
+        assert loop.shortest <= plain + (3 if what == "causal" else 0.01 * plain)
 
 
 def test_every_tile_fits():
