@@ -25,9 +25,10 @@ from unittest import mock
 
 import numpy as np
 
-from cuflash import arch, array, dtypes, frameworks
+from benchmarks import nowhere
+from cuflash import array, dtypes, frameworks
 from cuflash.array import TensorView
-from cuflash.jit import layout, module, tensor_map
+from cuflash.jit import layout, module
 from cuflash.ops import append, backward, decode, forward
 
 _WRITTEN = {
@@ -38,7 +39,8 @@ _WRITTEN = {
     "AppendParams": append.WRITTEN,
     "DecodeParams": decode.WRITTEN,
 }
-STREAM = 0x57EA  # the address of every framework's current stream
+
+STREAM = nowhere.STREAM
 
 
 @dataclass(frozen=True)
@@ -128,53 +130,16 @@ class Recorder:
     # Device arrays of each kind, for the contents of a contiguous host array.
 
     def _cupy(self, host: np.ndarray) -> Any:
-        import cupy
-
-        memory = cupy.cuda.UnownedMemory(self.address(host), host.nbytes, host, device_id=0)
-        return cupy.ndarray(host.shape, host.dtype, cupy.cuda.MemoryPointer(memory, 0))
+        return nowhere.cupy_array(self.address(host), host)
 
     def _cupy_like(self, host: np.ndarray) -> Any:
-        return CupyArray(self.address(host), host)
+        return nowhere.CupyArray(self.address(host), host)
 
     def _torch(self, host: np.ndarray) -> Any:
-        import torch
-
-        address = self.address(host)
-
-        class CudaTensor(torch.Tensor):
-            def data_ptr(self) -> int:
-                return address
-
-            @classmethod
-            def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                raise AssertionError(f"{func} was called on a device tensor")
-
-        strides = [s // host.itemsize for s in host.strides]
-        dtype = getattr(torch, host.dtype.name)
-        return torch.Tensor._make_wrapper_subclass(
-            CudaTensor, host.shape, strides=strides, dtype=dtype, device=torch.device("cuda", 0)
-        )
+        return nowhere.torch_tensor(self.address(host), host)
 
     def _producer(self, host: np.ndarray) -> Any:
         return Producer(self, self.address(host), host)
-
-
-class CupyArray:
-    """What the CuPy adapter reads of an array."""
-
-    __module__ = "cupy._core.core"
-    # By these the tracer of mods knows an array.
-    shape: tuple[int, ...] = ()
-    dtype: Any = None
-    __cuda_array_interface__ = None
-
-    class _Pointer:
-        def __init__(self, ptr: int) -> None:
-            self.ptr, self.device_id = ptr, 0
-
-    def __init__(self, address: int, host: np.ndarray) -> None:
-        self.data = self._Pointer(address)
-        self.shape, self.strides, self.dtype, self.ndim = host.shape, host.strides, host.dtype, host.ndim
 
 
 class Producer:
@@ -213,43 +178,25 @@ def recording(name: str = "sm_90a") -> Iterator[Recorder]:
     def launch_cuda(kernel: Any, grid: Any, block: Any, params: bytes, smem_bytes: int, stream: int | None) -> None:
         recorder.launches.append(Launch(kernel, grid, block, params, smem_bytes, stream))
 
-    def allocate(make: Callable[[np.ndarray], Any], view: Callable[[Any], TensorView]) -> Callable[..., TensorView]:
-        return lambda shape, dtype, device: view(make(recorder.empty(shape, dtype)))
+    def view(adapter: Any, host: np.ndarray) -> TensorView:
+        if adapter is frameworks.torch:
+            return adapter.view(recorder._torch(host))
+        return frameworks.cupy.view(recorder._cupy_like(host))
 
-    def upload_as(make: Callable[[np.ndarray], Any], view: Callable[[Any], TensorView]) -> Callable[..., TensorView]:
-        def upload(values: np.ndarray, device: array.Device) -> TensorView:
-            recorder.uploads.append(values)
-            return view(make(values.copy()))
+    def empty(adapter: Any, shape: tuple[int, ...], dtype: dtypes.DType) -> TensorView:
+        return view(adapter, recorder.empty(shape, dtype))
 
-        return upload
+    def upload(adapter: Any, values: np.ndarray) -> TensorView:
+        recorder.uploads.append(values)
+        return view(adapter, values.copy())
 
-    with contextlib.ExitStack() as stack:
+    def retain(views: Any, device: Any) -> None:
+        recorder.retained.append(list(views))
 
-        def replace(target: Any, **functions: Any) -> None:
-            for attribute, function in functions.items():
-                stack.enter_context(mock.patch.object(target, attribute, function))
-
-        replace(module, launch_cuda=launch_cuda)
-        replace(tensor_map, _driver=tensor_map._emulated)  # which the driver would write in a form of its own
-        stack.callback(tensor_map.encode.cache_clear)
-        replace(frameworks.cupy, arch_of=lambda device, cuda_version=None: arch.named(name))
-        makers = {
-            frameworks.cupy: recorder._cupy_like,
-            frameworks.dlpack: recorder._cupy_like,
-            frameworks.torch: recorder._torch,
-        }
-        for adapter, make in makers.items():
-            view = frameworks.torch.view if adapter is frameworks.torch else frameworks.cupy.view
-            replace(
-                adapter,
-                empty=allocate(make, view),
-                upload=upload_as(make, view),
-                stream=lambda device: STREAM,
-                capturing=lambda device: recorder.capturing,
-            )
-        replace(frameworks.dlpack, retain=lambda views, device: recorder.retained.append(list(views)))
-        if importlib.util.find_spec("torch"):
-            replace(frameworks.torch, cuda_version=lambda: "13.0")
+    with (
+        nowhere.no_gpu(name, launch=launch_cuda, empty=empty, upload=upload, capturing=lambda: recorder.capturing),
+        mock.patch.object(frameworks.dlpack, "retain", retain),
+    ):
         yield recorder
 
 
