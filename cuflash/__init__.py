@@ -85,9 +85,10 @@ __all__ = [
     "static",
     "supports",
     "warmup",
+    "workbench",
 ]
 
-_SUBMODULES = ("emulator", "integrations", "packing")  # imported when first named
+_SUBMODULES = ("emulator", "integrations", "packing", "workbench")  # imported when first named
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ LAYERS = (
     ("validate", "packing", "merge"),
     ("api",),
     ("flash", "flex", "kvcache", "integrations"),
-    ("cli",),
+    ("cli", "workbench"),
     ("__init__", "__main__"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}
