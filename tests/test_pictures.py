@@ -149,7 +149,8 @@ def test_a_timeline_of_the_other_kernel():
     assert found.kernel == "forward_sm80" and [row for row in found.rows if row.startswith("warp")] == warps
     for row in warps:  # alike: they meet at every tile, and wait for copies alone
         assert set(found.waited(row)) == {"copies"}
-        assert {bar.label for bar in found.of(f"copies of {row}")} == {"q", "k", "v", "zeros"}
+        copied = {bar.label for bar in found.of(f"copies of {row}")}
+        assert copied >= {"k", "v"} and copied <= {"q", "k", "v", "zeros"}  # of two queries not all have one
         assert {bar.label for bar in found.of(row, "product")} == {"multiply_qk", "multiply_pv"}
 
 

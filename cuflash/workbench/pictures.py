@@ -298,8 +298,8 @@ def timeline(
 
     Each warp goes at its own pace; an instruction takes a tick. A wait ends when all that it needs is there. Copies
     land `copy_ticks` after they are issued, all at once. Each wgmma keeps a warp's matrix unit busy for
-    `product_ticks`; a warp of each warpgroup shares that unit. Arithmetic leaves no event: a softmax shows by its shuffles between
-    lanes, each of which takes `shuffle_ticks`.
+    `product_ticks`; a warp of each warpgroup shares that unit. Arithmetic leaves no event: a softmax shows by its
+    shuffles between lanes, each of which takes `shuffle_ticks`.
 
     block   which one; None: the first in the trace        launch  which launch of the trace
 
