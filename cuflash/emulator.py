@@ -159,7 +159,7 @@ class Event:
              products their group; of a wait for groups the last that it waits for
     tick     steps the block had taken: accesses to memory and meetings of its threads, one warp after the other. An
              event is no earlier than what its warp does before it
-    file, line
+    file, line  where in the kernel's text
     buffer   of a copy: the array, and its bytes [begin, end), for a tensor's box from its first to behind its last
     """
 

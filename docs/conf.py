@@ -15,9 +15,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
+import typer.cli  # noqa: E402
+from docutils import nodes  # noqa: E402
 from prose import to_rst  # noqa: E402
+from sphinx.util.docutils import SphinxDirective  # noqa: E402
 
 import cuflash  # noqa: E402
+import cuflash.cli  # noqa: E402
 
 project, author = "cuflash", "the cuflash authors"
 version = release = cuflash.__version__
@@ -47,6 +51,16 @@ html_extra_path = ["redirect"]
 html_copy_source = False
 
 
+class Commands(SphinxDirective):
+    """The options of every command, as the commands have them."""
+
+    def run(self) -> list[nodes.Node]:
+        command = typer.main.get_command(cuflash.cli.app())
+        context = command.make_context("cuflash", [], resilient_parsing=True)
+        text = typer.cli.get_docs_for_click(obj=command, ctx=context, name="cuflash").replace(f"{ROOT}/", "")
+        return self.parse_text_to_nodes(text[text.index("## ") :], allow_section_headings=True)
+
+
 def setup(app: Any) -> None:
     def read(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
         lines[:] = to_rst(lines)
@@ -55,5 +69,6 @@ def setup(app: Any) -> None:
         alias = r"TypeAliasForwardRef\('(\w+)'\)"  # as Sphinx 9 writes one beside `| None`
         return signature and (re.sub(alias, r"\1", signature), returns and re.sub(alias, r"\1", returns))
 
+    app.add_directive("commands", Commands)
     app.connect("autodoc-process-docstring", read)
     app.connect("autodoc-process-signature", sign)

@@ -54,19 +54,35 @@ def to_rst(lines: list[str]) -> list[str]:
 
 
 def _definitions(block: str) -> str:
-    lines: list[str] = []
-    first = _ROW.match(block)
-    column = first.start(2) if first else 0
-    for line in block.splitlines():
+    """Rows as a list of definitions. A row may have three columns, or hold two definitions; from a line on that is no
+    row, it is prose.
+
+    >>> print(_definitions("q, k  arrays   out  an array\\ncheck  CHECK  more\\nprose"))
+    ``q, k``
+        arrays
+    ``out``
+        an array
+    ``check``
+        ``CHECK``: more
+    <BLANKLINE>
+    prose
+    """
+    done: list[str] = []
+    lines = block.splitlines()
+    column = re.search(r" {2,}", block).end()  # type: ignore[union-attr]
+    for at, line in enumerate(lines):
+        fields = re.split(r" {2,}", line, maxsplit=3)
         if line.startswith(" "):
-            lines.append("    " + _inline(line.strip()))
+            done.append("    " + _inline(line.strip()))
             continue
-        row = _ROW.match(line)
-        name, text = row.groups() if row else (line[:column].strip(), line[column:])  # a name as wide as the column
-        if second := _ROW.match(text):  # a third column
-            text = f"`{second[1]}`: {second[2]}"
-        lines += [f"``{name}``", "    " + _inline(text)]
-    return "\n".join(lines)
+        if len(fields) == 1 and line[column - 1 : column] == " ":  # a name as wide as the column
+            fields = [line[:column].strip(), line[column:]]
+        if len(fields) == 1:
+            return "\n".join([*done, "", *map(_inline, lines[at:])])
+        rows = [fields[:2], fields[2:]] if len(fields) == 4 else [fields]
+        for name, *texts in rows:
+            done += [f"``{name}``", "    " + _inline(": ".join([*(f"`{t}`" for t in texts[:-1]), texts[-1]]))]
+    return "\n".join(done)
 
 
 def _inline(text: str) -> str:
