@@ -44,7 +44,7 @@ from .settings import config
 from .trace.tracer import mod, static
 
 if TYPE_CHECKING:
-    from . import emulator, integrations, packing
+    from . import emulator, integrations, packing, workbench
 
 __version__ = "0.1.0"
 

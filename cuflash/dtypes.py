@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -33,6 +34,13 @@ class DType:
     @cached_property
     def is_float(self) -> bool:
         return self.dlpack[0] in (2, 4)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named, (self.name,)  # in another process too there is one of each
+
+
+def _named(name: str) -> DType:
+    return BY_NAME[name]
 
 
 def _dtype(name: str, code: int, element: str = "", numpy: object = None) -> DType:

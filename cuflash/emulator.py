@@ -76,24 +76,30 @@ class Counters:
     matrix_instructions   name -> matrix multiplications, e.g. "mma_m16n8k16_f16", one for a whole warp, or
                           "wgmma_m64n128k16_bf16", one for a warpgroup
     matrix_moves          name -> ldmatrix and stmatrix, likewise; tensor copies, "tma_load" and "tma_store"
+    exchanges             name -> times the lanes of a warp told each other values: "shfl_xor", "ballot" ...
     barriers              times a block, or the threads of a named barrier, met
     global_bytes_read     buffer -> bytes asked for by loads and asynchronous copies
     global_bytes_written  buffer -> bytes
     global_sectors        32-byte sectors touched, each counted once for an instruction of a warp
+    sectors               site -> of these, those that the access there touched
     uncoalesced           site -> sectors beyond those its bytes would fill
     shared_bytes          bytes of shared memory that threads read and wrote
-    bank_conflicts        site -> passes over shared memory beyond those its bytes need
+    shared_passes         site -> passes over shared memory, of 128 bytes at most, that the access there took
+    bank_conflicts        site -> passes beyond those its bytes need
     """
 
     launches: int = 0
     matrix_instructions: Counter[str] = field(default_factory=Counter)
     matrix_moves: Counter[str] = field(default_factory=Counter)
+    exchanges: Counter[str] = field(default_factory=Counter)
     barriers: int = 0
     global_bytes_read: Counter[str] = field(default_factory=Counter)
     global_bytes_written: Counter[str] = field(default_factory=Counter)
     global_sectors: int = 0
+    sectors: Counter[str] = field(default_factory=Counter)
     uncoalesced: Counter[str] = field(default_factory=Counter)
     shared_bytes: int = 0
+    shared_passes: Counter[str] = field(default_factory=Counter)
     bank_conflicts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -108,7 +114,10 @@ class Counters:
             "moves": self.matrix_moves,
             "read": self.global_bytes_read,
             "written": self.global_bytes_written,
+            "exchanges": self.exchanges,
+            "sectors": self.sectors,
             "uncoalesced": self.uncoalesced,
+            "shared_passes": self.shared_passes,
             "bank_conflicts": self.bank_conflicts,
         }
         for line in text.splitlines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,8 @@ def test_an_error_names_file_and_line():
         compiled(edit)
     line = source.read(source.folder() / SPEED).split("hw::cp_async_commit();\n}")[0].count("\n") + 1
     assert f"{SPEED}:{line}: " in str(raised.value)
-    assert "    hw::cp_async_comit();" in str(raised.value)
+    assert re.search(rf"^  > +{line} \|   *hw::cp_async_comit\(\);$", str(raised.value), re.MULTILINE)
+    assert f"\n    {line - 1:4d} | " in str(raised.value)  # the code around
 
 
 def test_compiling_twice_compiles_once(monkeypatch):

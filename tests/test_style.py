@@ -28,7 +28,8 @@ LAYERS = (
     ("validate", "packing", "merge"),
     ("api",),
     ("flash", "flex", "kvcache", "integrations"),
-    ("cli", "workbench"),
+    ("workbench",),
+    ("cli",),
     ("__init__", "__main__"),
 )
 LAYER = {name: i for i, names in enumerate(LAYERS) for name in names}

@@ -114,21 +114,21 @@ def _compile(text: str, flags: Sequence[str]) -> bytes:
         command = [*compiler(), *_FLAGS, *flags, str(file), "-o", str(out), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace")
         if done.returncode != 0:
-            raise CompileError(_explain(text, command, done.stderr))
+            raise CompileError(_explain(text, command, done.stderr), log=done.stderr, source=text)
         return out.read_bytes()
 
 
 def _explain(text: str, command: Sequence[str], log: str) -> str:
-    """The compiler's errors, each with the line it means."""
-    lines = {(file, number): line for file, number, line in source.numbered(text)}
+    """The compiler's errors, each with the lines around."""
+    lines: dict[tuple[str, int], str] = {(f, n): line for f, n, line in source.numbered(text)}
     errors = list(_ERROR.finditer(log))
-    shown = [f"{shlex.join(command)} failed:"]
+    shown = [f"{command[0]} could not compile it:"]
     for error in errors[:_SHOWN_ERRORS]:
         shown.append(f"{error['file']}:{error['line']}: {error['what']}")
-        shown.append("    " + lines.get((error["file"], int(error["line"])), "").strip())
+        shown += source.around(lines, error["file"], int(error["line"]))
     if len(errors) > _SHOWN_ERRORS:
         shown.append(f"and {len(errors) - _SHOWN_ERRORS} more errors")
-    return "\n".join(shown if errors else [*shown, log.strip()[-4000:]])
+    return "\n".join(shown if errors else [f"{shlex.join(command)} failed:", log.strip()[-4000:]])
 
 
 @functools.cache

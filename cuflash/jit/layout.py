@@ -22,14 +22,15 @@ _SCALARS = {
 }  # fmt: skip
 
 _FIELD = re.compile(
-    r"(?:alignas\s*\(\s*(?P<align>\d+)\s*\)\s*)?(?:const\s+)?(?P<type>\w+)(?:\s+const)?"
+    r"(?:alignas\s*\(\s*(?P<align>\d+)\s*\)\s*)?(?P<const>const\s+)?(?P<type>\w+)(?:\s+const)?"
     r"(?P<pointer>(?:\s*\*\s*(?:const\b|__restrict__)?)*)\s*(?P<name>\b[A-Za-z_]\w*)\s*(?P<dims>(?:\[\s*\w+\s*\]\s*)*)"
 )
 
 
 @dataclass(frozen=True)
 class Field:
-    """One member: `offset` and `size` in bytes, `ctype` as written, `count` elements (None: not an array)."""
+    """One member: `offset` and `size` in bytes, `ctype` as written, `count` elements (None: not an array), whether it
+    is `const`: of a pointer, that nothing is written there."""
 
     name: str
     ctype: str
@@ -38,6 +39,7 @@ class Field:
     count: int | None
     comment: str
     code: str  # struct code of one element, or "<size>s" for a struct inside
+    const: bool = False
 
     @property
     def is_pointer(self) -> bool:
@@ -194,7 +196,7 @@ def parse(text: str, name: str) -> Layout:
         size = struct.calcsize("<" + code) * (1 if count is None else count)
         at = -(-at // item_align) * item_align
         ctype = m["type"] + ("*" if "*" in m["pointer"] else "")
-        fields.append(Field(m["name"], ctype, at, size, count, comment, code))
+        fields.append(Field(m["name"], ctype, at, size, count, comment, code, bool(m["const"])))
         at += size
         align = max(align, item_align)
     if not fields:

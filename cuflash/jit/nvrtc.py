@@ -16,7 +16,6 @@ from ..arch import Arch
 from ..errors import CompileError, UnsupportedError
 from . import cache, source
 
-CONTEXT_LINES = 2  # shown around a line that an error names
 SHOWN_ERRORS = 5
 
 _MESSAGE = re.compile(r"^(?P<file>[^\s()][^()\n]*)\((?P<line>\d+)\): (?P<kind>.*?(?:error|warning).*?): ?(?P<text>.*)$")
@@ -218,9 +217,7 @@ def _failure(text: str, log: str, name: str, what: str) -> CompileError:
     for m in messages[:SHOWN_ERRORS]:
         file, at = m["file"], int(m["line"])
         parts.append(f"{file}:{at}: {m['kind']}: {m['text']}")
-        for n in range(at - CONTEXT_LINES, at + CONTEXT_LINES + 1):
-            if (file, n) in lines:
-                parts.append(f"  {'>' if n == at else ' '} {n:4d} | {lines[file, n]}")
+        parts += source.around(lines, file, at)
     if len(messages) > SHOWN_ERRORS:
         parts.append(f"... and {len(messages) - SHOWN_ERRORS} more")
     if not messages:

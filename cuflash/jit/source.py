@@ -18,7 +18,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,8 +37,9 @@ _LINE = re.compile(r'\s*#line\s+(\d+)\s+"([^"]+)"')
 class Edit:
     """A change to the shipped text: in `file` (as `#line` names it), `old` becomes `new`.
 
-    `old` must occur exactly once in the file. Tests plant bugs with it: the text compiled is the shipped one but for
-    this change, and has its own cache key.
+    `old` must occur exactly once in the file. "": `new` is all of the file, which need neither exist nor be included.
+    The text compiled is the shipped one but for this change, and has its own cache key. Tests plant bugs with it,
+    `cuflash.workbench` compiles what a user wrote; there, `#line` says whose line is whose.
     """
 
     file: str
@@ -113,17 +114,21 @@ class _Flattener:
         self.generated = generated
         self.search = search
         self.edits = list(edits)
+        self.whole = {e.file: e.new for e in edits if not e.old}
         self.seen: set[str] = set()
         self.out: list[str] = []
 
     def run(self, root: Path) -> str:
         path = self._find(str(root))
-        if path is None:
+        if path is not None:
+            self._inline(path, self._name(path))
+        elif str(root) in self.whole:
+            self._append(str(root), self._edited(str(root), ""), None)
+        else:
             raise CompileError(f"no kernel source {str(root)!r} in {', '.join(map(str, self.search))}")
-        self._inline(path, self._name(path))
         if self.generated[VARIANT_FILE] and VARIANT_FILE not in self.seen:
             raise ArgumentError(f"a variant was given, but nothing {root} includes has `#include <{VARIANT_FILE}>`")
-        unused = next((e for e in self.edits if e.file not in self.seen), None)
+        unused = next((e for e in self.edits if e.old and e.file not in self.seen), None)
         if unused is not None:
             files = ", ".join(sorted(self.seen))
             raise ArgumentError(f"Edit(file={unused.file!r}): not part of {root}, whose files are {files}")
@@ -135,12 +140,19 @@ class _Flattener:
     def _append(self, name: str, text: str, path: Path | None) -> None:
         self.seen.add(name)  # before its includes: a cycle ends here
         self.out.append(f'#line 1 "{name}"')
-        for number, line in enumerate(text.splitlines(), 1):
+        file, number = name, 0
+        for line in text.splitlines():
+            number += 1
+            directive = _LINE.match(line)  # in an edited file: what follows was written elsewhere
+            if directive is not None:
+                file, number = directive[2], int(directive[1]) - 1
+                self.out.append(line)
+                continue
             include = _INCLUDE.match(line)
             if include is None:
                 self.out.append("" if _PRAGMA_ONCE.match(line) else line)
-            elif self._include(include, f"{name}:{number}", path, line):
-                self.out.append(f'#line {number + 1} "{name}"')
+            elif self._include(include, f"{file}:{number}", path, line):
+                self.out.append(f'#line {number + 1} "{file}"')
             else:
                 self.out.append("")
 
@@ -155,6 +167,11 @@ class _Flattener:
             self._append(wanted, self._edited(wanted, self.generated[wanted]), None)
             return True
         found = self._find(wanted, beside=includer.parent if includer and include[2] else None)
+        if found is None and wanted in self.whole:
+            if wanted in self.seen:
+                return False
+            self._append(wanted, self._edited(wanted, ""), None)
+            return True
         if found is None:
             if where.startswith("hw_emu/") and include[1]:
                 self.out.append(line)  # a system header of the host compiler
@@ -186,7 +203,9 @@ class _Flattener:
 
     def _edited(self, name: str, text: str) -> str:
         for edit in self.edits:
-            if edit.file == name:
+            if edit.file == name and not edit.old:
+                text = edit.new
+            elif edit.file == name:
                 count = text.count(edit.old)
                 if count != 1:
                     raise ArgumentError(
@@ -254,3 +273,20 @@ def numbered(text: str) -> Iterator[tuple[str, int, str]]:
             continue
         yield file, number, line
         number += 1
+
+
+CONTEXT_LINES = 2  # shown around a line that a message names
+
+
+def around(lines: Mapping[tuple[str, int], str], file: str, at: int) -> list[str]:
+    """A line of a flattened text and its neighbours, numbered, the line itself marked; nothing if it is not there.
+
+    >>> text = '#line 1 "a.cu"\\nint x\\nint y;\\n'
+    >>> print(*around({(f, n): line for f, n, line in numbered(text)}, "a.cu", 1), sep="\\n")
+      >    1 | int x
+           2 | int y;
+    """
+    if (file, at) not in lines:
+        return []
+    near = range(at - CONTEXT_LINES, at + CONTEXT_LINES + 1)
+    return [f"  {'>' if n == at else ' '} {n:4d} | {lines[file, n]}" for n in near if (file, n) in lines]

@@ -229,7 +229,10 @@ struct Counters {
   std::vector<u64> read, written;  // bytes of each buffer
   u64 sectors = 0;
   std::map<std::pair<std::string, std::string>, u64> others;  // by group and name
-  std::map<Trace, u64> bank_conflicts, uncoalesced;           // by site
+  struct Access {
+    u64 taken = 0, beyond = 0;  // passes, or sectors: in all, and those that a better place of the bytes would save
+  };
+  std::map<Trace, Access> shared, global;  // by site
 
   void add(const Counters& o) {
     ldmatrix += o.ldmatrix, stmatrix += o.stmatrix;
@@ -237,8 +240,8 @@ struct Counters {
     barriers += o.barriers, shared_bytes += o.shared_bytes, sectors += o.sectors;
     for (size_t i = 0; i < o.read.size(); i++) read[i] += o.read[i], written[i] += o.written[i];
     for (auto& [name, n] : o.others) others[name] += n;
-    for (auto& [site, n] : o.bank_conflicts) bank_conflicts[site] += n;
-    for (auto& [site, n] : o.uncoalesced) uncoalesced[site] += n;
+    for (auto& [site, n] : o.shared) shared[site].taken += n.taken, shared[site].beyond += n.beyond;
+    for (auto& [site, n] : o.global) global[site].taken += n.taken, global[site].beyond += n.beyond;
   }
 };
 
@@ -614,7 +617,9 @@ void count_bank_conflicts(Block* b, Trace site, const u32* addresses, const u8* 
       if (at == depth[bank] && at < 32) wanted[bank][depth[bank]++] = word;
       passes = std::max(passes, depth[bank]);
     }
-  if (passes > 1) b->counters.bank_conflicts[site] += passes - 1;
+  Counters::Access& access = b->counters.shared[site];
+  access.taken += passes;
+  access.beyond += passes > 1 ? passes - 1 : 0;
 }
 
 // The lanes' accesses since the warp last met: the n-th of each lane at one site are one instruction of the warp.
@@ -656,7 +661,9 @@ NEVER_INLINE void count_accesses(Warp* w) {
       }
       const u64 ideal = (atoms.size() * unit + 31) / 32;
       b->counters.sectors += sectors.size();
-      if (sectors.size() > ideal) b->counters.uncoalesced[lanes[0]->site] += sectors.size() - ideal;
+      Counters::Access& access = b->counters.global[lanes[0]->site];
+      access.taken += sectors.size();
+      access.beyond += sectors.size() > ideal ? sectors.size() - ideal : 0;
     }
   }
   w->accesses.clear();
@@ -1453,8 +1460,14 @@ std::string counters_text(Run& run) {
     line("written", run.launch->buffers[i].name, c.written[static_cast<size_t>(i)]);
   }
   for (auto& [name, n] : c.others) line(name.first.c_str(), name.second, n);
-  for (auto& [trace, n] : c.bank_conflicts) line("bank_conflicts", site(trace), n);
-  for (auto& [trace, n] : c.uncoalesced) line("uncoalesced", site(trace), n);
+  for (auto& [trace, n] : c.shared) {
+    line("shared_passes", site(trace), n.taken);
+    line("bank_conflicts", site(trace), n.beyond);
+  }
+  for (auto& [trace, n] : c.global) {
+    line("sectors", site(trace), n.taken);
+    line("uncoalesced", site(trace), n.beyond);
+  }
   return out;
 }
 
@@ -1495,6 +1508,7 @@ u32 cuflash_emu_shuffle(u32 value, i32 source, const char* name, Site site) {
   if (meet(f, name, site)) {
     note_warp(f, name, site);
     for (i32 i = 0; i < 32; i++) w->result[i] = w->value[w->source[i]];
+    if (UNLIKELY(f->block->launch->counting)) f->block->counters.others[{"exchanges", name}]++;
   }
   return w->result[lane];
 }
@@ -1506,6 +1520,7 @@ u32 cuflash_emu_ballot(bool predicate, const char* name, Site site) {
   if (meet(f, name, site)) {
     w->ballot_result = w->ballot;
     w->ballot = 0;
+    if (UNLIKELY(f->block->launch->counting)) f->block->counters.others[{"exchanges", name}]++;
   }
   return w->ballot_result;
 }

@@ -140,3 +140,22 @@ def test_counts_do_not_depend_on_the_order(toy):
                 arrays = {"a": aligned(400, np.uint32), "out": aligned(200, np.uint32)}
                 found.add(str(count(kernel, **arrays, grid=(5, 1, 1))))
     assert len(found) == 1
+
+
+def test_each_access_has_its_passes_and_sectors(toy):
+    """Those of conflicts and of scattered lanes are a part of what their line took in all."""
+    body = """
+        const u32 x = hw::load_global(a<u32>() + 8 * lane);  // scattered
+        hw::store_shared(smem + 128 * lane, x);  // conflicting
+        hw::store_shared(smem + 4 * lane, x);  // plain
+        const u32 y = hw::shfl_xor(hw::load_shared<u32>(smem + 4 * lane), 1);  // read
+        hw::store_global(out<u32>() + lane, y + hw::ballot(x == 0));  // write
+    """
+    kernel = toy(body, smem_bytes=4096)
+    counters = count(kernel, a=aligned(256, np.uint32), out=aligned(32, np.uint32))
+    line = kernel.line
+    assert counters.sectors == {line("scattered"): 32, line("write"): 4}
+    assert counters.uncoalesced == {line("scattered"): 28}
+    assert counters.shared_passes == {line("conflicting"): 32, line("plain"): 1, line("read"): 1}
+    assert counters.bank_conflicts == {line("conflicting"): 31}
+    assert counters.exchanges == {"shfl_xor": 1, "ballot": 1}

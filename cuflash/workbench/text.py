@@ -1,0 +1,155 @@
+"""CUDA C text as an editor sees it: where a function stands, one function replaced, the code around a line.
+
+No parser: braces, parentheses and names, with comments, strings and the preprocessor's lines blanked out. That is
+enough for text in the style of kernels_cu, where no macro opens or closes a brace.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..errors import ArgumentError
+from ..jit import source
+
+_BLANKED = re.compile(
+    r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])+\'|^[ \t]*#[^\n]*', re.DOTALL | re.MULTILINE
+)
+_SCOPE = re.compile(r"\b(?:struct|class|namespace)\s+(?:alignas\s*\([^)]*\)\s*)?(\w+)[^;{}()]*$")
+_BODY = re.compile(  # from behind the arguments to the opening brace; in between perhaps a constructor's initialisers
+    r"\s*(?:(?:const|noexcept|override|final)\b\s*)*(?:->[^;{}]+)?"
+    r"(?::\s*(?:[\w:<>]+\s*(?:\((?:[^()]|\([^()]*\))*\)|\{[^{}]*\})\s*,?\s*)+)?\{"
+)
+_NOT_A_FUNCTION = re.compile(r"^(?:if|for|while|switch|return|else|do|case|throw|new|using|typedef)\b")
+_LABEL = re.compile(r"[A-Za-z_][\w ./-]*")
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function's definition: text[begin:end] from its return type (or `template`) to its closing brace."""
+
+    name: str  # with its scopes, "OnlineSoftmax::update"
+    begin: int
+    end: int
+
+
+def functions(text: str, name: str) -> list[Function]:
+    """The definitions of a function, "update", or "OnlineSoftmax::update" of that struct alone.
+
+    >>> text = "struct A {\\n  int f(int x) const { return g(x); }\\n};\\nint f();\\n"
+    >>> [(f.name, text[f.begin : f.end]) for f in functions(text, "f")]
+    [('A::f', 'int f(int x) const { return g(x); }')]
+    """
+    *wanted, last = name.split("::")
+    blank = _blanked(text)
+    found = []
+    for match in re.finditer(rf"(?<![\w~]){re.escape(last)}\s*\(", blank):
+        closing = _closing(blank, match.end() - 1, "()")
+        body = _BODY.match(blank, closing + 1) if closing >= 0 else None
+        if body is None:
+            continue
+        begin = max(blank.rfind(c, 0, match.start()) for c in ";{}") + 1
+        label = re.match(r"\s*(?:public|private|protected)\s*:", blank[begin:])
+        begin += label.end() if label else 0
+        head = blank[begin : match.start()]
+        begin += len(head) - len(head.lstrip())
+        head = head.strip()
+        scopes = _scopes(blank, begin)
+        constructor = bool(scopes) and scopes[-1] == last
+        if _NOT_A_FUNCTION.match(head) or "=" in _outside_angles(head) or head.count("(") != head.count(")"):
+            continue
+        if (not head and not constructor) or head.endswith((",", ".", "->", "?", "&&", "||", "+", "-")):
+            continue
+        if wanted and scopes[-len(wanted) :] != wanted:
+            continue
+        end = _closing(blank, body.end() - 1, "{}")
+        if end >= 0:
+            found.append(Function("::".join([*scopes, last]), begin, end + 1))
+    return found
+
+
+def replaced(text: str, function: Function, new: str, file: str, label: str, first_line: int = 1) -> str:
+    """`text`, the content of `file`, with another definition of a function. Messages will name the new lines as those
+    of `label` from `first_line` on, and the others as before."""
+    end_file, end_line = where(text, function.end, file)
+    check_label(label)
+    return (
+        f'{text[: function.begin].rstrip(" ")}\n#line {first_line} "{label}"\n{new.rstrip()}\n'
+        f'#line {end_line} "{end_file}"\n{text[function.end :]}'
+    )
+
+
+def where(text: str, offset: int, file: str) -> tuple[str, int]:
+    """(file, line) of a place in a text, whose `#line` directives are followed.
+
+    >>> where('int a;\\n#line 7 "cell"\\nint b;\\n', 22, "x.cu")
+    ('cell', 7)
+    """
+    *_, (found, number, _) = source.numbered(f'#line 1 "{file}"\n{text[:offset]}|')
+    return found, number
+
+
+def check_label(label: str) -> str:
+    """A name that compilers and the emulator can print before a line's number."""
+    if not _LABEL.fullmatch(label):
+        raise ArgumentError(f"label={label!r} must have letters, digits, spaces, '.', '/', '-' and '_' alone")
+    return label
+
+
+def with_code(report: str, lines: Mapping[tuple[str, int], str], files: frozenset[str]) -> str:
+    """A report with the code around each line that it names in `files`, once each, at its end."""
+    shown = list(report.splitlines())
+    for file, number in dict.fromkeys(sites(report, files)):
+        code = source.around(lines, file, number)
+        if code:
+            shown += [f"{file}:{number}", *code]
+    return "\n".join(shown)
+
+
+def sites(report: str, files: frozenset[str]) -> Iterator[tuple[str, int]]:
+    """(file, line) for each place that a report names, of these files.
+
+    >>> list(sites("race: the read at cell fast:12 and the write at tile/store.cuh:3", frozenset(["cell fast"])))
+    [('cell fast', 12)]
+    """
+    for file in files:
+        for match in re.finditer(rf"(?<![\w/.]){re.escape(file)}:(\d+)", report):
+            yield file, int(match[1])
+
+
+def _blanked(text: str) -> str:
+    """The text with comments, literals and the preprocessor's lines as spaces; every offset stays."""
+    return _BLANKED.sub(lambda m: re.sub(r"[^\n]", " ", m[0]), text)
+
+
+def _closing(text: str, opening: int, pair: str) -> int:
+    depth = 0
+    for at in range(opening, len(text)):
+        depth += (text[at] == pair[0]) - (text[at] == pair[1])
+        if depth == 0:
+            return at
+    return -1
+
+
+def _scopes(blank: str, offset: int) -> list[str]:
+    """Names of the structs and namespaces around a place."""
+    stack: list[str] = []
+    start = 0
+    for at, c in enumerate(blank[:offset]):
+        if c == "{":
+            scope = _SCOPE.search(_outside_angles(blank[start:at]))
+            stack.append(scope[1] if scope else "")
+        elif c == "}" and stack:
+            stack.pop()
+        if c in ";{}":
+            start = at + 1
+    return [name for name in stack if name]
+
+
+def _outside_angles(head: str) -> str:
+    """Without template arguments, whose defaults have a `=`."""
+    before = ""
+    while before != head:
+        before, head = head, re.sub(r"<[^<>]*>", "", head)
+    return head

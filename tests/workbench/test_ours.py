@@ -1,0 +1,145 @@
+"""Our kernels on the workbench: loaded with a call, a function replaced, wrong and right, beside the shipped one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cuflash
+from cuflash import workbench
+from cuflash.errors import ArgumentError, EmulatorError
+
+RNG = np.random.default_rng(20260)
+
+
+def arrays(*shapes: tuple[int, ...], dtype=np.float16) -> list[np.ndarray]:
+    return [RNG.standard_normal(shape).astype(dtype) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def base() -> workbench.Kernel:
+    q, k, v = arrays((1, 70, 2, 32), (1, 200, 1, 32), (1, 200, 1, 32))
+    return workbench.load("forward_sm80", q, k, v, aux=("lse", "max_logit"))
+
+
+def test_the_shipped_kernel_is_right_and_answers_as_attention_does(base: workbench.Kernel) -> None:
+    check = base.check()
+    assert check and [x.name for x in check.results] == ["out", "lse", "max_logit"]
+    given = [base.problem.arrays[n] for n in "qkv"]
+    ours, shipped = base.run(), cuflash.attention(*given, aux=("lse", "max_logit"))
+    assert type(ours) is type(shipped)
+    np.testing.assert_allclose(ours.lse, shipped.lse, atol=1e-5)
+
+
+def test_a_wrong_softmax_is_found_and_its_element_named(base: workbench.Kernel) -> None:
+    """O is not rescaled where a tile raises the maximum: only rows of which a later tile does are wrong."""
+    before = base.function("OnlineSoftmax::update")
+    wrong = base.replace_function("OnlineSoftmax::update", before.replace("x *= rescale[row];", ""))
+    check = wrong.check()
+    assert not check
+    worst = check.worst
+    assert worst.name == "out" and 0 < worst.wrong < worst.count and worst.error > worst.allowed
+    b, i, h, d = worst.index
+    assert worst.where == f"sequence {b}, row {i}, head {h}, column {d}"
+    assert worst.got == wrong.run().out[worst.index]
+    lse = next(x for x in check.results if x.name == "lse")
+    assert lse.wrong == 0  # l is right
+
+
+def test_a_header_is_replaced_and_its_faults_reported_by_its_lines(base: workbench.Kernel) -> None:
+    """The lanes of a quad disagree whether to look at each other's maxima."""
+    whole = base.text("tile/softmax.cuh")
+    old = "maximum[i] = quad_max(tile_maximum[i]);"
+    new = f"if (tile_maximum[i] > maximum[i]) {old}"
+    broken = base.replace("tile/softmax.cuh", whole.replace(old, new))
+    with pytest.raises(EmulatorError) as raised:
+        broken.check()
+    report = str(raised.value)
+    assert report.startswith("divergence: ")
+    # Nothing of the changed file stands in the report, which names the helper: its code is shown.
+    assert "tile/fragment.cuh:" in report and "|   value = hw::max(value, hw::shfl_xor(value, 1));" in report
+    assert new not in base.text("tile/softmax.cuh")
+
+
+def test_counters_tell_a_cheaper_softmax_from_a_dearer(base: workbench.Kernel) -> None:
+    """The sum over the quad after every tile, and not once at the end: the same result, more exchanges."""
+    dear = base.edit("tile/softmax.cuh", "      sum[row] += x;\n    });", "      sum[row] += x;\n    });\n" + QUAD_SUM)
+    dear = dear.edit("tile/softmax.cuh", "hw::fma(quad_sum(sum[row]), rescale,", "hw::fma(sum[row], rescale,")
+    assert dear.check()
+    found = dear.diff(base)
+    before, after = found.counters["shfl_xor"]
+    assert after > 1.5 * before
+    assert found.counters["mma_m16n8k16_f16"][0] == found.counters["mma_m16n8k16_f16"][1]
+    assert "hw::fma(sum[row], rescale," in found.text
+
+
+QUAD_SUM = """
+    HW_UNROLL
+    for (i32 i = 0; i < kRows; ++i) {
+      // `sum` is of all columns here: what this tile adds is summed over the quad now.
+      float all = 0.0f;
+      s.for_each([&](float& x, i32 row, i32) { all += row == i ? x : 0.0f; });
+      sum[i] += quad_sum(all) - all;
+    }
+"""
+
+
+def test_a_score_mod_of_a_cell(base: workbench.Kernel) -> None:
+    """`Mods::score`, which a call's score_mod was traced to, written by hand."""
+    q, k, v = (base.problem.arrays[n] for n in "qkv")
+    slope = np.float32(0.25)
+    kernel = workbench.load("forward_sm80", q, k, v, score_mod=lambda s, b, h, i, j: s - slope * (i - j))
+    assert kernel.check()
+    text = kernel.function("Mods::score")
+    assert "score" in text
+    flat = kernel.replace_function("Mods::score", text[: text.index("{")] + "{ return s; }")
+    np.testing.assert_allclose(flat.run(), base.run().out, atol=2e-3)
+
+
+def test_packed_sequences_are_named_by_number_and_row() -> None:
+    (x,) = arrays((50, 1, 32))
+    starts = np.array([0, 20, 50], np.int32)
+    kernel = workbench.load("forward_sm80", x, x, x, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    assert kernel.check()
+    assert kernel._where("out", (27, 0, 5)) == "sequence 1, row 7, head 0, column 5"
+    assert kernel._where("lse", (0, 3)) == "sequence 0, row 3, head 0"
+
+
+def test_the_backward_runs_with_all_its_kernels() -> None:
+    q, k, dout = arrays((1, 40, 1, 32), (1, 70, 1, 32), (1, 40, 1, 32))
+    kernel = workbench.load("backward_sm80", q, k, k, dout=dout, causal=True)
+    assert len(kernel.specs) > 1
+    check = kernel.check()
+    assert check and [x.name for x in check.results] == ["dq", "dk", "dv"], check
+    assert kernel.run().dk.shape == k.shape
+
+
+def test_captured_arrays_and_frameworks() -> None:
+    torch = pytest.importorskip("torch")
+    q, k = (torch.from_numpy(x).to(torch.bfloat16) for x in arrays((1, 30, 2, 32), (1, 40, 2, 32)))
+    bias = torch.tensor([0.5, -1.0])
+    kernel = workbench.load("forward_sm80", q, k, k, score_mod=lambda s, b, h, i, j: s + bias[h] * (i - j))
+    assert kernel.check()
+    out = kernel.run()
+    assert out.dtype == torch.bfloat16 and out.shape == q.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "keywords", "says"),
+    [
+        ("decode_sm80", {}, "does not run 'decode_sm80' on sm_80; it runs forward_sm80"),
+        ("backward_sm80", {}, "pass dout="),
+        ("forward_sm80", {"dout": np.zeros((1, 4, 1, 32), np.float16)}, "leave out dout="),
+        ("forward_sm80", {"out": np.zeros((1, 4, 1, 32), np.float16)}, "out= is not taken"),
+        ("forward_sm80", {"window_size": (-5, 0)}, "window_size"),
+    ],
+)
+def test_a_call_that_does_not_fit_is_refused(name: str, keywords: dict, says: str) -> None:
+    x = np.zeros((1, 4, 1, 32), np.float16)
+    with pytest.raises(ArgumentError, match=says):
+        workbench.load(name, x, x, x, **keywords)
+
+
+def test_bind_is_for_kernels_of_ones_own(base: workbench.Kernel) -> None:
+    with pytest.raises(ArgumentError, match="load forward_sm80 again"):
+        base.bind(grid=1)
