@@ -89,10 +89,10 @@ assert np.array_equal(again[mask], padded[mask]) and not again[~mask].any()
 # | compute a tile of rows | `compute_attn_1rowblock` | `forward_tile` in `forward_sm80.cu` |
 # | which keys | `n_block_min`, `n_block_max` | `interval_of_tile` in `tile/mask.cuh` |
 #
-# - **Choosing.** `run_mha_fwd` switches over dtype, causal and head dim, `run_flash_fwd` over even lengths, even head
-#   dim, window, ALiBi, softcap, dropout and returned weights: every combination was compiled when the wheel was built.
-#   Here dtype, head dims, alignment, dropout, pages and mods make a kernel, compiled when first needed; lengths,
-#   windows, ALiBi and softcap are branches inside one.
+# - **Choosing.** `run_mha_fwd` switches over dtype, head dim and causal, then come dropout, and in `run_flash_fwd`
+#   even lengths, even head dim, window, ALiBi, softcap and returned weights: every combination was compiled when
+#   the wheel was built. Here dtype, head dims, alignment, dropout, pages and mods make a kernel, compiled when first
+#   needed; lengths, windows, ALiBi and softcap are branches inside one.
 # - **The grid.** There it has ⌈`max_seqlen_q` / 128⌉ blocks for every sequence, so that number must be right. Here no
 #   length need be known, and a wrong one loses no row.
 # - **Nothing to do.** There a block that begins behind its sequence's end returns. Here blocks stride over tiles, and
