@@ -67,6 +67,8 @@ def setup(app: Any) -> None:
 
     def sign(app: Any, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None) -> Any:
         alias = r"TypeAliasForwardRef\('(\w+)'\)"  # as Sphinx 9 writes one beside `| None`
+        if what == "class" and "<factory>" in (signature or ""):  # made by others; what it holds, its text has
+            return "", None
         return signature and (re.sub(alias, r"\1", signature), returns and re.sub(alias, r"\1", returns))
 
     app.add_directive("commands", Commands)
