@@ -35,7 +35,7 @@ LENGTH, HEADS = 128, 2
 # ## 1. Which keys a query sees
 #
 # `mask_mod(b, h, q_idx, kv_idx)` gives a truth value for one query and one key. It may read arrays and numbers around
-# it.
+# it. `and_masks`, `or_masks` and `not_mask` put functions together; `mods` has some that are ready made.
 
 
 # %%
@@ -70,9 +70,13 @@ masks = {
     "prefix": or_masks(causal, prefix),
     "documents": same_document,
     "jagged: documents, causal, window": and_masks(same_document, causal, window),
+    "a prefix in each document": mods.document(
+        document, mask_mod=or_masks(causal, lambda b, h, q_idx, kv_idx: kv_idx < 12)
+    ),
+    "dilated window": mods.dilated_window(48, 8),
     "neighbourhood of a 16 x 8 image": mods.natten_2d(16, 8, 5),
 }
-figure, axes = plt.subplots(2, 3, figsize=(10.5, 7), layout="constrained")
+figure, axes = plt.subplots(2, 4, figsize=(13, 7), layout="constrained")
 for ax, (name, mask_mod) in zip(axes.flat, masks.items(), strict=True):
     create_block_mask(mask_mod, None, None, LENGTH, LENGTH, BLOCK_SIZE=16).plot(ax=ax)
     ax.set(title=name, xlabel="", ylabel="")
