@@ -46,7 +46,7 @@ def imports(tree: ast.AST, module: Path) -> Iterator[tuple[str, bool]]:
     """(absolute dotted name, whether it runs when the module is imported) of every import in a module."""
     later = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef) or is_type_checking(n)]
     inside = {id(inner) for outer in later for inner in ast.walk(outer)}
-    package = ["cuflash", *module.relative_to(PACKAGE).parts[:-1]]
+    package = [*module.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -73,6 +73,13 @@ def test_imports_run_one_way(module: Path) -> None:
         if root == "cuflash":
             target = rest.split(".")[0] or "__init__"
             assert LAYER.get(target, LAYER["__init__"]) <= own, f"{unit(module)} must not import {name}"
+
+
+@pytest.mark.parametrize("module", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.name)
+def test_benchmarks_are_above_the_package_and_import_peers_where_they_are_used(module: Path) -> None:
+    peers = FRAMEWORKS | {"flash_attn", "flashinfer", "xformers", "matplotlib", "rich", "typer"}
+    for name, at_import in imports(ast.parse(module.read_text(encoding="utf-8")), module):
+        assert not (name.partition(".")[0] in peers and at_import), f"import {name} in a function"
 
 
 def test_every_module_has_its_layer() -> None:
