@@ -71,9 +71,31 @@ def test_json_is_the_file(tmp_path: Path) -> None:
 
 def test_without_a_gpu_and_for_unknown_names_the_command_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "gpus", tuple)
-    assert "must be one of the groups: forward, backward" in str(invoke("bench", "sideways").exception)
+    assert "must be one of forward, backward" in str(invoke("bench", "sideways").exception)
+    assert "forward needs a GPU that cuflash serves" in str(invoke("bench", "forward").exception)
     found = invoke("bench", "--harness-test", "--peers", "flsh").exception
     assert "peers='flsh' must begin the name of one of: torch cudnn" in str(found)
+
+
+def test_without_a_gpu_what_can_be_measured_is_and_says_what_it_is(monkeypatch, tmp_path: Path) -> None:
+    from benchmarks import offline
+
+    def stage() -> Any:
+        yield schema.Row("import", "cuflash", "cuflash", 200.0, 1.0)
+
+    asked: list[str] = []
+    stages = {
+        name: lambda name=name: asked.append(name) or (stage() if name == "import" else ()) for name in offline.STAGES
+    }
+    monkeypatch.setattr(offline, "STAGES", stages)
+    monkeypatch.setattr(machine, "gpus", tuple)
+    done = invoke("bench", "--out", str(tmp_path))
+    assert done.exit_code == 0 and asked == list(stages), done.output
+    assert "import, in ms" in done.output and "no row is the speed of a kernel" in done.output
+    (path,) = tmp_path.iterdir()
+    assert schema.read(path).gpu == schema.OFFLINE
+    asked.clear()
+    assert invoke("bench", "import", "--out", str(tmp_path)).exit_code == 0 and asked == ["import"]
 
 
 class Broken(peers.Ours):

@@ -33,7 +33,8 @@ def benchmarks(name: str) -> Any:
     return importlib.import_module(f"benchmarks.{name}")
 
 
-_GROUPS = "forward, backward, both, varlen, masks, decode, latency, memory, accuracy; none: all."
+_GROUPS = "forward, backward, both, varlen, masks, decode, latency, memory, accuracy; none: all. Without a GPU: "
+_GROUPS += "host, import, compile, emulator, counters, model."
 _PEERS = "Beginnings of names, with commas between: torch,flash-attn; '' for none. Unless given, all that are here."
 
 
@@ -47,22 +48,30 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the file, and no tables.")] = False,
     harness_test: Annotated[bool, typer.Option("--harness-test", hidden=True)] = False,
 ) -> None:
-    """Measure cuflash beside its peers on this GPU; without one, what can be measured without.
+    """Measure cuflash beside its peers on this GPU; without one, what can be measured without: no speeds of kernels.
 
     Medians of CUDA-event times of single calls, cuflash and peers in turn in one process, on inputs that are rotated
     past the cache; every result is checked against float64 before it is timed. Exit status 1 if cuflash failed a case.
     """
     cases, schema, timing = benchmarks("cases"), benchmarks("schema"), benchmarks("timing")
-    wanted = list(groups or cases.GROUPS)
-    if unknown := [group for group in wanted if group not in cases.GROUPS]:
-        raise ArgumentError(f"{unknown[0]!r} must be one of the groups: {', '.join(cases.GROUPS)}")
+    stages = tuple(benchmarks("offline").STAGES)
+    for group in groups or ():
+        if group not in cases.GROUPS + stages:
+            of_gpu, without = ", ".join(cases.GROUPS), ", ".join(stages)
+            raise ArgumentError(f"{group!r} must be one of {of_gpu}; or, without a GPU, one of {without}")
+    gpu = any(gpu.supported for gpu in machine.gpus())
+    if (groups and set(groups) <= set(stages)) or (not groups and not gpu and not harness_test):
+        _offline(tuple(groups or ()), out, commit, as_json)
+        return
+    wanted = [group for group in groups or cases.GROUPS if group in cases.GROUPS]
     if harness_test:
         chosen = [case for case in cases.tiny() if case.group in wanted]
         results = schema.describe(schema.HARNESS_TEST, commit)
         _measure(results, timing.HostClock(), chosen, peers, quick, minutes, out, as_json, seconds=0.01)
         return
-    if not any(gpu.supported for gpu in machine.gpus()):
-        raise ArgumentError("no GPU here that cuflash serves (`cuflash doctor` tells more): nothing can be timed")
+    if not gpu:
+        without = ", ".join(stages)
+        raise ArgumentError(f"{wanted[0]} needs a GPU that cuflash serves, and there is none: measure {without} here")
     results = schema.describe(commit=commit)
     _measure(results, timing.CudaClock(), cases.cases(wanted, quick), peers, quick, minutes, out, as_json)
 
@@ -112,6 +121,26 @@ def _measure(
     for row in results.failed:
         console.print(f"cuflash failed: {row.op}: {row.case}: {row.error}", highlight=False, markup=False)
     raise typer.Exit(int(bool(results.failed)))
+
+
+def _offline(stages: tuple[str, ...], out: Path | None, commit: str | None, as_json: bool) -> None:
+    offline, schema = benchmarks("offline"), benchmarks("schema")
+    console = _console(stderr=as_json)
+    with console.status("without a GPU") as status:
+
+        def on_row(row: Any) -> None:
+            status.update(f"{row.op}: {row.case}")
+
+        results = offline.run(stages, commit, on_row)
+    path = schema.write(results, out)
+    if as_json:
+        print(json.dumps(results.as_json(), indent=1))
+    else:
+        for table in offline.tables(results):
+            console.print(table)
+    for name, why in results.skipped.items():
+        console.print(f"not {name}: {why}", highlight=False, markup=False)
+    console.print(*results.notes, f"written to {path}", sep="\n", highlight=False, soft_wrap=True)
 
 
 def show(console: Any, results: Any) -> None:
