@@ -71,6 +71,12 @@ def setup(app: Any) -> None:
             return "", None
         return signature and (re.sub(alias, r"\1", signature), returns and re.sub(alias, r"\1", returns))
 
+    def color(app: Any, doctree: nodes.document) -> None:
+        for block in doctree.findall(nodes.literal_block):
+            if block.astext().startswith("%%cuflash_"):  # a notebook's cell of CUDA C
+                block["language"] = "c++"
+
     app.add_directive("commands", Commands)
+    app.connect("doctree-read", color)
     app.connect("autodoc-process-docstring", read)
     app.connect("autodoc-process-signature", sign)

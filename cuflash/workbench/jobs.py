@@ -307,7 +307,7 @@ def _prepared_own(problem: OwnProblem, edits: Edits) -> tuple[Callable[[], None]
     params = fields.pack(**{**problem.arguments, **addresses})
     buffers = [module.Buffer(n, addresses[n], x.nbytes, n in written) for n, x in there.items()]
 
-    def launch() -> None:
+    def launch(there: Any = there) -> None:  # which it keeps alive: the params hold bare addresses
         kernel.launch(problem.grid, params, stream=0 if on_gpu else None, buffers=() if on_gpu else buffers)
 
     return launch, {n: x for n, x in there.items() if n in written}

@@ -520,8 +520,8 @@ def _own(
             raise ArgumentError(f"HW_KERNEL({asked}): threads= says how many that are; only a number can be read here")
         threads = int(digits or before.threads)
     file = before.source or f"{name}.cu"
-    if not whole.startswith("#include"):  # the first time
-        prelude = "".join(f"#include <{x}>\n" for x in PRELUDE)
+    prelude = "".join(f"#include <{x}>\n" for x in PRELUDE)
+    if not whole.startswith(prelude):  # the first time
         own = whole.startswith("#line")  # says itself whose lines these are
         whole = prelude + whole if own else f'{prelude}#line {first_line} "{_label(label or file)}"\n{whole}'
     return name, module.KernelSpec(file, name, found[0]["params"], None, threads, before.smem_bytes), whole

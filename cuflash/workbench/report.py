@@ -48,16 +48,14 @@ def _render(renderable: Any) -> str:
 
 
 def _table(title: str, *columns: str, rows: Iterable[Sequence[Any]], right: Sequence[int] = (), note: str = "") -> Any:
-    """A table under its title; a column called "code" is cut where there is no room."""
+    """A table under its title; only what an element is, in words, may take several lines."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
     table = Table(highlight=False)
     for at, column in enumerate(columns):
-        code = column == "code"
-        overflow = "ellipsis" if code else "fold"
-        table.add_column(column, justify="right" if at in right else "left", overflow=overflow, no_wrap=code)
+        table.add_column(column, justify="right" if at in right else "left", no_wrap=column != "which is")
     for row in rows:
         table.add_row(*[x if isinstance(x, Text) else Text(_shown(x)) for x in row])
     return Group(Text(title, "bold"), table, *([Text(note, "italic")] if note else []))
@@ -193,10 +191,13 @@ class Counts(Report):
         arrays = {**c.global_bytes_read, **c.global_bytes_written}
         moved = [(n, c.global_bytes_read[n], c.global_bytes_written[n]) for n in arrays]
         lines = []
+        room = max(30, _WIDTH - 56 - max(map(len, self.code), default=0))  # what other columns leave
         for site, memory, taken, beyond in self.accesses:
             waste = Text(f"{beyond:,}", "bold red" if beyond else "green")
             what = "passes" if memory == "shared" else "sectors"
-            lines.append((site, memory, f"{taken:,} {what}", waste, self.code.get(site, "").strip()))
+            code = self.code.get(site, "").strip()
+            code = code if len(code) <= room else code[: room - 1] + "…"
+            lines.append((site, memory, f"{taken:,} {what}", waste, code))
         return Group(
             _table("counted by the emulator", "what", "how many", rows=totals, right=(1,)),
             _table("global memory by array, bytes", "array", "read", "written", rows=moved, right=(1, 2)),
@@ -401,12 +402,27 @@ def pairs(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tupl
 
 
 def text_diff(before: Mapping[str, str], after: Mapping[str, str]) -> str:
-    """A unified diff of files by name. Directives that say where lines come from are no difference."""
-    parts = []
+    """A unified diff of files by name. What a line is indented by, and directives that say where it comes from, are no
+    difference.
+
+    >>> print(text_diff({"a.cu": "int x;\\nint y;"}, {"a.cu": "  int x;\\nint z;"}))
+    --- a.cu
+      int x;
+    -int y;
+    +int z;
+    """
+    parts: list[str] = []
     for name in sorted({*before, *after}):
         a, b = (
             [line for line in files.get(name, "").splitlines() if not line.startswith("#line ")]
             for files in (before, after)
         )
-        parts += difflib.unified_diff(a, b, f"before/{name}", f"after/{name}", lineterm="", n=2)
+        matcher = difflib.SequenceMatcher(None, [x.strip() for x in a], [x.strip() for x in b], autojunk=False)
+        for at, group in enumerate(matcher.get_grouped_opcodes(2)):
+            parts.append("@@" if at else f"--- {name}")
+            for what, i, i_end, j, j_end in group:
+                if what == "equal":
+                    parts += [f" {line}" for line in b[j:j_end]]
+                else:
+                    parts += [f"-{line}" for line in a[i:i_end]] + [f"+{line}" for line in b[j:j_end]]
     return "\n".join(parts)

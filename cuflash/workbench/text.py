@@ -73,11 +73,13 @@ def replaced(text: str, function: Function, new: str, file: str, label: str, fir
     """`text`, the content of `file`, with another definition of a function. Messages will name the new lines as those
     of `label` from `first_line` on, and the others as before."""
     end_file, end_line = where(text, function.end, file)
-    check_label(label)
-    return (
-        f'{text[: function.begin].rstrip(" ")}\n#line {first_line} "{label}"\n{new.rstrip()}\n'
-        f'#line {end_line} "{end_file}"\n{text[function.end :]}'
-    )
+    before, after = text[: function.begin].rstrip(" "), text[function.end :]
+    if before and not before.endswith("\n"):
+        before += "\n"
+    if after.startswith("\n"):
+        after, end_line = after[1:], end_line + 1
+    directive = f'#line {first_line} "{check_label(label)}"'
+    return f'{before}{directive}\n{new.rstrip()}\n#line {end_line} "{end_file}"\n{after}'
 
 
 def where(text: str, offset: int, file: str) -> tuple[str, int]:
@@ -108,14 +110,14 @@ def with_code(report: str, lines: Mapping[tuple[str, int], str], files: frozense
 
 
 def sites(report: str, files: frozenset[str]) -> Iterator[tuple[str, int]]:
-    """(file, line) for each place that a report names, of these files.
+    """(file, line) for each place that a report names, of these files, in its order.
 
     >>> list(sites("race: the read at cell fast:12 and the write at tile/store.cuh:3", frozenset(["cell fast"])))
     [('cell fast', 12)]
     """
-    for file in files:
-        for match in re.finditer(rf"(?<![\w/.]){re.escape(file)}:(\d+)", report):
-            yield file, int(match[1])
+    names = "|".join(map(re.escape, sorted(files, key=len, reverse=True)))
+    for match in re.finditer(rf"(?<![\w/.])({names}):(\d+)", report):
+        yield match[1], int(match[2])
 
 
 def _blanked(text: str) -> str:
