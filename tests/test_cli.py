@@ -1,8 +1,7 @@
-"""The command line: what doctor makes of machines that are not this one, explain, device-check without a GPU."""
+"""The command line: what doctor makes of machines that are not this one, explain, and what is common to all commands."""
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import subprocess
@@ -12,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -21,7 +19,7 @@ import cuflash.reference
 from cuflash import cli
 from cuflash.arch import ARCHES
 from cuflash.cli import compile as compile_command
-from cuflash.cli import device_check, doctor, machine
+from cuflash.cli import doctor, machine
 from cuflash.cli.machine import Driver, Gpu
 from cuflash.errors import CompileError
 from cuflash.jit import nvrtc
@@ -210,130 +208,3 @@ def test_wrong_arguments_are_one_line_and_status_1(arguments: list[str], said: s
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("cuflash: ") and said in done.stderr
     assert len(done.stderr.splitlines()) == 1
-
-
-# --- device-check -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("gpus", "cupy", "said"),
-    [
-        ((), {}, "no GPU here"),
-        ((TURING,), {"cupy-cuda12x": "14.2.0"}, "Tesla T4 is older"),
-        ((HOPPER,), {}, "CuPy is not; install it with"),
-    ],
-)
-def test_device_check_without_a_gpu_says_so_and_exits_2(monkeypatch, tmp_path: Path, gpus, cupy, said) -> None:
-    monkeypatch.setattr(machine, "gpus", lambda: gpus)
-    monkeypatch.setattr(machine, "cupy_wheels", lambda: cupy)
-    done = invoke("device-check", "--out", str(tmp_path))
-    assert done.exit_code == 2
-    assert said in done.output
-    assert not list(tmp_path.iterdir())
-
-
-def test_device_check_writes_what_its_stages_found(monkeypatch, tmp_path: Path) -> None:
-    """The stages themselves need a GPU; what is made of their answers does not."""
-    timing = {"ms": 1.0, "tflops": 600.0}
-    row = {"case": {}, "name": "a case", "cuflash": timing, "torch cudnn": timing, "torch flash": {"error": "no"}}
-    tests = {"ok": True, "passed": 3, "failed": 0, "skipped": 1, "seconds": 2.0, "failures": []}
-    for name, answer in (
-        ("run_pytest", lambda arguments, seconds: tests | {"ok": "tests/hw" in arguments}),
-        ("first_call_seconds", lambda: {"cold": 1.0, "on_disk": 0.04}),
-        ("host_microseconds", lambda: 12.5),
-        ("measure_forward", lambda on_case: [row]),
-    ):
-        monkeypatch.setattr(device_check, name, answer)
-    monkeypatch.setattr(machine, "driver", lambda: Driver((13, 0), (HOPPER,)))
-    monkeypatch.setattr(machine, "cupy_wheels", lambda: {"cupy-cuda13x": "14.2.0"})
-    monkeypatch.setattr(nvrtc, "version", lambda: (13, 0))
-    done = invoke("device-check", "--out", str(tmp_path), "--commit", "abc123")
-    assert done.exit_code == 1, "a failed stage must be seen in the status"
-    assert "600" in done.output and "12.5 us" in done.output
-    (path,) = tmp_path.iterdir()
-    assert re.fullmatch(r"h200-\d{4}-\d\d-\d\dT\d{6}-abc123\.json", path.name)
-    result = json.loads(path.read_text())
-    assert result["machine"]["gpu"] == "NVIDIA H200" and result["forward"] == [row]
-    assert result["primitives"]["ok"] and not result["tests"]["ok"]
-
-
-def test_device_check_reads_pytests_own_report(tmp_path: Path) -> None:
-    (tmp_path / "test_it.py").write_text(
-        "import pytest\n"
-        "def test_good(): pass\n"
-        "def test_bad(): assert 1 == 2, 'one is not two'\n"
-        "@pytest.mark.skip\ndef test_left_out(): pass\n"
-        "@pytest.fixture\ndef broken(): raise ValueError('broken')\n"
-        "def test_error(broken): pass\n"
-    )
-    report = tmp_path / "report.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={report}", "test_it.py"]
-    subprocess.run(command, cwd=tmp_path, capture_output=True)
-    found = device_check.read_junit(report.read_text())
-    assert (found["ok"], found["passed"], found["failed"], found["skipped"]) == (False, 1, 2, 1)
-    assert "one is not two" in found["failures"][0]["message"]
-    assert "2 failed" in device_check.summary(found) and "test_it::test_bad" in device_check.summary(found)
-
-
-def test_the_work_of_a_case_is_counted_by_the_pairs_it_sees() -> None:
-    case = device_check.Case((3, 5), heads=4, heads_kv=2, head_dim=8, causal=True, packed=True)
-    seen = sum(j <= i for n in case.lengths for i in range(n) for j in range(n))
-    assert case.flops == 2 * 2 * 8 * 4 * seen
-    assert case.bytes == sum(2 * 8 * 8 * heads for heads in (4, 2, 2, 4))
-    assert all(sum(c.lengths) == 16384 for c in device_check.cases() if not c.packed)
-    assert all(0.9 * 16384 < sum(c.lengths) <= 16384 for c in device_check.cases() if c.packed)
-    assert len({c.name for c in device_check.cases()}) == len(device_check.cases())
-
-
-def test_timing_takes_the_inputs_in_turn_and_the_median(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for CuPy whose clock is moved by the calls."""
-    clock = [0.0]
-
-    class Event:
-        def record(self) -> None:
-            self.at = clock[0]
-
-    cuda = SimpleNamespace(
-        Event=Event,
-        get_elapsed_time=lambda start, end: end.at - start.at,
-        get_current_stream=lambda: SimpleNamespace(synchronize=lambda: None),
-    )
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
-    seen: list[int] = []
-
-    def call(which: int) -> None:
-        seen.append(which)
-        clock[0] += 100.0 if len(seen) == 20 else 2.0  # one slow call, which a mean would show
-
-    case = device_check.Case((64,), 1, 1, 64, False)
-    result = device_check._timed(call, [(0,), (1,), (2,)], case)
-    assert result == {"ms": 2.0, "tflops": case.flops / 2e-3 / 1e12}
-    assert set(seen) == {0, 1, 2} and all(a != b for a, b in itertools.pairwise(seen[5:]))
-
-
-def test_random_inputs_are_rounded_to_bfloat16_by_their_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With NumPy in CuPy's place, which has the same functions."""
-    import ml_dtypes
-
-    fake = SimpleNamespace(random=np.random, float32=np.float32, uint32=np.uint32, uint16=np.uint16)
-    monkeypatch.setitem(sys.modules, "cupy", fake)
-    case = device_check.Case((8, 8), 4, 2, 16, False)
-    q, k, v = device_check._random_inputs(case, seed=1)
-    assert q.shape == (2, 8, 4, 16) and k.shape == v.shape == (2, 8, 2, 16) and q.dtype == ml_dtypes.bfloat16
-    exact = np.random.default_rng(1).standard_normal(q.shape, dtype=np.float32)
-    np.testing.assert_array_equal(q.view(np.uint16), exact.astype(ml_dtypes.bfloat16).view(np.uint16))
-
-
-def test_the_attentions_of_pytorch_are_measured_beside_ours(monkeypatch, rng: np.random.Generator) -> None:
-    """On the CPU, where PyTorch has one of the three kernels."""
-    torch = pytest.importorskip("torch")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(device_check, "_timed", lambda call, inputs, case: [call(*x) for x in inputs] and {"ms": 1.0})
-    case = device_check.Case((16, 16), heads=4, heads_kv=4, head_dim=32, causal=True)
-    inputs = [tuple(rng.standard_normal((3, 2, 16, 4, 32), np.float32)) for _ in range(2)]
-    ours, _, _ = cuflash.reference.attention(*inputs[0], causal=True)
-    results = device_check._measure_torch(case, inputs, ours)
-    assert set(results) == {"torch flash", "torch cudnn", "torch efficient"}
-    measured = [r for r in results.values() if "error" not in r]
-    assert measured and all(r["ms"] == 1.0 and r["max_difference"] < 1e-5 for r in measured)
-    assert all(r["error"] for r in results.values() if r not in measured)

@@ -1,128 +1,99 @@
-"""`cuflash device-check`: everything that only a GPU can show, in one command, written to one JSON file.
+"""`cuflash device-check`: everything that only a GPU can show, in one command.
 
-    primitives   each wrapper of an instruction against its NumPy meaning        tests/hw, the tests marked gpu
+    hopper       Hopper's forward against the kernel that runs everywhere: the same calls, result and time of both
+    primitives   each wrapper of an instruction against its twin's meaning: tests/hw, the tests marked gpu
     tests        every other test marked gpu
-    first call   seconds of a process's first attention: nothing cached, then with the cubin on disk
-    forward      CUDA-event medians beside PyTorch's own attentions, where PyTorch can be imported
+    sanitizer    a call of every kernel under compute-sanitizer: memcheck, racecheck, synccheck, initcheck
+    benchmark    `cuflash bench`
+    tune         the tiles that a kernel could have, each timed; only where asked for: --only tune
+
+Each stage runs in processes of its own and has its share of the time: a kernel that hangs ends its stage, not the run.
+The folder gets three files: the results (benchmarks/schema.py) with what every stage found, a log, and an archive of
+all that the stages wrote.
 
 Runs from a bare checkout, `PYTHONPATH=. python3 -m cuflash device-check`, with CuPy, NumPy, cuda-bindings, ml_dtypes,
-hypothesis, typer, rich and pytest. Without a GPU it says so and ends with status 2; a failed test or check gives 1.
+hypothesis, typer, rich and pytest. Without a GPU it says so and ends with status 2; if anything failed, with 1.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import os
-import platform
 import re
-import statistics
+import shutil
+import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 
-from ..dtypes import bfloat16
+from ..errors import ArgumentError
+from ..settings import config
 from . import machine
+from .bench import benchmarks
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-RESULTS = (CHECKOUT if (CHECKOUT / "tests").is_dir() else Path()) / "benchmarks" / "results"
-_ROTATED_BYTES = 512 << 20  # inputs are rotated over this much memory, several times any L2, so none is found cached
-_REPEATS, _WARMUPS = 30, 5
+MINUTES = (2, 5, 9)
+RESERVE = 20.0  # seconds of the whole for starting, stopping and writing
+GRACE = 10.0  # seconds in which a process asked to stop may do so
+TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
+LONGEST_KEPT = 20 << 20  # bytes of a file that goes into the archive
+
+OK, FAILED, UNFINISHED, SKIPPED = "ok", "failed", "unfinished", "skipped"
+
+
+@dataclasses.dataclass
+class Stage:
+    """What a stage found. Unfinished: its time was over, and nothing had failed until then."""
+
+    state: str
+    found: str
+    failures: list[dict[str, str]] = dataclasses.field(default_factory=list)  # each a name and a message
+    details: Any = None
+    seconds: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One timed shape: `batch` sequences of `length`, or packed ones of `lengths`; self-attention in bfloat16."""
+class Share:
+    """Where a stage writes, and how long it has."""
 
-    lengths: tuple[int, ...]
-    heads: int
-    heads_kv: int
-    head_dim: int
-    causal: bool
-    packed: bool = False
-
-    @property
-    def flops(self) -> int:
-        """Of both matrix products over the pairs a query may see: padding and masked tiles count nothing."""
-        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
-        return 4 * self.heads * self.head_dim * pairs
-
-    @property
-    def bytes(self) -> int:
-        """Of q, k, v and out."""
-        return 2 * sum(self.lengths) * self.head_dim * 2 * (self.heads + self.heads_kv)
-
-    @property
-    def name(self) -> str:
-        n, b = self.lengths[0], len(self.lengths)
-        lengths = f"packed {b} of {min(self.lengths)} to {max(self.lengths)}" if self.packed else f"{b} x {n}"
-        groups = "" if self.heads == self.heads_kv else f"/{self.heads_kv}"
-        return f"{lengths}, heads {self.heads}{groups} x {self.head_dim}{', causal' if self.causal else ''}"
-
-
-def cases() -> list[Case]:
-    """The shapes: 16,384 tokens each, dense from short to long, one grouped, one packed."""
-    dense = [
-        Case((n,) * (16384 // n), 2048 // d, 2048 // d, d, causal)
-        for d in (64, 128)
-        for n in (1024, 4096, 16384)
-        for causal in (False, True)
-    ]
-    ragged = np.random.default_rng(0).integers(64, 2048, size=64)
-    lengths = tuple(int(n) for n in ragged[np.cumsum(ragged) <= 16384])
-    return [
-        *dense, Case((4096,) * 4, 16, 2, 128, True), Case(lengths, 16, 16, 128, False, True),
-        Case(lengths, 16, 16, 128, True, True),
-    ]  # fmt: skip
+    folder: Path
+    seconds: float
 
 
 def device_check(
-    out: Annotated[Path, typer.Option(help="Folder of the result file.")] = RESULTS,
-    tests: Annotated[bool, typer.Option(help="Run the tests.")] = True,
-    speed: Annotated[bool, typer.Option(help="Measure.")] = True,
-    commit: Annotated[str | None, typer.Option(help="Name of the state measured, if git cannot tell.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the files; benchmarks/results if not given.")] = None,
+    minutes: Annotated[int, typer.Option(help="2, 5 or 9: how long it takes at most.")] = 9,
+    only: Annotated[list[str] | None, typer.Option(help="Only this stage; may be repeated. One is `tune`.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Name of the state checked, if git cannot tell.")] = None,
 ) -> None:
-    """Run the GPU tests and a short benchmark; write one JSON file."""
+    """Check everything on this GPU: kernels, tests, sanitizers, speed. Three files and a short table."""
     from rich.console import Console
 
+    if minutes not in MINUTES:
+        raise ArgumentError(f"minutes={minutes} must be one of {', '.join(map(str, MINUTES))}")
+    wanted = only or [name for name in STAGES if name != "tune"]
+    if unknown := [name for name in wanted if name not in STAGES]:
+        raise ArgumentError(f"{unknown[0]!r} must be one of the stages: {', '.join(STAGES)}")
     console = Console()
-    missing = _missing()
-    if missing:
+    if missing := _missing():
         console.print(f"device-check: {missing}", soft_wrap=True, highlight=False)
         raise typer.Exit(2)
-
-    result: dict[str, Any] = {"machine": describe(commit)}
-    failed = False
-    if tests:
-        for stage, arguments, seconds in (
-            ("primitives", ["tests/hw"], 120),
-            ("tests", ["tests", "--ignore=tests/hw"], 240),
-        ):
-            with console.status(f"{stage}: pytest -m gpu {' '.join(arguments)}"):
-                result[stage] = run_pytest(arguments, seconds)
-            failed |= not result[stage]["ok"]
-            console.print(f"{stage:12} {summary(result[stage])}", highlight=False)
-    if speed:
-        with console.status("first call"):
-            result["first_call"] = first_call_seconds()
-        console.print(f"{'first call':12} {result['first_call']}", highlight=False)
-        with console.status("forward") as status:
-            result["host_us"] = host_microseconds()
-            result["forward"] = measure_forward(lambda case: status.update(f"forward: {case.name}"))
-        _print_forward(console, result)
-
-    path = write(result, out)
-    console.print(f"written to {path}", highlight=False)
-    raise typer.Exit(int(failed))
+    schema = benchmarks("schema")
+    stages = [name for name in STAGES if name in wanted]
+    ended_well = check(schema.describe(commit=commit), stages, 60.0 * minutes - RESERVE, out or schema.RESULTS, console)
+    raise typer.Exit(int(not ended_well))
 
 
 def _missing() -> str | None:
@@ -138,255 +109,416 @@ def _missing() -> str | None:
     return None
 
 
-def describe(commit: str | None = None) -> dict[str, Any]:
-    """What was measured, on what, with what."""
-    from ..jit import nvrtc
+def check(results: Any, wanted: Sequence[str], seconds: float, out: Path, console: Any) -> bool:
+    """Run the stages, each with its share of what is left of `seconds`; write the files; whether nothing failed."""
+    deadline = time.monotonic() + seconds
+    stem = Path(results.file_name).stem
+    found: dict[str, Stage] = {}
+    with tempfile.TemporaryDirectory(prefix="cuflash-check-", ignore_cleanup_errors=True) as work:
+        log = Log(out / f"{stem}.log", console)
+        log(f"device-check of {results.commit} on {results.gpu}, {datetime.datetime.now():%Y-%m-%d %H:%M}")
+        for n, name in enumerate(wanted):
+            left = deadline - time.monotonic()
+            share, run = STAGES[name]
+            together = sum(STAGES[later][0] for later in wanted[n:])
+            folder = Path(work) / name
+            folder.mkdir()
+            began = time.monotonic()
+            with console.status(name):
+                try:
+                    stage = run(Share(folder, max(1.0, left * share / together)))
+                except Exception as error:  # whatever it is, the other stages go on
+                    stage = Stage(FAILED, f"{type(error).__name__}: {error}")
+            stage.seconds = round(time.monotonic() - began, 1)
+            found[name] = stage
+            log(f"{name}: {stage.state}, {stage.found} ({stage.seconds:.0f} s)")
+            for failure in stage.failures:
+                log(f"    {failure['name']}: {failure['message']}")
+            results = _with(results, name, stage, folder)
+            with log.trying("the results"):
+                benchmarks("schema").write(results, out / f"{stem}.json")
+        with log.trying("the archive"):
+            _archive(Path(work), out / f"{stem}.tar.gz")
+    console.print(table(found))
+    bad = [name for name, stage in found.items() if stage.state == FAILED]
+    if bad:
+        first = next((f for f in found[bad[0]].failures), {"name": bad[0], "message": found[bad[0]].found})
+        log(f"begin with {bad[0]}: {first['name']}: {first['message']}")
+    log(f"written to {out}/{stem}.json, .log and .tar.gz" if not log.lost else f"not written: {'; '.join(log.lost)}")
+    return not bad and not log.lost
 
-    gpu, driver = machine.gpus()[0], machine.driver()
-    if commit is None:
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=CHECKOUT, capture_output=True, text=True
-        )
-        commit = git.stdout.strip() or "unknown"
-    names = ("cupy", "numpy", "torch", "cuda-bindings")
-    versions = {name: version for name in names if (version := machine.installed(name))} | machine.cupy_wheels()
-    return {
-        "gpu": gpu.name,
-        "capability": list(gpu.capability),
-        "driver_cuda": ".".join(map(str, driver.cuda)) if driver else None,
-        "nvrtc": ".".join(map(str, nvrtc.version())),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": versions,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+
+class Log:
+    """Says things on the terminal and in a file, if that can be written; what could not be is in `lost`."""
+
+    def __init__(self, path: Path, console: Any) -> None:
+        self.path, self.console = path, console
+        self.lost: list[str] = []
+        with self.trying("the log"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("", encoding="utf-8")
+
+    def __call__(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        with self.trying("the log"), self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    @contextlib.contextmanager
+    def trying(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not any(lost.startswith(what) for lost in self.lost):
+                self.lost.append(f"{what}: {error}")
 
 
-def _python(arguments: Sequence[str], seconds: float, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run this Python, in the checkout and on its cuflash."""
+def _with(results: Any, name: str, stage: Stage, folder: Path) -> Any:
+    """`results` and what a stage found; the benchmark's own file becomes part of it."""
+    more = results.more | {"device_check": results.more.get("device_check", {}) | {name: dataclasses.asdict(stage)}}
+    file = folder / BENCH_FILE
+    if not file.is_file():
+        return dataclasses.replace(results, more=more)
+    measured = benchmarks("schema").read(file)
+    return dataclasses.replace(measured, commit=results.commit, clean=results.clean, date=results.date, more=more)
+
+
+def _archive(folder: Path, path: Path) -> None:
+    """All files of `folder` that are not too long, in one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with tarfile.open(part, "w:gz") as archive:
+            for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size <= LONGEST_KEPT):
+                archive.add(file, file.relative_to(folder).as_posix())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def table(found: dict[str, Stage]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    colors = {OK: "green", FAILED: "red", UNFINISHED: "yellow", SKIPPED: "dim"}
+    made = Table("stage", "", "s", "")
+    for name, stage in found.items():
+        made.add_row(name, Text(stage.state, colors[stage.state]), f"{stage.seconds:.0f}", Text(stage.found))
+    return made
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How a process ended: by itself with a status; asked to; or, deaf to that, killed."""
+
+    how: str
+    status: int | None = None
+
+
+def python(*arguments: str) -> list[str]:
+    """A command of this Python."""
+    return [sys.executable, *arguments]
+
+
+def start(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
+    """Run a command in the checkout and on its cuflash, in a group of its own; all it says goes to `output`."""
     path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"PYTHONPATH": path} | environment
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=CHECKOUT, env=env, capture_output=True, text=True, timeout=seconds)
+    env = os.environ | {
+        "PYTHONPATH": path,
+        "PYTHONUNBUFFERED": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
+        "CUFLASH_CACHE_DIR": str(config.cache_dir),  # what a stage compiles the next one finds
+    }
+    with output.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[bytes], seconds: float, ask: bool = True) -> Ended:
+    """Wait for it; when its time is over, ask it to stop, as Ctrl-C does, and kill what does not."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return Ended("ended", process.wait(max(0.0, seconds)))
+    if ask:
+        _signal(process, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return Ended("asked", process.wait(GRACE))
+    _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+    with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits in the driver may outlive even that
+        process.wait(GRACE)
+    return Ended("killed")
+
+
+def _signal(process: subprocess.Popen[bytes], number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+
+
+def tail(output: Path, lines: int = 5) -> str:
+    """The last words of a process."""
+    return " | ".join(output.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-lines:])
 
 
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
-def run_pytest(arguments: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Run the tests marked gpu among `arguments`; {ok, passed, failed, skipped, seconds, failures} or {ok, error}.
+def primitives(share: Share) -> Stage:
+    return tests_of(gpu_files(CHECKOUT / "tests" / "hw"), share)
+
+
+def other_tests(share: Share) -> Stage:
+    hw = CHECKOUT / "tests" / "hw"
+    files = [file for file in gpu_files(CHECKOUT / "tests") if hw not in file.parents]
+    return tests_of(sorted(files, key=lambda file: file.parent.name != "ops"), share)  # kernels first
+
+
+def gpu_files(folder: Path) -> list[Path]:
+    """The files of tests that may have some for a GPU."""
+    files = sorted(folder.rglob("test_*.py"))
+    return [file for file in files if re.search(r"mark\.gpu|BACKENDS", file.read_text(encoding="utf-8"))]
+
+
+def tests_of(files: Sequence[Path], share: Share) -> Stage:
+    """Each file in a process of its own, some side by side: a kernel that ruins its process ruins no other file's."""
+    if not files:
+        return Stage(SKIPPED, f"{CHECKOUT} has no tests: this is no checkout")
+    deadline = time.monotonic() + share.seconds - GRACE
+
+    def one(file: Path) -> dict[str, Any] | None:
+        left = deadline - time.monotonic()
+        return run_pytest(file, left, share.folder) if left > min(5.0, share.seconds / 2) else None
+
+    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2))) as pool:
+        reports = dict(zip(files, pool.map(one, files), strict=True))
+    ran = {file: report for file, report in reports.items() if report is not None}
+    failures = [failure for report in ran.values() for failure in report["failures"]]
+    counts = {what: sum(report[what] for report in ran.values()) for what in ("passed", "failed", "skipped")}
+    stopped = [file.name for file, report in reports.items() if report is None or report["stopped"]]
+    text = "{passed} passed, {failed} failed, {skipped} skipped".format(**counts)
+    if stopped:
+        text += f"; no time for all of {', '.join(stopped)}"
+    state = FAILED if failures or (not counts["passed"] and not stopped) else UNFINISHED if stopped else OK
+    return Stage(state, text, failures, counts)
+
+
+def run_pytest(file: Path, seconds: float, folder: Path) -> dict[str, Any]:
+    """Run a file's tests marked gpu; {passed, failed, skipped, failures, stopped}.
 
     The options of pyproject.toml are left out: they ask for plugins that a bare checkout does not have.
     """
-    if not (CHECKOUT / "tests").is_dir():
-        return {"ok": False, "error": f"{CHECKOUT} is no checkout, so there are no tests to run"}
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        command = ["-m", "pytest", "-o", "addopts=", "-q", "-m", "gpu", f"--junitxml={report}", *arguments]
-        try:
-            done = _python(command, seconds)
-        except subprocess.TimeoutExpired:
-            return {"ok": False, "error": f"not done after {seconds:.0f} s"}
-        if not report.is_file():
-            return {"ok": False, "error": (done.stdout + done.stderr)[-2000:]}
-        return read_junit(report.read_text())
+    name = "-".join(file.relative_to(CHECKOUT).with_suffix("").parts)
+    output, report = folder / f"{name}.txt", folder / f"{name}.xml"
+    arguments = ["-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--tb=short", f"--junitxml={report}", str(file)]
+    ended = finish(start(python(*arguments), output), seconds)
+    found = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "stopped": ended.how == "asked"}
+    if report.is_file():
+        found |= read_junit(report.read_text(encoding="utf-8"))
+    if ended.how == "killed":
+        at = output.read_text(encoding="utf-8", errors="replace").rstrip("\n ").rpartition("\n")[2]
+        message = f"hangs: not done after {seconds:.0f} s, and deaf to Ctrl-C"
+    elif not report.is_file() or (ended.how == "ended" and ended.status not in (0, 1, 5) and not found["failures"]):
+        at, message = file.name, f"pytest ended with status {ended.status}: {tail(output)}"
+    else:
+        return found
+    failure = {"name": at[:200], "message": message}
+    return found | {"failed": found["failed"] + 1, "failures": [*found["failures"], failure]}
 
 
 def read_junit(text: str) -> dict[str, Any]:
     """The counts and the failures of pytest's XML report.
 
-    >>> read_junit('<testsuites><testsuite time="1.5"><testcase classname="a" name="b"/></testsuite></testsuites>')
-    {'ok': True, 'passed': 1, 'failed': 0, 'skipped': 0, 'seconds': 1.5, 'failures': []}
+    >>> read_junit('<testsuites><testsuite><testcase classname="a" name="b"/></testsuite></testsuites>')
+    {'passed': 1, 'failed': 0, 'skipped': 0, 'failures': []}
     """
-    suite = ET.fromstring(text).find("testsuite")
-    assert suite is not None
-    tests = list(suite.iter("testcase"))
+    tests = list(ET.fromstring(text).iter("testcase"))
     skipped = sum(test.find("skipped") is not None for test in tests)
     failures = [
-        {"test": f"{test.get('classname')}::{test.get('name')}", "message": (bad.get("message") or "")[:500]}
+        {"name": f"{test.get('classname')}::{test.get('name')}", "message": _first_line(bad.get("message"))}
         for test in tests
         for bad in (*test.findall("failure"), *test.findall("error"))
     ]
-    failed = len({f["test"] for f in failures})
+    failed = len({failure["name"] for failure in failures})
     passed = len(tests) - skipped - failed
-    return {
-        "ok": failed == 0 and passed > 0,
-        "passed": passed,
-        "failed": failed,
-        "skipped": skipped,
-        "seconds": float(suite.get("time", 0)),
-        "failures": failures,
-    }
+    return {"passed": passed, "failed": failed, "skipped": skipped, "failures": failures}
 
 
-def summary(stage: dict[str, Any]) -> str:
-    """One line on a stage of tests.
+def _first_line(message: str | None) -> str:
+    return (message or "").strip().partition("\n")[0][:500]
 
-    >>> summary({"ok": False, "error": "no tests"})
-    'no tests'
+
+# --- workers, item by item --------------------------------------------------------------------------------------------
+
+MOST_RUINED = 6  # processes that items of a stage may ruin before it ends
+
+
+def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str, Any]], bool]:
+    """What a worker (on_device.py) says of its items, and whether it got to the end. An item that hangs for `each`
+    seconds or kills its process is one that fails; a new process goes on behind it."""
+    deadline = time.monotonic() + share.seconds
+    found: list[dict[str, Any]] = []
+    for attempt in range(MOST_RUINED):
+        output = share.folder / f"{what}-{attempt}.txt"
+        process = start(python("-m", "cuflash.cli.on_device", what, "--skip", str(len(found))), output)
+        over = _watch(process, output, deadline, each)
+        said = _said(output)
+        found += [line for line in said if "ok" in line]
+        if over == "time":
+            return found, False
+        if over == "ended" and process.returncode == 0:
+            return found, True
+        begun = said[-1] if said and "ok" not in said[-1] else {"item": len(found), "name": what}
+        if not said or "ok" not in said[-1]:  # else the item itself has said what ruined the process
+            ended = f"its process ended, status {process.returncode}: {tail(output, 2)}"
+            why = ended if over == "ended" else f"hangs: nothing for {each:.0f} s"
+            found.append(begun | {"ok": False, "message": why})
+        if not said:
+            break  # it does not even begin
+    return found, False
+
+
+def _watch(process: subprocess.Popen[bytes], output: Path, deadline: float, each: float) -> str:
+    """Until the process has "ended", "hangs" for longer than `each`, or its "time" is over; it is dead then."""
+    size, since = 0, time.monotonic()
+    while process.poll() is None:
+        now = time.monotonic()
+        if (grown := output.stat().st_size) != size:
+            size, since = grown, now
+        if now > deadline or now - since > each:
+            finish(process, 0, ask=False)
+            return "time" if now > deadline else "hangs"
+        time.sleep(min(0.1, each / 10))
+    return "ended"
+
+
+def _said(output: Path) -> list[dict[str, Any]]:
+    """The whole lines of JSON in what a worker said."""
+    lines = []
+    for line in output.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(said := json.loads(line), dict) and "item" in said:
+                lines.append(said)
+    return lines
+
+
+def hopper(share: Share) -> Stage:
+    if not any(gpu.capability == (9, 0) for gpu in machine.gpus()[:1]):
+        return Stage(SKIPPED, "this GPU is no Hopper: it has no kernel of its own")
+    items, to_the_end = items_of("hopper", share)
+    ratios = [f"{item['name'].removeprefix('time, ')} {item['ratio']:.2f} x" for item in items if "ratio" in item]
+    return _stage_of(items, to_the_end, f"as fast as forward_sm80: {', '.join(ratios)}" if ratios else "")
+
+
+def tune(share: Share) -> Stage:
+    items, to_the_end = items_of("tune", share)
+    lines = ranking(items)
+    (share.folder / "ranking.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return _stage_of(items, to_the_end, "\n".join(lines))
+
+
+def _stage_of(items: list[dict[str, Any]], to_the_end: bool, more: str) -> Stage:
+    failures = [{"name": item["name"], "message": item["message"]} for item in items if not item["ok"]]
+    text = f"{len(items) - len(failures)} of {len(items)} right{'' if to_the_end else ', and no time for the others'}"
+    state = FAILED if failures else OK if to_the_end else UNFINISHED
+    return Stage(state, f"{text}; {more}" if more else text, failures, items)
+
+
+def ranking(items: Sequence[dict[str, Any]]) -> list[str]:
+    """Tiles by their speed, the fastest first, for each head dim and mask; "now" is the one in use.
+
+    >>> tile = {"ok": True, "d": 64, "causal": False}
+    >>> for line in ranking([tile | {"name": "d 64: a", "tflops": 400.0, "now": True},
+    ...                      tile | {"name": "d 64: b", "tflops": 500.0, "now": False}]): print(line)
+    d 64: 1. b 500 TFLOP/s, 2. a 400 TFLOP/s (now)
     """
-    if "error" in stage:
-        return stage["error"]
-    counts = "{passed} passed, {failed} failed, {skipped} skipped in {seconds:.0f} s".format(**stage)
-    return "\n".join([counts, *(f"    {f['test']}: {f['message'].splitlines()[0]}" for f in stage["failures"][:10])])
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for item in items:
+        if item["ok"] and "tflops" in item:
+            groups.setdefault(item["name"].partition(": ")[0], []).append(item)
+    lines = []
+    for group, members in groups.items():
+        ordered = sorted(members, key=lambda item: -item["tflops"])
+        told = [
+            f"{n}. {item['name'].partition(': ')[2]} {item['tflops']:.0f} TFLOP/s{' (now)' if item['now'] else ''}"
+            for n, item in enumerate(ordered, 1)
+        ]
+        lines.append(f"{group}: {', '.join(told)}")
+    return lines
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
-
-_FIRST_CALL = """
-import time, cupy, cuflash
-x = cupy.zeros((64, 4, 64), cupy.float16)
-cupy.cuda.get_current_stream().synchronize()
-began = time.perf_counter()
-cuflash.attention(x, x, x, cu_seqlens_q=[0, 64], cu_seqlens_k=[0, 64])
-cupy.cuda.get_current_stream().synchronize()
-print(time.perf_counter() - began)
-"""
+# --- sanitizer --------------------------------------------------------------------------------------------------------
 
 
-def first_call_seconds() -> dict[str, float | str]:
-    """Seconds of a process's first attention with an empty cache folder, then in a new process with the folder kept."""
-    seconds: dict[str, float | str] = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for name in ("cold", "on_disk"):
-            done = _python(["-c", _FIRST_CALL], 120, CUFLASH_CACHE_DIR=cache)
-            seconds[name] = float(done.stdout) if done.returncode == 0 else done.stderr[-500:]
-    return seconds
+def compute_sanitizer() -> str | None:
+    """The tool: on PATH, or in a CUDA toolkit; None where there is none."""
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for folder in filter(None, folders):
+        for place in ("bin", "compute-sanitizer"):
+            path = Path(folder) / place / "compute-sanitizer"
+            if path.is_file():
+                return str(path)
+    return shutil.which("compute-sanitizer")
 
 
-def host_microseconds(calls: int = 500) -> float:
-    """What a warm call costs the host: the time in which many small ones are issued, a call."""
-    import cupy
-
-    from ..api import attention
-
-    x = cupy.zeros((1, 64, 4, 64), cupy.float16)
-    for _ in range(20):
-        attention(x, x, x)
-    stream = cupy.cuda.get_current_stream()
-    stream.synchronize()
-    rounds = []
-    for _ in range(5):  # short rounds, so that the launch queue never fills
-        began = time.perf_counter()
-        for _ in range(calls // 5):
-            attention(x, x, x)
-        rounds.append((time.perf_counter() - began) / (calls // 5))
-        stream.synchronize()
-    return statistics.median(rounds) * 1e6
-
-
-def measure_forward(on_case: Callable[[Case], None]) -> list[dict[str, Any]]:
-    """Median milliseconds and TFLOP/s of every case, ours and PyTorch's."""
-    import cupy
-
-    from ..api import attention
-
-    rows = []
-    for case in cases():
-        on_case(case)
-        copies = min(16, max(2, _ROTATED_BYTES // case.bytes))
-        inputs = [_random_inputs(case, seed) for seed in range(copies)]
-        keywords: dict[str, Any] = {"causal": case.causal}
-        if case.packed:
-            bounds = cupy.asarray(np.cumsum([0, *case.lengths]).astype(np.int32))
-            keywords |= {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds}
-            keywords |= {"max_seqlen_q": max(case.lengths), "max_seqlen_k": max(case.lengths)}
-        ours = _timed(lambda q, k, v: attention(q, k, v, **keywords), inputs, case)  # noqa: B023
-        row: dict[str, Any] = {"case": dataclasses.asdict(case), "name": case.name, "cuflash": ours}
-        if not case.packed:
-            row |= _measure_torch(case, inputs, attention(*inputs[0], **keywords))
-        rows.append(row)
-        del inputs
-        cupy.get_default_memory_pool().free_all_blocks()
-    return rows
+def sanitizer(share: Share) -> Stage:
+    tool = compute_sanitizer()
+    if tool is None:
+        return Stage(SKIPPED, "compute-sanitizer, which comes with a CUDA toolkit, is not here")
+    deadline = time.monotonic() + share.seconds
+    said: dict[str, str] = {}
+    failures = []
+    for n, name in enumerate(TOOLS):
+        left = (deadline - time.monotonic()) / (len(TOOLS) - n)
+        output = share.folder / f"{name}.txt"
+        command = [tool, "--tool", name, "--error-exitcode", "99", "--print-limit", "20"]
+        process = start([*command, *python("-m", "cuflash.cli.on_device", "small")], output)
+        ended = finish(process, left, ask=False)
+        if ended.how != "ended":
+            said[name] = f"not done after {left:.0f} s"
+        elif ended.status == 0:
+            said[name] = OK
+        else:
+            text = output.read_text(encoding="utf-8", errors="replace")
+            reports = [line.strip("= ") for line in text.splitlines() if line.startswith("=========")]
+            what = next((r for r in reports if "ERROR SUMMARY" in r or "error" in r.lower()), tail(output, 2))
+            said[name] = FAILED
+            failures.append({"name": name, "message": f"status {ended.status}: {what}"})
+    state = FAILED if failures else OK if set(said.values()) == {OK} else UNFINISHED
+    return Stage(state, ", ".join(f"{name} {what}" for name, what in said.items()), failures, said)
 
 
-def _random_inputs(case: Case, seed: int) -> tuple[Any, Any, Any]:
-    """q, k, v of normal draws in bfloat16, as CuPy arrays; rounded to nearest by their bits."""
-    import cupy
+# --- benchmark --------------------------------------------------------------------------------------------------------
 
-    random = cupy.random.default_rng(seed)
-    total, batch = sum(case.lengths), len(case.lengths)
-
-    def draw(heads: int) -> Any:
-        rows = (total,) if case.packed else (batch, total // batch)
-        bits = random.standard_normal((*rows, heads, case.head_dim), dtype=cupy.float32).view(cupy.uint32)
-        return ((bits + 0x8000) >> 16).astype(cupy.uint16).view(bfloat16.numpy)
-
-    return draw(case.heads), draw(case.heads_kv), draw(case.heads_kv)
+BENCH_FILE = "bench.json"
 
 
-def _timed(call: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], case: Case) -> dict[str, float]:
-    """{ms, tflops}: the median of CUDA-event times of single calls that take the inputs in turn."""
-    import cupy
-
-    events = [(cupy.cuda.Event(), cupy.cuda.Event()) for _ in range(_REPEATS)]
-    for i in range(_WARMUPS):
-        call(*inputs[i % len(inputs)])
-    cupy.cuda.get_current_stream().synchronize()
-    for i, (start, end) in enumerate(events):
-        start.record()
-        call(*inputs[i % len(inputs)])
-        end.record()
-    cupy.cuda.get_current_stream().synchronize()
-    ms = statistics.median(cupy.cuda.get_elapsed_time(start, end) for start, end in events)
-    return {"ms": ms, "tflops": case.flops / ms / 1e9}
-
-
-def _measure_torch(case: Case, inputs: Sequence[tuple[Any, ...]], ours: Any) -> dict[str, Any]:
-    """Each of PyTorch's scaled_dot_product_attention kernels on the same memory, on the stream CuPy uses: the default.
-
-    {name: {ms, tflops, max_difference} or {error}}; empty where PyTorch cannot be imported or sees no GPU.
-    """
-    try:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:
-        return {}
-    if not torch.cuda.is_available():
-        return {}
-    there = [tuple(torch.from_dlpack(x).transpose(1, 2) for x in qkv) for qkv in inputs]
-    mine = torch.from_dlpack(ours).float()
-
-    def attend(q: Any, k: Any, v: Any) -> Any:
-        return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=case.causal, enable_gqa=case.heads != case.heads_kv
-        )
-
-    results: dict[str, Any] = {}
-    for name in ("FLASH_ATTENTION", "CUDNN_ATTENTION", "EFFICIENT_ATTENTION"):
-        key = f"torch {name.removesuffix('_ATTENTION').lower()}"
-        try:
-            with torch.no_grad(), sdpa_kernel(getattr(SDPBackend, name)):
-                difference = (attend(*there[0]).transpose(1, 2).float() - mine).abs().max().item()
-                results[key] = _timed(attend, there, case) | {"max_difference": difference}
-        except RuntimeError as error:  # this kernel does not take the case, or is not built in
-            results[key] = {"error": str(error).splitlines()[0][:200]}
-    return results
+def benchmark(share: Share) -> Stage:
+    output, file = share.folder / "bench.txt", share.folder / BENCH_FILE
+    minutes = max(0.2, (share.seconds - 1.5 * GRACE) / 60)  # it may overrun by the case it is at
+    arguments = ["-m", "cuflash", "bench", "--quick", "--minutes", f"{minutes:.2f}", "--out", str(file)]
+    ended = finish(start(python(*arguments), output), share.seconds - GRACE)
+    if not file.is_file():
+        return Stage(FAILED, f"no results; status {ended.status}: {tail(output)}")
+    results = benchmarks("schema").read(file)
+    failures = [{"name": f"{row.op}: {row.case}", "message": row.error} for row in results.failed]
+    if ended.how == "ended" and ended.status and not failures:
+        failures = [{"name": "cuflash bench", "message": f"status {ended.status}: {tail(output)}"}]
+    if ended.how == "killed":
+        failures.append({"name": "cuflash bench", "message": f"hangs: {share.seconds:.0f} s, and deaf to Ctrl-C"})
+    state = FAILED if failures else OK if ended.how == "ended" else UNFINISHED
+    return Stage(state, f"{len(results.rows)} rows, {len(failures)} failed", failures)
 
 
-def _print_forward(console: Any, result: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    rows = result["forward"]
-    names = list(dict.fromkeys(n for row in rows for n, v in row.items() if isinstance(v, dict) and n != "case"))
-    table = Table("TFLOP/s, bfloat16 forward", *names, title=f"host cost of a call {result['host_us']:.1f} us")
-    for row in rows:
-        cells = [f"{row[n]['tflops']:.0f}" if "tflops" in row.get(n, {}) else "-" for n in names]
-        table.add_row(row["name"], *cells)
-    console.print(table)
-
-
-# --- the file ---------------------------------------------------------------------------------------------------------
-
-
-def write(result: dict[str, Any], folder: Path) -> Path:
-    """Write `result` to <gpu>-<date>-<commit>.json in `folder`."""
-    facts = result["machine"]
-    day = facts["date"].replace(":", "").split("+")[0]
-    gpu = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower().removeprefix("nvidia ")).strip("-")
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{gpu}-{day}-{facts['commit']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return path
+# Stage -> its share of the time, and what it does.
+STAGES: dict[str, tuple[float, Callable[[Share], Stage]]] = {
+    "hopper": (2.0, hopper),
+    "primitives": (1.5, primitives),
+    "tests": (3.5, other_tests),
+    "sanitizer": (1.5, sanitizer),
+    "benchmark": (3.0, benchmark),
+    "tune": (3.0, tune),
+}
