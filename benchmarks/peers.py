@@ -23,7 +23,7 @@ from cuflash.cli import machine
 from .cases import RADIUS, Case, Problem, documents
 from .inputs import Inputs, bits, floats, from_jax, from_torch, import_jax, starts, to_torch
 from .schema import OURS
-from .timing import Prepared
+from .timing import Prepared, message
 
 _MOST_MATRIX_BYTES = 4 << 30  # a peer that needs a matrix of masks or scores larger than that is not asked
 
@@ -61,7 +61,7 @@ def _import(module: str, package: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # an extension built for another PyTorch raises what it likes
         where = "is not installed" if machine.installed(package) is None else "cannot be imported"
-        raise Missing(f"{package} {where} ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from error
+        raise Missing(f"{package} {where} ({message(error)})") from error
 
 
 # --- cuflash ----------------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def _torch_both(attend: Callable[..., Any], leaves: tuple[Any, ...], dout: Any) 
     return torch.autograd.grad(attend(*leaves), leaves, dout)
 
 
-def _torch(needs_gpu: bool, inputs: Inputs | None = None) -> Any:
+def _torch(needs_gpu: bool) -> Any:
     torch = _import("torch", "torch")
     if needs_gpu and not torch.cuda.is_available():
         raise Missing("PyTorch sees no GPU here")
@@ -274,7 +274,7 @@ class _TorchPeer(Peer):
     module = "torch"
 
     def version(self) -> str:
-        _torch(self.needs_gpu)
+        _torch(self.needs_gpu or bool(machine.gpus()))
         module = _import(self.module, self.package)
         return machine.installed(self.package) or getattr(module, "__version__", "unknown")
 
@@ -749,15 +749,13 @@ class Jax(Peer):
         try:
             jax = import_jax()
         except Exception as error:
-            raise Missing(f"jax cannot be imported ({type(error).__name__}: {error})") from error
-        if self.implementation == "cudnn" and jax.default_backend() != "gpu":
+            raise Missing(f"jax cannot be imported ({message(error)})") from error
+        if (self.implementation == "cudnn" or machine.gpus()) and jax.default_backend() != "gpu":
             raise Missing("JAX sees no GPU here")
         return jax.__version__
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         jax = import_jax()
-        if inputs.clock.gpu and jax.default_backend() != "gpu":
-            raise NotTaken("JAX sees no GPU here")
         attend = self.attend(case.problem, inputs)
         copies = inputs.jax
         names: tuple[str, ...] = ("out",) if case.direction == "forward" else ("dq", "dk", "dv")

@@ -56,6 +56,7 @@ QUANTITIES = {
     "memory": Quantity("MiB", _more("bytes", 2**20), 0, False),
     "accuracy": Quantity("thousandths", _relative_error, 3, False),
 }
+TOKENS = Quantity("million tokens/s", _more("tokens_per_s", 1e6), 1)  # of packed batches
 OPS = {
     "forward": "Forward",
     "backward": "Backward",
@@ -85,20 +86,25 @@ class Table:
     """Cases by implementations, in one quantity: {case: {impl: row}}."""
 
     op: str
+    quantity: Quantity
     impls: tuple[str, ...]
     rows: dict[str, dict[str, Row]]
 
     @property
     def title(self) -> str:
-        return f"{OPS.get(self.op, self.op)}, {quantity(self.op).unit}"
+        return f"{OPS.get(self.op, self.op)}, {self.quantity.unit}"
+
+    @property
+    def plottable(self) -> bool:
+        return self.quantity is quantity(self.op) and self.op.split()[0] in (*GROUPS[:6], "accuracy")
 
     def value(self, case: str, impl: str) -> float | None:
         row = self.rows[case].get(impl)
-        return None if row is None else quantity(self.op).of(row)
+        return None if row is None else self.quantity.of(row)
 
     def best_peer(self, case: str) -> str | None:
         there = {i: v for i in self.impls if i != OURS and (v := self.value(case, i)) is not None}
-        choose = max if quantity(self.op).more_is_better else min
+        choose = max if self.quantity.more_is_better else min
         return choose(there, key=lambda impl: there[impl]) if there else None
 
     def against_best(self, case: str) -> float | None:
@@ -109,7 +115,15 @@ class Table:
         theirs = self.value(case, best)
         assert theirs is not None
         ratio = ours / theirs if theirs else float("inf")
-        return ratio if quantity(self.op).more_is_better else 1 / ratio
+        return ratio if self.quantity.more_is_better else 1 / ratio
+
+    def cell(self, case: str, impl: str) -> str:
+        """The value; half the spread beside it, where that is a hundredth of it or more."""
+        value, row = self.value(case, impl), self.rows[case].get(impl)
+        if value is None or row is None:
+            return "failed" if row is not None and impl == OURS else "-"
+        percent = 50 * (row.spread or 0.0) / row.ms if row.ms else 0.0
+        return self.quantity.text(value) + (f" ±{percent:.0f} %" if percent >= 1 else "")
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """(head, lines) as text."""
@@ -117,11 +131,7 @@ class Table:
         head = ["", *self.impls, *(["of the best peer"] if compared else [])]
         lines = []
         for case in self.rows:
-            line = [case]
-            for impl in self.impls:
-                value = self.value(case, impl)
-                failed = self.rows[case].get(impl) is not None and impl == OURS
-                line.append(quantity(self.op).text(value) if value is not None else "failed" if failed else "-")
+            line = [case, *(self.cell(case, impl) for impl in self.impls)]
             if compared:
                 ratio = self.against_best(case)
                 line.append("" if ratio is None else f"{ratio:.2f} x {self.best_peer(case)}")
@@ -130,16 +140,16 @@ class Table:
 
 
 def tables(rows: Iterable[Row]) -> list[Table]:
-    """A table for each op that has a value, in the order of OPS, then others."""
+    """A table for each op and quantity that has a value, in the order of OPS, then others."""
     by_op: dict[str, dict[str, dict[str, Row]]] = {}
     for row in rows:
         by_op.setdefault(row.op, {}).setdefault(row.case, {})[row.impl] = row
     made = []
     for op in [*(op for op in OPS if op in by_op), *(op for op in by_op if op not in OPS)]:
-        of = quantity(op).of
-        impls = dict.fromkeys(r.impl for by in by_op[op].values() for r in by.values() if of(r) is not None)
-        if impls:
-            made.append(Table(op, (OURS, *(impl for impl in impls if impl != OURS)), by_op[op]))
+        for q in (quantity(op), *([TOKENS] if op.split()[0] == "varlen" else [])):
+            impls = dict.fromkeys(r.impl for by in by_op[op].values() for r in by.values() if q.of(r) is not None)
+            if impls:
+                made.append(Table(op, q, (OURS, *(impl for impl in impls if impl != OURS)), by_op[op]))
     return made
 
 
@@ -350,7 +360,7 @@ def long_page(files: Sequence[tuple[Path, Results]]) -> str:
             parts += [f"Note: {note}." for note in results.notes]
             for table in tables(row for row in results.rows if row.op in ops):
                 parts += [f"### {table.title}", markdown(*table.cells())]
-                if plottable(table):
+                if table.plottable:
                     parts.append(f"![{table.title}]({plot_name(gpu, table.op)})")
                 failed = [r for by in table.rows.values() for r in by.values() if r.error and r.impl == OURS]
                 parts += [f"{row.case}: {row.error}" for row in failed]
@@ -373,7 +383,7 @@ def short_page(files: Sequence[tuple[Path, Results]]) -> str:
                     ours, ratio = table.value(case, OURS), table.against_best(case)
                     unit = quantity(op).unit
                     cell = "failed" if ours is None else f"{quantity(op).text(ours)} {unit}"
-                    if op in ("memory", "memory both", "accuracy") or ratio is None:
+                    if op in ("memory", "memory both", "accuracy") or ratio is None or table.quantity is TOKENS:
                         continue
                     lines.append([f"{OPS[op]}: {case}", cell, f"{ratio:.2f} x {table.best_peer(case)}"])
         if lines:
@@ -412,10 +422,6 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
 # --- plots ------------------------------------------------------------------------------------------------------------
 
 
-def plottable(table: Table) -> bool:
-    return table.op.split()[0] in GROUPS[:6]
-
-
 def plot_name(gpu: str, op: str) -> str:
     """
     >>> plot_name("NVIDIA H200", "varlen both")
@@ -430,7 +436,7 @@ def plots(results: Path = RESULTS) -> dict[str, Table]:
     for gpu, by_op in newest(read_all(results)).items():
         for op, (_, found) in by_op.items():
             for table in tables(row for row in found.rows if row.op == op):
-                if plottable(table):
+                if table.plottable:
                     made[plot_name(gpu, op)] = table
     return made
 
@@ -442,14 +448,15 @@ def digest(table: Table) -> str:
 
 
 def draw(table: Table, path: Path) -> None:
-    """A plot of a table: lines over the length where cases differ by it, else bars."""
+    """A plot of a table: lines over the length where cases differ by it, histograms of errors, else bars."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "cuflash", "svg.fonttype": "none", "font.size": 9})
     from matplotlib import pyplot
 
-    figure = _lines(pyplot, table) if table.op in ("forward", "backward", "both") else _bars(pyplot, table)
+    kinds = {"forward": _lines, "backward": _lines, "both": _lines, "accuracy": _histograms}
+    figure = kinds.get(table.op, _bars)(pyplot, table)
     figure.suptitle(table.title)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -487,7 +494,7 @@ def _lines(pyplot: Any, table: Table) -> Any:
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
         axis.set_title(f"head dim {d}{', ' + mask if mask else ''}")
-        axis.set_ylabel(quantity(table.op).unit)
+        axis.set_ylabel(table.quantity.unit)
     axes.flat[0].legend(fontsize=7)
     return figure
 
@@ -502,8 +509,28 @@ def _bars(pyplot: Any, table: Table) -> Any:
         axis.barh([i + n * height for i, _ in there], [v for _, v in there], height, label=impl, **style)
     axis.set_yticks([i + 0.4 for i in range(len(names))], names)
     axis.invert_yaxis()
-    axis.set_xlabel(quantity(table.op).unit)
+    axis.set_xlabel(table.quantity.unit)
     axis.legend(fontsize=7)
+    return figure
+
+
+def _histograms(pyplot: Any, table: Table) -> Any:
+    """How many of out's elements are wrong by how much, in powers of two."""
+    figure, axes = pyplot.subplots(
+        -(-len(table.rows) // 2), 2, figsize=(9, 2.8 * -(-len(table.rows) // 2)), squeeze=False
+    )
+    for axis in axes.flat[len(table.rows) :]:
+        axis.axis("off")
+    for axis, (case, rows) in zip(axes.flat, table.rows.items(), strict=False):
+        for impl in (impl for impl in table.impls if impl in rows and "out" in rows[impl].more):
+            found = rows[impl].more["out"]["histogram"]
+            share = [count / max(1, sum(found["counts"])) for count in found["counts"]]
+            exponents = range(found["first_exponent"], found["first_exponent"] + len(share))
+            axis.step(list(exponents), share, where="post", label=impl, **_style(table.impls, impl))
+        axis.set_title(case)
+        axis.set_xlabel("error, power of two")
+        axis.set_ylabel("share")
+    axes.flat[0].legend(fontsize=7)
     return figure
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import cuflash
@@ -20,7 +21,7 @@ from . import oracle, timing
 from .cases import GROUPS, Case
 from .inputs import Inputs
 from .peers import Missing, NotTaken, Ours, Peer
-from .schema import CHECKOUT, OURS, Results, Row, clocks
+from .schema import OURS, Results, Row, clocks
 from .timing import Clock, Prepared, Timing, message
 
 _FIXED_SECONDS = {"latency": 6.0, "memory": 1.0, "accuracy": 1.0}  # of a case, beside the peers' own
@@ -343,7 +344,8 @@ def first_calls(clock: Clock, repeats: int = 3) -> list[Row]:
 
 
 def _fresh(script: str, cache: str) -> list[float]:
-    path = os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")]))
+    package = str(Path(cuflash.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     env = os.environ | {"PYTHONPATH": path, "CUFLASH_CACHE_DIR": cache}
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True, timeout=120)
     if done.returncode:

@@ -70,7 +70,7 @@ class Row:
         for name in ("tflops", "gbps", "more"):
             if not row[name]:
                 del row[name]
-        return row
+        return {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
 
 
 @dataclasses.dataclass

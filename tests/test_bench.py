@@ -779,3 +779,24 @@ def test_peers_that_are_not_here_are_skipped_by_name(monkeypatch: pytest.MonkeyP
     assert "jax cannot be imported" in skipped["jax xla"]
     _, _, skipped = peers.present(["flash-attn"], peers.peers())
     assert set(skipped) == {"flash-attn 2", "flash-attn 3", "flash-attn 4"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", ["both", "varlen", "decode", "memory", "accuracy"])
+def test_the_harness_on_a_gpu(group: str) -> None:
+    """Events, copies that give the host a lead, and the check against float64 on the device, with cuflash alone."""
+    clock = timing.CudaClock()
+    chosen = [
+        dataclasses.replace(case, problem=dataclasses.replace(case.problem, head_dim=64)) for case in cases.tiny()
+    ]
+    results = schema.describe(commit="abc")
+    run.measure([c for c in chosen if c.group == group][:2], run.Run(clock, [], 0.01), results)
+    assert results.rows and not results.notes
+    assert [row.error for row in results.rows] == [None] * len(results.rows)
+    assert all(row.ms or row.more for row in results.rows)
+
+
+@pytest.mark.gpu
+def test_the_ceilings_of_a_gpu() -> None:
+    found = timing.ceilings(timing.CudaClock(), 0.05)
+    assert found["matmul_tflops"] > 1 and found["copy_gbps"] > 10 and found["launch_us"] > 0

@@ -31,7 +31,9 @@ def made_up(tflops: float, best: float, gbps: float = 3800.0, host_us: float = 1
         elif case.group == "memory":
             results.rows.append(Row(case.op, case.name, OURS, more={"bytes": case.problem.q_lens[0] * 8192}))
         elif case.group == "accuracy":
-            results.rows.append(Row(case.op, case.name, OURS, more={"out": {"rms": 1e-3, "max": 1e-2, "size": 0.5}}))
+            histogram = {"first_exponent": -31, "counts": [1, 5, 2]}
+            found = {"rms": 1e-3, "max": 1e-2, "size": 0.5, "histogram": histogram}
+            results.rows.append(Row(case.op, case.name, OURS, more={"out": found}))
         else:
             for impl, speed in ((OURS, tflops), (BEST, best), ("flash-attn 2", best / 2), (SLOW, 10.0)):
                 if impl == OURS or not case.variant:
@@ -43,7 +45,9 @@ def made_up(tflops: float, best: float, gbps: float = 3800.0, host_us: float = 1
 def row_of(case: cases.Case, impl: str, tflops: float, gbps: float) -> Row:
     if case.by_bytes:
         return Row(case.op, case.name, impl, case.bytes / gbps / 1e6, 0.0, gbps=gbps)
-    return Row(case.op, case.name, impl, case.flops / tflops / 1e9, 0.01, tflops=tflops)
+    ms = case.flops / tflops / 1e9
+    more = {"tokens_per_s": round(sum(case.problem.q_lens) / ms * 1e3)} if case.group == "varlen" else {}
+    return Row(case.op, case.name, impl, ms, 0.01, tflops=tflops, more=more)
 
 
 def lines(text: str) -> dict[str, list[str]]:
@@ -81,8 +85,8 @@ def test_a_table_says_who_is_best_and_by_how_much() -> None:
     forward, latency = report.tables(rows)
     assert forward.title == "Forward, TFLOP/s" and forward.impls == (OURS, BEST, SLOW)
     said = lines(report.markdown(*forward.cells()))
-    assert said["long"] == ["660", "600", "66", "1.10 x torch cudnn"]
-    assert said["short"] == ["300", "400", "-", "0.75 x torch cudnn"]
+    assert said["long"] == ["660 ±5 %", "600 ±5 %", "66", "1.10 x torch cudnn"]
+    assert said["short"] == ["300 ±5 %", "400 ±5 %", "-", "0.75 x torch cudnn"]
     assert said["broken"] == ["failed", "-", "-", ""]
     assert lines(report.markdown(*latency.cells()))["warm"] == ["10.0", "20.0", "2.00 x torch cudnn"], "less is better"
 
@@ -125,6 +129,9 @@ def test_pages_show_wins_and_losses_with_where_they_come_from(tmp_path: Path) ->
     forward = lines(long.partition("### Backward")[0])
     assert forward["4 x 4096, heads 16 x 128"][0] == "failed" and "RuntimeError: no" in long
     assert "**not met**" in long and "Note: left off for lack of time." in long
+    tokens = lines(long.partition("### Packed batches, forward, million tokens/s")[2].partition("###")[0])
+    case = "skewed: 42 of 5 to 2234, heads 16 x 128, causal"
+    assert tokens[f"{case} [padded]"][1:] == ["-", "-", "-", ""] and tokens[case][3].endswith("x torch cudnn")
     assert "h200-forward.svg" in long and "benchmarks/h200-forward.svg" in short
 
 
@@ -158,20 +165,24 @@ def test_the_command_writes_pages_and_plots_and_removes_old_ones(tmp_path: Path,
     monkeypatch.setattr(report, "LONG_README", tmp_path / "benchmarks.md")
     monkeypatch.setattr(report, "PLOTS", tmp_path)
     results = made_up(600.0, 700.0)
-    kept = ("forward", "decode", "latency")
+    kept = ("forward", "decode", "latency", "accuracy")
     results.rows = [row for row in results.rows if row.op in kept]
     schema.write(results, tmp_path / "results")
     (tmp_path / "a100-forward.svg").write_text("of results that are gone")
     done = CliRunner().invoke(cli.app(), ["bench-report", "--results", str(tmp_path / "results")])
     assert done.exit_code == 0, done.output
-    assert {path.name for path in tmp_path.glob("*.svg")} == {"h200-forward.svg", "h200-decode.svg"}
+    assert {path.name for path in tmp_path.glob("*.svg")} == {
+        "h200-forward.svg",
+        "h200-decode.svg",
+        "h200-accuracy.svg",
+    }
     assert report.pages(tmp_path / "results") == {
         page: page.read_text() for page in (report.README, report.LONG_README)
     }
     for name, table in report.plots(tmp_path / "results").items():
         text = (tmp_path / name).read_text()
-        assert report.digest(table) in text and "cuflash" in text and "torch cudnn" in text
-        slower = dataclasses.replace(table, impls=table.impls[:1])
+        assert report.digest(table) in text and "cuflash" in text and ("torch cudnn" in text or table.op == "accuracy")
+        slower = dataclasses.replace(table, impls=())
         assert report.digest(slower) != report.digest(table)
 
 

@@ -81,8 +81,10 @@ def test_an_installed_wheel_finds_its_kernels(built: Path, tmp_path: Path) -> No
     folder, names = kernels_found(python, tmp_path)
     assert folder == site / "cuflash" / "_kernels_cu"
     assert names == KERNELS
-    script = "from cuflash.cli.bench import benchmarks; print(benchmarks('schema').__name__)"
-    assert run([str(python), "-P", "-c", script], cwd=tmp_path).strip() == "cuflash._benchmarks.schema"
+    names = sorted(Path(name).stem for name in BENCHMARKS)
+    script = f"from cuflash.cli.bench import benchmarks; print(*(benchmarks(n).__name__ for n in {names!r}))"
+    found = run([str(python), "-P", "-c", script], cwd=tmp_path).split()
+    assert found == [f"cuflash._benchmarks.{name}" for name in names]
 
 
 def test_the_source_distribution_holds_the_project(built: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +70,9 @@ def bench(
         results = schema.describe(schema.HARNESS_TEST, commit)
         _measure(results, timing.HostClock(), chosen, peers, quick, minutes, out, as_json, seconds=0.01)
         return
+    if gpu and not machine.cupy_wheels():
+        extra = f"cuda{machine.wanted_cuda_major()}"
+        raise UnsupportedError(f"CuPy, which launches the kernels, is not here: {machine.pip_install_extra(extra)}")
     if not gpu:
         without = ", ".join(stages)
         raise ArgumentError(f"{wanted[0]} needs a GPU that cuflash serves, and there is none: measure {without} here")
@@ -83,6 +87,7 @@ def _measure(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     everyone, run, schema = benchmarks("peers"), benchmarks("run"), benchmarks("schema")
+    began = time.monotonic()
     console = _console(stderr=as_json)
     words = None if peers is None else [word for word in peers.split(",") if word]
     candidates = everyone.peers() + ([everyone.FlexEager()] if not clock.gpu else [])
@@ -109,7 +114,11 @@ def _measure(
                 if results.rows:
                     path = schema.write(results, out)  # what is measured is kept, whatever comes
                 progress.update(task, completed=done, total=of, description=f"{case.op}: {case.name}")
+                if not console.is_terminal:
+                    console.print(f"{done + 1} of {of}, {case.op}: {case.name}", highlight=False, markup=False)
 
+            if minutes is not None:  # looking for peers took its part
+                minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
             run.bench(clock, chosen, results, peers=found, seconds=seconds, minutes=minutes, progress=on_case)
     finally:
         path = schema.write(results, out)
