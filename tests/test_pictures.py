@@ -133,6 +133,23 @@ def test_a_timeline_is_possible():
     assert {bar.label for bar in products} == {"issue_qk", "issue_pv"}
 
 
+def test_who_issues_first_multiplies_first():
+    """Of two warps with one matrix unit, whichever the emulator ran first."""
+
+    def does(warp: int, *what: str) -> list[emulator.Event]:
+        return [emulator.Event("toy", 0, (0, 0, 0), warp, 32, w, False, -1, 0, 0, "toy.cu", 1) for w in what]
+
+    slow, quick = does(4, "shfl", "wgmma", "wgmma_wait"), does(0, "bulk_commit", "wgmma", "wgmma_wait")
+    for events in (slow + quick, quick + slow):
+        found = workbench.timeline(emulator.Trace(events, launches=1), product_ticks=9, shuffle_ticks=4)
+        products = {row: found.of(f"products of {row}") for row in ("warp 0", "warp 4")}
+        assert {row: (bar.begin, bar.end) for row, (bar,) in products.items()} == {
+            "warp 0": (2, 11),
+            "warp 4": (11, 20),
+        }
+        assert found.waited("warp 4") == {"products": 20 - 5}
+
+
 def test_softmax_runs_under_the_product_before():
     """What the kernel's page says: between the wait for S and that for O, while O is computed."""
     found = workbench.timeline(traced())
