@@ -73,7 +73,7 @@ def setup(app: Any) -> None:
 
     def color(app: Any, doctree: nodes.document) -> None:
         for block in doctree.findall(nodes.literal_block):
-            if block.astext().startswith("%%cuflash_"):  # a notebook's cell of CUDA C
+            if app.env.docname.startswith("notebooks/") and block.astext().startswith("%%cuflash_"):  # CUDA C
                 block["language"] = "c++"
 
     app.add_directive("commands", Commands)

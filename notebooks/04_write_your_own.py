@@ -205,8 +205,14 @@ assert pipeline.check()
 pipeline.diff(swizzled)
 
 # %% [markdown]
-# Counters see what moves, not when: what the pipeline hides is time. What it uses on a chip, NVRTC knows, on any
-# machine:
+# Counters see what moves, not when. `trace` keeps what the warps did in which order, and the picture makes up the time
+# from who waited for whom: while a tile is multiplied the next is on its way.
+
+# %%
+workbench.plot_timeline(pipeline.trace(), rows=["warp 0", "copies of warp 0", "warp 1", "copies of warp 1"])
+
+# %% [markdown]
+# What it uses on a chip, NVRTC knows, on any machine:
 
 # %%
 try:

@@ -82,7 +82,7 @@ def specs(problem: Problem) -> list[module.KernelSpec]:
     """The kernels of a problem as they are shipped, the one to look at first."""
     if isinstance(problem, OwnProblem):
         return [problem.spec]
-    with _configured(problem):
+    with _configured(dataclasses.replace(problem, backend="emulator")):  # a GPU has the same plan
         found = list(_planned(problem).prepared.plan.specs)
     mine = [spec for spec in found if spec.source == f"{problem.kernel}.cu"]
     if not mine:
@@ -123,6 +123,13 @@ def run(problem: Problem, edits: Edits, counting: bool, checking: bool) -> Outco
             results = _run_ours(problem)
     expected, allowed = _oracle(problem) if checking else ({}, {})
     return Outcome(results, expected, allowed, counted)
+
+
+def trace(problem: Problem, edits: Edits) -> emulator.Trace:
+    """What the warps of one run do."""
+    with emulator.tracing() as found:
+        run(problem, edits, False, False)
+    return found
 
 
 def compile_for(problem: Problem, edits: Edits, arch: str) -> list[tuple[module.KernelSpec, module.Compiled | None]]:

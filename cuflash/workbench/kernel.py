@@ -12,10 +12,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import arch as arches
-from .. import dtypes, frameworks
+from .. import dtypes, emulator, frameworks
 from ..array import TensorView
 from ..errors import ArgumentError, CompileError, CuflashError, EmulatorError, UnsupportedError
 from ..jit import layout, module, source
+from ..settings import config
 from . import jobs, report, text, worker
 
 Array = Any  # of NumPy, CuPy, PyTorch, JAX or any other producer of DLPack
@@ -50,7 +51,7 @@ def load(name: str, q: Array, k: Array, v: Array, *, arch: str | None = None, **
     >>> kernel = load("forward_sm80", x, x, x, causal=True)
     >>> bool(kernel.check())
     True
-    >>> kernel.counters().counters.matrix_instructions
+    >>> kernel.counters().matrix_instructions
     Counter({'mma_m16n8k16_f16': 256})
     """
     from .. import api
@@ -66,12 +67,14 @@ def load(name: str, q: Array, k: Array, v: Array, *, arch: str | None = None, **
         bound = bound._replace(arrays=tuple(_to_host(x, "captured") for x in bound.arrays))
     arrays = {n: _to_host(x, n) for n, x in {"q": q, "k": k, "v": v, **given}.items()}
     like = framework.view(q)
-    target = arch or ("sm_90a" if name.endswith("sm90") else arches.named(_config_arch()).name)
+    on_gpu = like.device[0] == "cuda"
+    target = arch or ("sm_90a" if name.endswith("sm90") else config.arch)
+    if on_gpu and arch is None:
+        target = frameworks.cupy.arch_of(like.device[1]).name
     if name == "forward_sm80":
         keywords["kernel_options"] = {**(keywords.get("kernel_options") or {}), "kernel": "sm_80"}
-    problem = jobs.OurProblem(
-        name, arrays, keywords, bound, arches.named(target).name, "cuda" if like.device[0] == "cuda" else "emulator"
-    )
+    backend = "cuda" if on_gpu else "emulator"
+    problem = jobs.OurProblem(name, arrays, keywords, bound, arches.named(target).name, backend)
     backward = name.startswith(("backward", "captured_gradient"))
     if backward != ("dout" in arrays):
         needs = "the backward: pass dout=, in the shape of the result" if backward else "the forward: leave out dout="
@@ -141,7 +144,7 @@ def kernel(
     return made
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Kernel:
     """A kernel, its text as changed so far, and the problem it runs on; from `load` and `kernel`. Immutable: `replace`,
     `replace_function`, `edit`, `bind` and `on` return another one.
@@ -159,6 +162,7 @@ class Kernel:
     reference: Callable[..., Any] | None = None
     tolerance: float | None = None
     labels: frozenset[str] = frozenset()
+    _counted: dict[Any, report.Counts] = field(default_factory=dict, init=False)
 
     # --- Text
 
@@ -295,14 +299,21 @@ class Kernel:
     def counters(self, *, seconds: float = SECONDS) -> report.Counts:
         """Runs it on the emulator, and counts: bytes of global and shared memory, matrix instructions, barriers; of
         each access, by its line, bank conflicts and sectors that are not coalesced."""
-        return self.on("emulator")._counts(self.on("emulator")._call(jobs.run, True, False, seconds=seconds))
+        if emulator._schedule not in self._counted:
+            here = self.on("emulator")
+            self._counts(here._call(jobs.run, True, False, seconds=seconds))
+        return self._counted[emulator._schedule]
 
     def measure(self, *, seconds: float = SECONDS) -> tuple[report.Check | None, report.Counts]:
         """`check` and `counters` of one run on the emulator; no check where there is no reference."""
         here = self.on("emulator")
         outcome = here._call(jobs.run, True, True, seconds=seconds)
         can_check = self.reference is not None or isinstance(self.problem, jobs.OurProblem)
-        return here._check(outcome) if can_check else None, here._counts(outcome)
+        return here._check(outcome) if can_check else None, self._counts(outcome)
+
+    def trace(self, *, seconds: float = SECONDS) -> emulator.Trace:
+        """Runs it on the emulator, and keeps what its warps did: `workbench.plot_timeline` draws it."""
+        return self.on("emulator")._call(jobs.trace, seconds=seconds)
 
     def resources(self, arch: str = "sm_80", *, seconds: float = SECONDS) -> report.Resources:
         """What it uses on an architecture: registers, spills, shared memory, occupancy, time to compile. NVRTC compiles
@@ -479,7 +490,8 @@ class Kernel:
         for spec in self.specs:
             changed = jobs.edited(spec, self._edits, self.specs[0].source)
             code |= {f"{f}:{n}": line for f, n, line in source.numbered(changed.text("emu")) if f"{f}:{n}" in sites}
-        return report.Counts(outcome.counters, code)
+        self._counted[emulator._schedule] = report.Counts(**vars(outcome.counters), code=code)
+        return self._counted[emulator._schedule]
 
     def _wrap(self, x: np.ndarray) -> Array:
         """A result as an array of the caller's framework and device."""
@@ -549,12 +561,6 @@ def _to_host(x: Any, name: str) -> np.ndarray:
     if view.device[0] == "cpu":
         return np.array(view.as_numpy(), order="C")
     return np.array(frameworks.cupy.download(view, framework.stream(view.device[1])), order="C")
-
-
-def _config_arch() -> str:
-    from ..settings import config
-
-    return config.arch
 
 
 __all__ = ["CompileError", "Kernel", "kernel", "load"]

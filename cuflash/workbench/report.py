@@ -144,52 +144,46 @@ def compare(
 # --- What it costs, counted ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False)
-class Counts(Report):
-    """What the emulator counted in a run.
-
-    counters  `cuflash.emulator.Counters`: sums, and passes and sectors of each access by its line, "file:line"
-    code      the text of those lines
+@dataclass(repr=False)
+class Counts(Report, Counters):
+    """What the emulator counted in a run: `cuflash.emulator.Counters`, sums, and passes and sectors of each access by
+    its line, "file:line"; and `code`, the text of those lines.
     """
 
-    counters: Counters
     code: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, int]:
         """The sums by name, as the table has them."""
-        c = self.counters
         return {
-            "launches": c.launches,
-            **c.matrix_instructions,
-            **c.matrix_moves,
-            **c.exchanges,
-            "barriers": c.barriers,
-            "global bytes read": sum(c.global_bytes_read.values()),
-            "global bytes written": sum(c.global_bytes_written.values()),
-            "global sectors of 32 bytes": c.global_sectors,
-            "sectors beyond need": sum(c.uncoalesced.values()),
-            "shared bytes": c.shared_bytes,
-            "shared passes": sum(c.shared_passes.values()),
-            "bank conflicts": sum(c.bank_conflicts.values()),
+            "launches": self.launches,
+            **self.matrix_instructions,
+            **self.matrix_moves,
+            **self.exchanges,
+            "barriers": self.barriers,
+            "global bytes read": sum(self.global_bytes_read.values()),
+            "global bytes written": sum(self.global_bytes_written.values()),
+            "global sectors of 32 bytes": self.global_sectors,
+            "sectors beyond need": sum(self.uncoalesced.values()),
+            "shared bytes": self.shared_bytes,
+            "shared passes": sum(self.shared_passes.values()),
+            "bank conflicts": sum(self.bank_conflicts.values()),
         }
 
     @property
     def accesses(self) -> list[tuple[str, str, int, int]]:
         """(site, "shared" or "global", passes or sectors it took, those beyond need), the most wasteful first."""
-        c = self.counters
-        found = [(site, "shared", n, c.bank_conflicts[site]) for site, n in c.shared_passes.items()]
-        found += [(site, "global", n, c.uncoalesced[site]) for site, n in c.sectors.items()]
+        found = [(site, "shared", n, self.bank_conflicts[site]) for site, n in self.shared_passes.items()]
+        found += [(site, "global", n, self.uncoalesced[site]) for site, n in self.sectors.items()]
         return sorted(found, key=lambda x: (-x[3], -x[2], x[0]))
 
     def __rich__(self) -> Any:
         from rich.console import Group
         from rich.text import Text
 
-        c = self.counters
         totals = [(name, n) for name, n in self.totals.items() if n]
-        arrays = {**c.global_bytes_read, **c.global_bytes_written}
-        moved = [(n, c.global_bytes_read[n], c.global_bytes_written[n]) for n in arrays]
+        arrays = {**self.global_bytes_read, **self.global_bytes_written}
+        moved = [(n, self.global_bytes_read[n], self.global_bytes_written[n]) for n in arrays]
         lines = []
         room = max(30, _WIDTH - 56 - max(map(len, self.code), default=0))  # what other columns leave
         for site, memory, taken, beyond in self.accesses:
@@ -212,11 +206,10 @@ class Counts(Report):
         from matplotlib import pyplot
 
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.2), width_ratios=(1, 2), layout="constrained")
-        c = self.counters
-        arrays = list(dict.fromkeys([*c.global_bytes_read, *c.global_bytes_written]))[::-1]
-        left.barh(arrays, [c.global_bytes_read[a] / 1024 for a in arrays], label="read")
-        starts = [c.global_bytes_read[a] / 1024 for a in arrays]
-        left.barh(arrays, [c.global_bytes_written[a] / 1024 for a in arrays], left=starts, label="written")
+        arrays = list(dict.fromkeys([*self.global_bytes_read, *self.global_bytes_written]))[::-1]
+        read = [self.global_bytes_read[a] / 1024 for a in arrays]
+        left.barh(arrays, read, label="read")
+        left.barh(arrays, [self.global_bytes_written[a] / 1024 for a in arrays], left=read, label="written")
         left.set(title="global memory", xlabel="KB")
         left.legend()
         shown = self.accesses[:10][::-1]

@@ -42,7 +42,7 @@ def test_a_right_kernel_checks_and_runs() -> None:
     assert "right" in str(kernel.check())
     assert np.isnan(kernel.problem.arguments["y"]).all()  # the arguments stay as they were
     assert kernel.bind({"x": 2 * X}).check()
-    assert kernel.bind(grid=(2, 1)).counters().counters.global_bytes_read == {"x": 512}
+    assert kernel.bind(grid=(2, 1)).counters().global_bytes_read == {"x": 512}
 
 
 def test_a_wrong_kernel_has_its_worst_element_named() -> None:
@@ -66,7 +66,7 @@ def test_a_planted_bank_conflict_is_counted_at_its_line() -> None:
     planted, mended = toy(body.replace("STEP", "128")), toy(body.replace("STEP", "4"))
     assert planted.check() and mended.check()
     counts = planted.counters()
-    assert counts.counters.bank_conflicts == {f"cell toy:{FIRST}": 62, f"cell toy:{FIRST + 1}": 62}
+    assert counts.bank_conflicts == {f"cell toy:{FIRST}": 62, f"cell toy:{FIRST + 1}": 62}
     assert counts.accesses[0][1:] == ("shared", 64, 62)
     assert "hw::store_shared(smem + 128 * i" in str(counts)
     assert mended.counters().totals["bank conflicts"] == 0
@@ -81,7 +81,7 @@ def test_a_planted_uncoalesced_read_is_counted_at_its_line() -> None:
     body = "  hw::store_global(p.y + i, 2.0f * hw::load_global(p.x + i));"
     planted = toy(body.replace("p.x + i", "p.x + 8 * i % 64 + i / 8"))
     counts = planted.counters()
-    assert counts.counters.uncoalesced == {f"cell toy:{FIRST}": 8 * 2 - 8}
+    assert counts.uncoalesced == {f"cell toy:{FIRST}": 8 * 2 - 8}
     assert counts.accesses[0][1:] == ("global", 16 + 8, 8)
     assert toy(body).counters().totals["sectors beyond need"] == 0
 
@@ -152,6 +152,13 @@ def test_resources_and_machine_code_of_an_architecture() -> None:
     assert code.function.counts["STG"] == 1 and "STG.E" in code.text
     more = toy(f"  hw::store_shared(smem + 4 * i, 1.0f);\n{RIGHT}")
     assert more.diff(kernel, counters=False, arch="sm_90a").resources["instructions: STS"] == (0, 1)
+
+
+def test_a_trace_is_what_the_timeline_draws() -> None:
+    kernel = toy("  hw::cp_async_4(smem + 4 * i, p.x + i, 4);\n  hw::cp_async_commit();\n  hw::cp_async_wait<0>();")
+    events = kernel.trace().events
+    assert {(e.file, e.line) for e in events if e.what == "cp_async_4"} == {("cell toy", FIRST)}
+    assert "copies of warp 1" in workbench.timeline(kernel.trace()).rows
 
 
 def test_bench_needs_a_gpu() -> None:
