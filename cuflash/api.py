@@ -119,7 +119,8 @@ def attention(
                    Keys are dense or in pages, not packed; gradients are computed as without
     kernel_options for measuring. {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its
                    own; the result has other bits. {"persistent": True or False}: whether Hopper's computes a dense
-                   batch by a block for each multiprocessor
+                   batch by a block for each multiprocessor; {"pack_heads": True or False}: whether it takes the query
+                   heads of a key head together
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -864,7 +865,7 @@ def _options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
     """Checked, and as part of a key."""
     if not kernel_options:
         return ()
-    allowed = {"kernel": (None, "sm_80"), "persistent": (None, True, False)}
+    allowed = {"kernel": (None, "sm_80"), "persistent": (None, True, False), "pack_heads": (None, True, False)}
     if not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
         raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
     return tuple(sorted(kernel_options.items()))
@@ -884,8 +885,8 @@ _PAGES_WITHOUT_GRADIENTS = (
 
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
-    "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'} and "
-    "{'persistent': True or False} to choose: leave it None",
+    "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'}, and "
+    "'persistent' and 'pack_heads', True or False, to choose: leave it None",
 }
 
 _MODS = ("score_mod", "mask_mod", "block_mask")

@@ -32,7 +32,7 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   Dq dq;
   dq.fill(0.0f);
   if (first < seq.q_len) {
-    const i64 block = head * p.dq_blocks + slot_begin<16>(p.cu_seqlens_q, p.q_len, sequence) + first / 16;
+    const i64 block = head * p.dq_blocks + slot_begin(p.cu_seqlens_q, p.q_len, sequence, 16) + first / 16;
     const float* from = p.dq_accum + block * (V::kHeadDim / 8) * 128 + lane;
     HW_UNROLL
     for (i32 c = 0; c < Dq::kColTiles; ++c) {
@@ -56,7 +56,7 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   HW_UNROLL
   for (i32 mask = 1; mask < 32; mask *= 2) sink_sum += hw::shfl_xor(sink_sum, mask);
   if (lane == 0) {
-    const i64 slot = slot_begin<V::kRows>(p.cu_seqlens_q, p.q_len, sequence) + tile;
+    const i64 slot = slot_begin(p.cu_seqlens_q, p.q_len, sequence, V::kRows) + tile;
     hw::store_global(p.sink_partials + head * p.partials + slot * (V::kThreads / 32) + warp, sink_sum);
   }
 }
@@ -64,7 +64,7 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
 HW_KERNEL(Variant::kThreads) cuflash_backward_cast(HW_GRID_CONSTANT BackwardParams p) {
   using V = Variant;
   static_assert(V::kRows == V::kThreads / 2, "every warp has 16 rows");
-  const TileRange range = tiles_of_block<V::kRows>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+  const TileRange range = tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, V::kRows);
   const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kRows); };
   for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
     // sync   rows free <-> this warp's lanes: this tile may replace the one before

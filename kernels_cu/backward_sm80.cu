@@ -126,7 +126,7 @@ HW_DEVICE void accumulate_dq(const BackwardParams& p, u32 ds_smem, u32 k_smem, i
     dq.fill(0.0f);
     multiply_ptv<typename V::Element, V::kHeld, typename Plan::DsTile, typename Plan::Tile>(dq, ds_smem, row, k_smem,
                                                                                             part_column);
-    const i64 line = head * p.dq_blocks + slot_begin<16>(p.cu_seqlens_q, p.q_len, sequence) + (first + row) / 16;
+    const i64 line = head * p.dq_blocks + slot_begin(p.cu_seqlens_q, p.q_len, sequence, 16) + (first + row) / 16;
     float* to = p.dq_accum + (line * (V::kHeadDim / 8) + (column + part_column) / 8) * 128 + hw::lane_idx();
     HW_UNROLL
     for (i32 c = 0; c < Dq::kColTiles; ++c) {
@@ -512,7 +512,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
       sink_sum += hw::shfl_xor(sink_sum, mask);
     }
     if (lane == 0) {
-      const i64 slot = slot_begin<V::kHeld>(p.cu_seqlens_q, p.q_len, sequence) + held_first / V::kHeld;
+      const i64 slot = slot_begin(p.cu_seqlens_q, p.q_len, sequence, V::kHeld) + held_first / V::kHeld;
       const i64 at = first_head * p.partials + slot * (V::kThreads / 32) + hw::warp_idx();
       if (p.sink_partials != nullptr) hw::store_global(p.sink_partials + at, sink_sum);
       if (p.slope_partials != nullptr) hw::store_global(p.slope_partials + at, slope_sum);
@@ -524,7 +524,7 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_sm80(HW_GRID_CONSTANT BackwardPara
   using V = Variant;
   const i32* cu_seqlens = V::kKeysHeld ? p.cu_seqlens_k : p.cu_seqlens_q;
   const i32 rows = V::kKeysHeld ? p.k_len : p.q_len;
-  const TileRange range = tiles_of_block<V::kHeld>(cu_seqlens, rows, p.batch, p.packed_grid);
+  const TileRange range = tiles_of_block(cu_seqlens, rows, p.batch, p.packed_grid, V::kHeld);
   const auto tiles = [&] {
     const Sequence seq = read_sequence(p, range.sequence);
     return ceil_div(V::kKeysHeld ? seq.k_rows : seq.q_rows, V::kHeld);

@@ -39,8 +39,8 @@ HW_KERNEL(32) cuflash_backward_sum(HW_GRID_CONSTANT BackwardParams p) {
     return;
   }
   for (i32 b = sequence; b < p.batch; b += hw::grid_dim_y()) {
-    const i64 begin = static_cast<i64>(slot_begin<V::kHeld>(p.cu_seqlens_q, p.q_len, b)) * V::kWarps;
-    const i64 end = static_cast<i64>(slot_begin<V::kHeld>(p.cu_seqlens_q, p.q_len, b + 1)) * V::kWarps;
+    const i64 begin = static_cast<i64>(slot_begin(p.cu_seqlens_q, p.q_len, b, V::kHeld)) * V::kWarps;
+    const i64 end = static_cast<i64>(slot_begin(p.cu_seqlens_q, p.q_len, b + 1, V::kHeld)) * V::kWarps;
     const float sum = sum_of(p.slope_partials + head * p.partials, begin, end);
     if (hw::lane_idx() == 0) hw::store_global(p.dslopes + b * p.alibi_stride_batch + head, sum);
   }

@@ -185,23 +185,8 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
         visit_head_terms<M>(p, tile_of, query_of, s, k_first, terms_smem + stage,
                             [&](float& x, const typename M::Tile& t, i32, i32, const typename M::QTerms& q,
                                 const typename M::KTerms& k) { x = M::score(p, t, q, k, x); });
-      } else if (!p.raw_scores) {
-        if (p.score_cap != 0.0f) {
-          s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
-        } else {
-          s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
-        }
-        if (p.alibi_slopes != nullptr) {
-          float slope[S::kRows], from_first[S::kRows];
-          HW_UNROLL
-          for (i32 i = 0; i < S::kRows; ++i) {
-            slope[i] = read_slope(p, sequence, head_of(i));
-            from_first[i] = static_cast<float>(center_of(i) - k_first - S::first_col());
-          }
-          s.for_each([&](float& x, i32 row, i32 column) {
-            x = hw::fma(-slope[row], hw::abs(from_first[row] - static_cast<float>(column)), x);
-          });
-        }
+      } else {
+        score_of<Element>(p, sequence, head_of, s, [&](i32 i) { return center_of(i) - k_first; });
       }
       bool mixed = k_first < seen.all.begin || k_first + V::kBlockK > seen.all.end;
       if constexpr (M::kMask) mixed |= kAhead ? (full & 1u) == 0 : !walk.is_full(n);

@@ -214,7 +214,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
   constexpr i32 kBlockQ = Variant::kBlockQ;
-  const TileRange range = tiles_of_block<kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+  const TileRange range = tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, kBlockQ);
   // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
   const auto tiles = [&] { return ceil_div(read_sequence<Variant::kPaged>(p, range.sequence).q_rows, kBlockQ); };
   for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {

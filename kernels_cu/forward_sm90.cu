@@ -4,7 +4,9 @@
 //   m, l, O            online softmax in base 2 (tile/softmax.cuh)
 //   out = O / l        lse = ln(l) + m
 //
-//   grid    (query block, head, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu; or, where the tiles of a
+//   rows    queries of one head, or of all heads that share a key head (group_heads of them), so that few queries fill a
+//           tile and keys are loaded once for those heads: row r of a warpgroup is query r / group_heads of its queries
+//   grid    (query block, head or group of them, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu; or, where the tiles of a
 //           dense batch are alike, a block for each multiprocessor, which goes over (query block, head, sequence) in steps
 //   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
 //           warpgroups 1..        consumers: 64 query rows each against all keys
@@ -30,7 +32,7 @@
 //   q_empty[s]    every consumer warp, after store  producer: the next Q, bounds and words of this stage
 //
 //   named barrier 1        all consumers, where the last keys' V has been cleared behind them
-//                 2 + w    turn of warpgroup w to issue its products: the others' softmax runs under them
+//                 2 + w    kTurns: turn of warpgroup w to issue its products; the others' softmax runs under them
 //                 5 + w    warpgroup w: all of it has read Q
 //
 // A warpgroup issues S of the next tile and O += P V of this one together, and computes the softmax of the next tile while
@@ -64,6 +66,7 @@ struct ForwardPlan {
   static constexpr i32 kConsumerWarps = 4 * kConsumers;
   static constexpr u32 kStages = 2;
   static constexpr u32 kQStages = V::kQStages;  // 2, where they fit: Q of the next tile lands while this one is computed
+  static constexpr bool kSharesTiles = !(Mods::kScore || Mods::kMask || V::kDropout);  // else a tile is of one head
   static_assert(64 * kConsumers == V::kBlockQ && V::kThreads == 128 * (kConsumers + 1) && sizeof(Element) == kBytes,
                 "a warpgroup has 64 rows of 16-bit elements, and one more produces");
 
@@ -101,7 +104,7 @@ struct Progress {
 constexpr u32 kMasked = 1u << 31;
 constexpr u32 kLast = 1u << 30;
 
-// What it says of the tile in a Q stage: sequence, head, number from the end of the sequence, and one of these.
+// What it says of the tile in a Q stage: sequence, group of heads, number from the end of the sequence, and one of these.
 constexpr i32 kSeesNothing = 0;
 constexpr i32 kSeesKeys = 1;
 constexpr i32 kNoTile = 2;  // no tile: the block is done
@@ -150,16 +153,22 @@ HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePo
   }
 }
 
+// Queries of a tile, of each of its heads.
+template <class V>
+HW_DEVICE i32 queries_of_tile(const ForwardSm90Params& p) {
+  return ForwardPlan<V>::kSharesTiles ? V::kBlockQ / 64 * p.group_queries : V::kBlockQ;
+}
+
 // Which queries the tile number `from_end` of a sequence has, counted from its end, and where they stand.
 template <class V>
 struct QueryTile {
-  i32 first;     // query of row 0
-  i32 last_row;  // the last row that is a query; -1: none is
-  i32 diagonal;  // the key that row 0 stands on
+  i32 first;     // the first one
+  i32 last_row;  // how many follow it; -1: it is none either
+  i32 diagonal;  // the key that the first one stands on
 
-  HW_DEVICE QueryTile(const Sequence& seq, i32 from_end)
-      : first((ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ),
-        last_row(min_of(V::kBlockQ, seq.q_len - first) - 1), diagonal(seq.diagonal() + first) {}
+  HW_DEVICE QueryTile(const ForwardSm90Params& p, const Sequence& seq, i32 from_end)
+      : first((ceil_div(seq.q_rows, queries_of_tile<V>(p)) - 1 - from_end) * queries_of_tile<V>(p)),
+        last_row(min_of(queries_of_tile<V>(p), seq.q_len - first) - 1), diagonal(seq.diagonal() + first) {}
 
   // By causal, window and length.
   HW_DEVICE TileInterval keys(const ForwardParams& p, i32 k_len) const {
@@ -167,19 +176,36 @@ struct QueryTile {
   }
 };
 
-// What a block computes, tile by tile: use(sequence, head, number from the end of the sequence).
+// Which query of its tile, and which of the tile's heads, a row is of. A warpgroup has the rows of whole queries; those of
+// its 64 that are left are of none.
+template <class V>
+struct TileRow {
+  i32 query, head;
+  bool exists;
+
+  HW_DEVICE TileRow(const ForwardSm90Params& p, i32 row) : query(row), head(0), exists(true) {
+    if constexpr (ForwardPlan<V>::kSharesTiles) {
+      const i32 own = row % 64, in_group = static_cast<i32>(static_cast<u32>(own) * p.group_multiplier >> 12);
+      query = row / 64 * p.group_queries + in_group;
+      head = own - in_group * p.group_heads;
+      exists = in_group < p.group_queries;
+    }
+  }
+};
+
+// What a block computes, tile by tile: use(sequence, group of heads, number from the end of the sequence).
 template <class V, class Use>
 HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
   const bool persistent = p.persistent_tiles > 0;
   const TileRange range =
       persistent ? TileRange{0, hw::block_idx_x()}
-                 : tiles_of_block<V::kBlockQ>(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid);
+                 : tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, queries_of_tile<V>(p));
   HW_NO_UNROLL
   for (i32 i = range.first;; i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
-    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence(p, range.sequence).q_rows, V::kBlockQ))) break;
+    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence(p, range.sequence).q_rows, queries_of_tile<V>(p)))) break;
     if (persistent) {
-      const i32 tiles = ceil_div(p.q_len, V::kBlockQ), line = i / tiles, sequence = line / p.heads_q;
-      use(sequence, line - sequence * p.heads_q, i - line * tiles);
+      const i32 tiles = ceil_div(p.q_len, queries_of_tile<V>(p)), line = i / tiles, sequence = line / p.groups;
+      use(sequence, line - sequence * p.groups, i - line * tiles);
     } else {
       use(range.sequence, hw::block_idx_y(), i);
     }
@@ -187,22 +213,24 @@ HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
 }
 
 template <class V>
-HW_DEVICE void say_tile(u32 smem, u32 q_stage, i32 sequence, i32 head, i32 from_end, i32 what) {
+HW_DEVICE void say_tile(u32 smem, u32 q_stage, i32 sequence, i32 group, i32 from_end, i32 what) {
   hw::store_shared(smem + ForwardPlan<V>::kTiles + 16 * q_stage,
-                   u32x4{{static_cast<u32>(sequence), static_cast<u32>(head), static_cast<u32>(from_end),
+                   u32x4{{static_cast<u32>(sequence), static_cast<u32>(group), static_cast<u32>(from_end),
                           static_cast<u32>(what)}});
 }
 
 // Producer: the copies of the sequence's query tile number `from_end` and of its keys. It has few registers: what is
 // needed once in 32 tiles is worked out anew.
 template <class V, class M>
-HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, i32 head, i32 from_end,
+HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, i32 group, i32 from_end,
                             Progress& progress) {
   using Plan = ForwardPlan<V>;
   const Barriers<V> barriers(smem);
   const Sequence seq = read_sequence(p, sequence);
-  const QueryTile<V> q_tile(seq, from_end);
-  const i32 head_kv = head / p.head_group;
+  const QueryTile<V> q_tile(p, seq, from_end);
+  const i32 head_kv = group * p.group_heads / p.head_group;
+  // Mods ask for it, where a group is one head.
+  const i32 head = group;
   const bool leader = hw::elect_one();
 
   const u32 q_stage = barriers.q_stage(progress.q_tiles), q_full = barriers.q_full(q_stage);
@@ -225,7 +253,7 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
     if constexpr (kWalk) {
       return walk.find(n, first_k_tile - 1, [&](i32 tile) {
         const Sequence again = read_sequence(p, sequence);
-        const QueryTile<V> rows(again, from_end);
+        const QueryTile<V> rows(p, again, from_end);
         const Interval all = rows.keys(p, again.k_len).all;
         const i32 first = tile * V::kBlockK, end = first + V::kBlockK;
         const i32 kind = M::classify(p, M::tile(p, sequence, head, again.q_len, again.k_len), rows.first,
@@ -255,14 +283,17 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
   i32 n = find_tile(k_tiles_end - 1);
   // Q, or that there is nothing to do
   if (leader) {
-    say_tile<V>(smem, q_stage, sequence, head, from_end, n >= first_k_tile ? kSeesKeys : kSeesNothing);
+    say_tile<V>(smem, q_stage, sequence, group, from_end, n >= first_k_tile ? kSeesKeys : kSeesNothing);
     if (n >= first_k_tile) {
-      hw::mbarrier_arrive_expect_tx(q_full, V::kBlockQ * V::kHeadDim * Plan::kBytes);
+      const i32 queries = queries_of_tile<V>(p) / Plan::kConsumers;  // of a warpgroup
+      const i32 rows = queries * p.group_heads;
+      hw::mbarrier_arrive_expect_tx(q_full, static_cast<u32>(Plan::kConsumers * rows * V::kHeadDim * Plan::kBytes));
       HW_NO_UNROLL
       for (i32 i = 0; i < Plan::kConsumers; ++i) {
         load_rows<typename Plan::QkChunk, V::kHeadDim, 64>(
             smem + q_stage * Plan::kQBytes + static_cast<u32>(i * Plan::kOwnQBytes), p.q_map, q_full,
-            hw::CachePolicy::kEvictFirst, head, static_cast<i32>(seq.q_begin) + q_tile.first + 64 * i, seq.dense_idx);
+            hw::CachePolicy::kEvictFirst, group * p.group_heads,
+            static_cast<i32>(seq.q_begin) + q_tile.first + queries * i, seq.dense_idx);
       }
     } else {
       hw::mbarrier_arrive(q_full);
@@ -312,6 +343,25 @@ HW_DEVICE void clear_rows(u32 v, i32 first) {
   }
 }
 
+// Zeros in Q's rows that no copy brings, which products read all the same. By all threads, before the copies.
+template <class V>
+HW_DEVICE void clear_rows_of_none(const ForwardSm90Params& p, u32 smem) {
+  using Plan = ForwardPlan<V>;
+  using Chunk = typename Plan::QkChunk;
+  constexpr i32 kChunkBytes = 64 * Chunk::kBytes;  // of a warpgroup's rows
+  const i32 first = p.group_queries * p.group_heads * Chunk::kBytes;
+  if (first == kChunkBytes) return;
+  for (i32 part = 0; part < i32{Plan::kQStages} * Plan::kConsumers; ++part) {
+    for (i32 chunk = 0; chunk < V::kHeadDim / Chunk::kElements; ++chunk) {
+      const u32 to = smem + static_cast<u32>(part * Plan::kOwnQBytes + chunk * kChunkBytes);
+      for (i32 at = first + 16 * hw::thread_idx(); at < kChunkBytes; at += 16 * V::kThreads) {
+        hw::store_shared(to + static_cast<u32>(at), u32x4{{0, 0, 0, 0}});
+      }
+    }
+  }
+  hw::fence_proxy_async();
+}
+
 // Consumer: that tile's rows of one warpgroup; whether there was a tile.
 template <class V, class M>
 HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, Progress& progress) {
@@ -336,7 +386,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   const i32 sequence = said(0), head = said(1), from_end = said(2), sees = said(3);
   if (sees == kNoTile) return false;
   const Sequence seq = read_sequence(p, sequence);
-  const QueryTile<V> q_tile(seq, from_end);
+  const QueryTile<V> q_tile(p, seq, from_end);
   const i32 q_first = q_tile.first, diagonal = q_tile.diagonal;
 
   OnlineSoftmax<S::kRows> softmax(p.softmax_scale);
@@ -365,13 +415,14 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   // From q.k of the tile to its scores; -inf where masked.
   const auto score_tile = [&](S& s, u32 word, u32 tile) {
     const i32 k_first = static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
-    const i32 center = diagonal + warp_row - k_first;
+    const auto center_of = [&](i32 i) { return diagonal - k_first + TileRow<V>(p, warp_row + S::row_of(i)).query; };
+    const auto head_of = [&](i32 i) { return head * p.group_heads + TileRow<V>(p, warp_row + S::row_of(i)).head; };
     const u32 terms = smem + Plan::kTerms + barriers.stage(tile) * Plan::kTermsBytes;
     if constexpr (M::kScore) {
       s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
       score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms);
     } else {
-      score<Element>(p, sequence, head, s, center);
+      score_of<Element>(p, sequence, head_of, s, center_of);
     }
     if (word & kMasked) {
       if constexpr (M::kMask) {
@@ -379,7 +430,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
         mask_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms,
                              [&](i32 i) { return staged_bounds<V::kBlockQ>(bounds, S::row_of(i)); });
       } else {
-        mask_scores(s, center, p.window_left, p.window_right, seq.k_len - k_first);
+        mask_scores_of(s, center_of, p.window_left, p.window_right, seq.k_len - k_first);
       }
     }
     // All lanes have read the terms when one of them says so. (That they have read the word its shuffle sees to.)
@@ -387,7 +438,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   };
   const auto drop = [&](S& s, u32 word) {
     if constexpr (V::kDropout) {
-      visit_dropout(read_dropout(p, sequence, head, p.heads_q), s, q_first + warp_row,
+      visit_dropout(read_dropout(p, sequence, head, p.groups), s, q_first + warp_row,
                     static_cast<i32>(word & (kLast - 1)) * V::kBlockK, [](float& x, bool kept) { x = kept ? x : 0.0f; });
     }
   };
@@ -430,7 +481,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));
       word = read_word(tile);
       // sync   turn <- the warpgroup before: its products are issued
-      hw::named_sync(2 + consumer, 256);
+      if constexpr (V::kTurns) hw::named_sync(2 + consumer, 256);
       S s;
       hw::wgmma_fence();
       issue_scores(s, tile);
@@ -440,7 +491,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::wgmma_fence();
       issue_out(weights, before);
       // arrive   turn -> the warpgroup after
-      hw::named_arrive(2 + (consumer + 1) % Plan::kConsumers, 256);
+      if constexpr (V::kTurns) hw::named_arrive(2 + (consumer + 1) % Plan::kConsumers, 256);
       hw::wgmma_wait<1>();
       score_tile(s, word, tile);
       // arrive   k empty -> the producer
@@ -472,9 +523,15 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   // sync   Q read <-> the warpgroup: out may be gathered in its place
   hw::named_sync(5 + consumer, 128);
   // NOTE: which tile it is is read again: kept through the KV loop it would cost registers there.
-  finish_rows<V, typename Plan::OutTile, false>(
-      p, said(0), said(1), q_first, warp_row, softmax, o,
-      own_q + static_cast<u32>((warp_row - 64 * consumer) * Plan::OutTile::kRowBytes));
+  const u32 own_out = own_q + static_cast<u32>((warp_row - 64 * consumer) * Plan::OutTile::kRowBytes);
+  const i32 first_head = said(1) * p.group_heads;
+  finish_heads<V, typename Plan::OutTile, false>(
+      p, said(0), [&](i32 row) { return first_head + TileRow<V>(p, warp_row + row).head; },
+      [&](i32 row) {
+        const TileRow<V> found(p, warp_row + row);
+        return found.exists ? q_first + found.query : -1;
+      },
+      softmax, o, own_out);
   hw::fence_proxy_async();
   hw::sync_warp();
   // arrive   q empty -> the producer
@@ -488,6 +545,7 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
   const u32 smem = hw::smem_base();
   const i32 warpgroup = hw::shfl(hw::warp_idx() / 4, 0);
   if (hw::thread_idx() == 0) Barriers<V>(smem).template init<Mods>();
+  if constexpr (Plan::kSharesTiles) clear_rows_of_none<V>(p, smem);
   // sync   barriers made <-> all warps
   hw::sync_threads();
 
@@ -495,8 +553,8 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
   if (warpgroup == 0) {
     hw::register_dealloc<V::kProducerRegisters>();
     if (hw::warp_idx() == 0) {
-      for_each_tile<V>(p, [&](i32 sequence, i32 head, i32 from_end) {
-        produce_tile<V, Mods>(p, smem, sequence, head, from_end, progress);
+      for_each_tile<V>(p, [&](i32 sequence, i32 group, i32 from_end) {
+        produce_tile<V, Mods>(p, smem, sequence, group, from_end, progress);
       });
       const Barriers<V> barriers(smem);
       const u32 q_stage = barriers.q_stage(progress.q_tiles);
@@ -510,7 +568,7 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
   } else {
     hw::register_alloc<V::kConsumerRegisters>();
     // The first turn is the first warpgroup's.
-    if (warpgroup == Plan::kConsumers) hw::named_arrive(2, 256);
+    if (V::kTurns && warpgroup == Plan::kConsumers) hw::named_arrive(2, 256);
     HW_NO_UNROLL
     while (consume_tile<V, Mods>(p, smem, warpgroup - 1, progress)) {
     }

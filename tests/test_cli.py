@@ -1,4 +1,4 @@
-"""The command line: what doctor makes of machines that are not this one, explain, and what is common to all commands."""
+"""The command line: what doctor makes of machines that are not this one, explain, what is common to all commands."""
 
 from __future__ import annotations
 

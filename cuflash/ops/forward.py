@@ -40,10 +40,12 @@ class Options:
     kernel      "sm_80": the kernel that runs on every GPU, where the chip has one of its own
     persistent  whether a dense batch is computed by a block for each multiprocessor, which goes over its share of the
                 query tiles and loads for the next while it computes one, or by a block for each; Hopper's kernel alone
+    pack_heads  whether the rows of a tile are queries of all heads that share a key head, or of one head; likewise
     """
 
     kernel: str | None = None
     persistent: bool | None = None
+    pack_heads: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +276,12 @@ class ForwardSm90Variant:
         return q_stages * (q + bounds + 32) + keys + terms + 4 * 32 * self.tile.warps + 72
 
     @property
+    def turns(self) -> bool:
+        """Whether consumers take turns at issuing products. Two do: left to themselves they may run in step, and
+        neither computes softmax while the other multiplies. Three are bound by exponentials: turns make them wait."""
+        return self.tile.warps == 12
+
+    @property
     def registers(self) -> tuple[int, int]:
         """Of a producer's thread and of a consumer's: together what the block has. A mask of more than bounds has the
         producer look through tiles, for which it needs some more."""
@@ -292,6 +300,7 @@ class ForwardSm90Variant:
             "kThreads": 32 * self.tile.warps,
             "kLoadBytes": 16,
             "kSharedBytes": self.smem_bytes,
+            "kTurns": self.turns,
             "kQStages": self.q_stages,
             "kProducerRegisters": producer,
             "kConsumerRegisters": consumer,
@@ -333,6 +342,23 @@ def choose_sm90_variant(
     if dropout:
         tile = SM90_DROPOUT_TILES.get(row, tile)
     return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text)
+
+
+def heads_of_tile(p: ForwardProblem, block_q: int) -> int:
+    """How many query heads have their rows in one tile of forward_sm90.cu: 1, or all that share a key head.
+
+    Then the keys are loaded, and multiplied, once for all of them. The bits of a result are the same, so lengths may
+    decide: it is so where it leaves less than 0.9 of the tiles (as FlashAttention-3 chooses)."""
+    group, wanted = p.heads_q // max(p.heads_kv, 1), p.options.pack_heads
+    can = group <= 64 and p.mods is None and p.dropout_p == 0
+    if wanted and not can:
+        raise UnsupportedError(
+            "kernel_options: pack_heads is for up to 64 query heads a key head, without mods and dropout: leave it None"
+        )
+    queries = math.ceil(p.q_rows / max(p.batch, 1)) if p.packed else p.q_rows
+    together = math.ceil(queries / (block_q // 64 * (64 // group))) if can else math.inf
+    pays = together < 0.9 * group * math.ceil(queries / block_q)
+    return group if can and (pays if wanted is None else wanted) else 1
 
 
 @functools.cache
@@ -417,22 +443,33 @@ class ForwardPlan:
                 paged=problem.page_size > 0, **choices,
             )  # fmt: skip
         self.spec = kernel_spec(self.variant)
+        block_q = self.variant.tile.block_q
+        self._with_maps = isinstance(self.variant, ForwardSm90Variant)
+        self._group_heads = heads_of_tile(problem, block_q) if self._with_maps else 1
+        groups = problem.heads_q // self._group_heads
         self.grid, slots, self.why = choose_grid(
             packed=problem.packed,
             batch=problem.batch,
             rows=problem.q_rows,
             longest=problem.max_seqlen_q,
-            heads=problem.heads_q,
-            block=self.variant.tile.block_q,
+            heads=groups,
+            block=block_q // 64 * (64 // self._group_heads) if self._with_maps else block_q,
         )
+        if self._group_heads > 1:
+            self.why += f"; the {self._group_heads} query heads of a key head share tiles, and count as one"
         self.workspace_bytes = 0
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
         values |= page_values(problem.page_size, problem.page_table_stride)
-        if isinstance(self.variant, ForwardSm90Variant):
-            values |= {"heads_q": problem.heads_q, "persistent_tiles": self._choose_persistence()}
+        if self._with_maps:
+            values |= {
+                "group_heads": self._group_heads,
+                "group_queries": 64 // self._group_heads,
+                "group_multiplier": -(-4096 // self._group_heads),
+                "groups": groups,
+                "persistent_tiles": self._choose_persistence(),
+            }
         self._values = tuple(values.values())
-        self._with_maps = isinstance(self.variant, ForwardSm90Variant)
         names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
         self._pack = layout.load(self.spec.params).packer(*names)
         self._captured = Captured(problem.mods)
@@ -449,7 +486,7 @@ class ForwardPlan:
         if not can or not (alike and total > self.arch.multiprocessors if wanted is None else wanted):
             return 0
         self.grid = (min(total, self.arch.multiprocessors), 1, 1)
-        self.why = "dense, persistent: each block goes over (query block, head, sequence) in steps"
+        self.why = self.why.replace("dense: (", "dense, persistent: each block goes over (")
         return total
 
     def params(
@@ -510,7 +547,7 @@ class ForwardPlan:
         p, tile = self.problem, self.variant.tile
         maps = []
         for name, pointer, heads, rows, d, columns, block in (
-            ("q", q, p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64),
+            ("q", q, p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64 // self._group_heads),
             ("k", k, p.heads_kv, p.k_rows, p.head_dim, self.variant.head_dim, tile.block_k),
             ("v", v, p.heads_kv, p.k_rows, p.head_dim_v, self.variant.head_dim_v, tile.block_k),
         ):
@@ -520,7 +557,7 @@ class ForwardPlan:
             strides = [n * p.dtype.itemsize if size > 1 else 16 for n, size in zip(steps[::-1], dims[1:], strict=True)]
             # Without rows nothing is read, and there is no address.
             address = pointer if rows else q
-            box = (swizzle // 2, 1, block, 1)
+            box = (swizzle // 2, self._group_heads if name == "q" else 1, block, 1)
             maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle))
         return maps
 

@@ -8,6 +8,9 @@ struct ForwardSm90Params : ForwardParams {
   TensorMap k_map;  // likewise
   TensorMap v_map;  // likewise
 
-  i32 heads_q;
+  i32 group_heads;       // query heads whose rows share a tile: 1, or head_group
+  i32 group_queries;     // queries of a warpgroup: 64 / group_heads
+  u32 group_multiplier;  // x / group_heads = x * group_multiplier >> 12 for x < 64
+  i32 groups;            // of query heads
   i32 persistent_tiles;  // query tiles of all heads and sequences, alike, which blocks go over in steps; 0: as packed_grid says
 };

@@ -46,3 +46,39 @@ HW_DEVICE void finish_rows(const Params& p, i32 sequence, i32 head, i32 q_first,
     }
   }
 }
+
+// The same where rows are queries of several heads: head_of(row), query_of(row) of the warp's row, -1: of none.
+template <class V, class OutTile, bool kPaged, class Params, i32 kRows, class O, class HeadOf, class QueryOf>
+HW_DEVICE void finish_heads(const Params& p, i32 sequence, const HeadOf& head_of, const QueryOf& query_of,
+                            const OnlineSoftmax<kRows>& softmax, O& o, u32 warp_tile) {
+  using Element = typename V::Element;
+  typename OnlineSoftmax<kRows>::Row finished[kRows];
+  HW_UNROLL
+  for (i32 i = 0; i < kRows; ++i) {
+    finished[i] = softmax.finish(i, read_sink<Element>(p, head_of(O::row_of(i))));
+    if constexpr (V::kDropout) finished[i].out_scale *= p.keep_scale;
+  }
+  o.for_each([&](float& x, i32 row, i32) { x *= finished[row].out_scale; });
+
+  const Sequence owner = read_sequence<kPaged>(p, sequence);
+  u8* out = at_row(p.out, owner, p.out_stride_batch, owner.q_begin, p.out_stride_row);
+  store_rows_at<Element, OutTile, V::kLoadBytes>(
+      o, warp_tile, p.head_dim_v * static_cast<i32>(sizeof(Element)), [&](i32 row, const auto& write) {
+        const i32 query = query_of(row);
+        if (query >= 0 && query < owner.q_rows) {
+          write(out + query * p.out_stride_row + head_of(row) * p.out_stride_head, query >= owner.q_len);
+        }
+      });
+  if (hw::lane_idx() % 4 == 0) {
+    HW_UNROLL
+    for (i32 i = 0; i < kRows; ++i) {
+      const i32 row = O::row_of(i), query = query_of(row);
+      if (query >= 0 && query < owner.q_rows) {
+        const i64 line = row_offset(owner, p.lse_stride_batch, owner.q_begin + query, 1) + head_of(row) * p.lse_stride_head;
+        const bool used = query < owner.q_len;
+        if (p.lse != nullptr) hw::store_global(p.lse + line, used ? finished[i].lse : -kInfinity);
+        if (p.max_logit != nullptr) hw::store_global(p.max_logit + line, used ? finished[i].max_logit : -kInfinity);
+      }
+    }
+  }
+}

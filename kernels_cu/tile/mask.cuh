@@ -32,14 +32,14 @@ HW_DEVICE TileInterval interval_of_tile(i32 first_center, i32 last_center, i32 l
   return {{first.begin, last.end}, {last.begin, first.end}};
 }
 
-// -inf where a row has nothing to do with a column. Counted from the tile's column 0: center of the warp's row 0, and
-// where the columns' side ends.
-template <class S>
-HW_DEVICE void mask_scores(S& s, i32 center, i32 left, i32 right, i32 length) {
+// -inf where a row has nothing to do with a column. Counted from the tile's column 0: center_of(i) of a thread's row i,
+// and where the columns' side ends.
+template <class S, class CenterOf>
+HW_DEVICE void mask_scores_of(S& s, const CenterOf& center_of, i32 left, i32 right, i32 length) {
   i32 begin[S::kRows], end[S::kRows];
   HW_UNROLL
   for (i32 i = 0; i < S::kRows; ++i) {
-    const i32 from_first = center + S::row_of(i) - S::first_col();
+    const i32 from_first = center_of(i) - S::first_col();
     begin[i] = from_first - left;
     end[i] = min_of(from_first + right + 1, length - S::first_col());
   }
@@ -47,4 +47,10 @@ HW_DEVICE void mask_scores(S& s, i32 center, i32 left, i32 right, i32 length) {
     const bool keep = (column >= begin[row]) & (column < end[row]);
     x = keep ? x : -kInfinity;
   });
+}
+
+// The same where rows are one after the other; center: of the warp's row 0.
+template <class S>
+HW_DEVICE void mask_scores(S& s, i32 center, i32 left, i32 right, i32 length) {
+  mask_scores_of(s, [&](i32 i) { return center + S::row_of(i); }, left, right, length);
 }

@@ -1,7 +1,7 @@
 // Which tiles a block computes: tiles of query rows, or, where keys are held, of keys. Two grids:
 //   (tile, head, sequence)  block x starts at tile x and strides by gridDim.x, so that no hint of the longest length can
 //                           lose a row; packed arrays have one more slice in z for the rows behind the last sequence
-//   (slot, head)            sequence b owns the slots from slot_begin(b) = cu_seqlens[b] / kBlock + b: a monotone
+//   (slot, head)            sequence b owns the slots from slot_begin(b) = cu_seqlens[b] / block + b: a monotone
 //                           function of b that leaves each sequence at least as many slots as it has tiles, so a block
 //                           finds its own by searching cu_seqlens, and the host needs only the total to know the grid
 #pragma once
@@ -17,14 +17,13 @@ struct TileRange {
 };
 
 // The largest b in [0, batch] with slot_begin(b) <= slot. Every warp of the block finds it for itself, 32 probes a step.
-template <i32 kBlock>
-HW_DEVICE i32 find_sequence(const i32* cu_seqlens, i32 batch, i32 slot) {
+HW_DEVICE i32 find_sequence(const i32* cu_seqlens, i32 batch, i32 slot, i32 block) {
   i32 low = 0, high = batch;
   while (low < high) {
     const i32 step = ceil_div(high - low, 32);
     const i32 probe = low + (hw::lane_idx() + 1) * step;
     bool at_or_before = false;
-    if (probe <= high) at_or_before = hw::load_global(cu_seqlens + probe) / kBlock + probe <= slot;
+    if (probe <= high) at_or_before = hw::load_global(cu_seqlens + probe) / block + probe <= slot;
     const i32 passed = hw::popcount(hw::ballot(at_or_before));
     low += passed * step;
     high = min_of(high, low + step - 1);
@@ -33,20 +32,19 @@ HW_DEVICE i32 find_sequence(const i32* cu_seqlens, i32 batch, i32 slot) {
 }
 
 // The first slot of a sequence. rows: of each sequence, in the dense layout.
-template <i32 kBlock>
-HW_DEVICE i32 slot_begin(const i32* cu_seqlens, i32 rows, i32 sequence) {
-  if (cu_seqlens == nullptr) return sequence * ceil_div(rows, kBlock);
-  return hw::load_global(cu_seqlens + sequence) / kBlock + sequence;
+HW_DEVICE i32 slot_begin(const i32* cu_seqlens, i32 rows, i32 sequence, i32 block) {
+  if (cu_seqlens == nullptr) return sequence * ceil_div(rows, block);
+  return hw::load_global(cu_seqlens + sequence) / block + sequence;
 }
 
-template <i32 kBlock>
-HW_DEVICE TileRange tiles_of_block(const i32* cu_seqlens, i32 rows, i32 batch, bool packed_grid) {
+// block: rows of a tile.
+HW_DEVICE TileRange tiles_of_block(const i32* cu_seqlens, i32 rows, i32 batch, bool packed_grid, i32 block) {
   if (!packed_grid) return {hw::block_idx_z(), hw::block_idx_x()};
   const i32 slot = hw::block_idx_x();
   TileRange range;
   range.sequence =
-      cu_seqlens == nullptr ? slot / ceil_div(rows, kBlock) : find_sequence<kBlock>(cu_seqlens, batch, slot);
-  range.first = slot - slot_begin<kBlock>(cu_seqlens, rows, range.sequence);
+      cu_seqlens == nullptr ? slot / ceil_div(rows, block) : find_sequence(cu_seqlens, batch, slot, block);
+  range.first = slot - slot_begin(cu_seqlens, rows, range.sequence, block);
   return range;
 }
 

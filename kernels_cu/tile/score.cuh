@@ -30,10 +30,10 @@ HW_DEVICE float read_slope(const Params& p, i32 sequence, i32 head) {
   return hw::load_global(p.alibi_slopes + sequence * p.alibi_stride_batch + head) * kLog2e;
 }
 
-// center: the column on the diagonal of the warp's row 0, counted from the tile's column 0; its distance is what ALiBi
-// takes. Rows may be queries or keys.
-template <class Element, class Params, class S>
-HW_DEVICE void score(const Params& p, i32 sequence, i32 head, S& s, i32 center) {
+// Of a thread's row i: head_of(i), and center_of(i), the column on its diagonal, counted from the tile's column 0, whose
+// distance is what ALiBi takes.
+template <class Element, class Params, class S, class HeadOf, class CenterOf>
+HW_DEVICE void score_of(const Params& p, i32 sequence, const HeadOf& head_of, S& s, const CenterOf& center_of) {
   if (p.raw_scores) return;
   if (p.score_cap != 0.0f) {
     s.for_each([&](float& x, i32, i32) { x = cap_score<Element>(x * p.score_scale, p.score_cap); });
@@ -41,14 +41,22 @@ HW_DEVICE void score(const Params& p, i32 sequence, i32 head, S& s, i32 center) 
     s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
   }
   if (p.alibi_slopes != nullptr) {
-    const float slope = read_slope(p, sequence, head);
-    float from_first[S::kRows];
+    float slope[S::kRows], from_first[S::kRows];
     HW_UNROLL
-    for (i32 i = 0; i < S::kRows; ++i) from_first[i] = static_cast<float>(center + S::row_of(i) - S::first_col());
+    for (i32 i = 0; i < S::kRows; ++i) {
+      slope[i] = read_slope(p, sequence, head_of(i));
+      from_first[i] = static_cast<float>(center_of(i) - S::first_col());
+    }
     s.for_each([&](float& x, i32 row, i32 column) {
-      x = hw::fma(-slope, hw::abs(from_first[row] - static_cast<float>(column)), x);
+      x = hw::fma(-slope[row], hw::abs(from_first[row] - static_cast<float>(column)), x);
     });
   }
+}
+
+// The same of one head's rows, one after the other; center: of the warp's row 0. Rows may be queries or keys.
+template <class Element, class Params, class S>
+HW_DEVICE void score(const Params& p, i32 sequence, i32 head, S& s, i32 center) {
+  score_of<Element>(p, sequence, [&](i32) { return head; }, s, [&](i32 i) { return center + S::row_of(i); });
 }
 
 // The learnable sink of a head, in base 2; -inf: none.

@@ -25,11 +25,10 @@ HW_DEVICE void store_unit(u8* to, u32x4 bits, i32 left) {
 }
 
 // Rounds the fragment to Element and stores its rows. They are gathered in shared memory first, in a tile that no other
-// warp touches, so that whole 16-byte units leave. Rows at or past `used` are written as zeros, rows at or past `owned`
-// not at all. The fragment has as many columns as it has: `out` and row_bytes are where its first one goes and how many
-// bytes are left of a row from there.
-template <class Element, class Tile, i32 kLoadBytes, class O>
-HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 used, i32 owned, i32 row_bytes) {
+// warp touches, so that whole 16-byte units leave. place(row, write) calls write(where the row goes, whether it is zeros
+// instead), or does not. The fragment has as many columns as it has: row_bytes are left of a row from its first one.
+template <class Element, class Tile, i32 kLoadBytes, class O, class Place>
+HW_DEVICE void store_rows_at(const O& o, u32 warp_tile, i32 row_bytes, const Place& place) {
   constexpr i32 kUnits = 8 * O::kColTiles * static_cast<i32>(sizeof(Element)) / 16;
   store_fragment<Element, Tile>(o, warp_tile);
   hw::sync_warp();
@@ -38,14 +37,22 @@ HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 us
   HW_UNROLL
   for (i32 step = 0; step < 16 * O::kRowTiles * kGroup / 32; ++step) {
     const i32 row = first_row + step * (32 / kGroup);
-    if (row < owned) {
+    place(row, [&](u8* out, bool zeros) {
       HW_UNROLL
       for (i32 group = 0; group < kUnits / kGroup; ++group) {
         const i32 unit = first_unit + group * kGroup;
         u32x4 bits = hw::load_shared<u32x4>(Tile::address(warp_tile, row, unit));
-        if (row >= used) bits = u32x4{{0, 0, 0, 0}};
-        store_unit<kLoadBytes>(out + row * stride + unit * 16, bits, row_bytes - unit * 16);
+        if (zeros) bits = u32x4{{0, 0, 0, 0}};
+        store_unit<kLoadBytes>(out + unit * 16, bits, row_bytes - unit * 16);
       }
-    }
+    });
   }
+}
+
+// Rows one after the other: those at or past `used` are written as zeros, those at or past `owned` not at all.
+template <class Element, class Tile, i32 kLoadBytes, class O>
+HW_DEVICE void store_rows(const O& o, u32 warp_tile, u8* out, i64 stride, i32 used, i32 owned, i32 row_bytes) {
+  store_rows_at<Element, Tile, kLoadBytes>(o, warp_tile, row_bytes, [&](i32 row, const auto& write) {
+    if (row < owned) write(out + row * stride, row >= used);
+  });
 }

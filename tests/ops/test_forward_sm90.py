@@ -65,6 +65,9 @@ CASE = Case(
 # More query tiles in a block than Q has stages.
 LONG = dataclasses.replace(CASE, lengths_q=(580,), lengths_k=(140,), heads_q=1)
 
+# Heads that share a key head in one tile: of 64 rows 63 are of any.
+HEADS = Case("float16", (50,), (70,), 3, 1, 64, 64, causal=True)
+
 
 def test_the_same_bits_under_any_schedule(seed):
     """Twenty of them, and not a report."""
@@ -174,6 +177,55 @@ def test_when_there_is_a_block_for_each_multiprocessor(three_processors):
             )
 
 
+@pytest.mark.parametrize("group", [2, 3, 7, 8])
+def test_heads_that_share_keys_in_one_tile(seed, group):
+    """The bits are those of each head by itself; 3 and 7 heads leave rows of a warpgroup over."""
+    rng = np.random.default_rng(seed)
+    lengths_q, lengths_k = (5, 0, 40), (130, 9, 40)
+    starts_q, starts_k = (np.cumsum((0, *n)).astype(np.int32) for n in (lengths_q, lengths_k))
+    q = rng.standard_normal((45, 2 * group, 64)).astype(np.float16)
+    k, v = (rng.standard_normal((179, 2, 64)).astype(np.float16) for _ in "kv")
+    keywords: dict[str, Any] = dict(
+        cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, seqused_q=np.array([4, 0, 40], np.int32), causal=True,
+        sink=rng.standard_normal(2 * group).astype(np.float32),
+        alibi_slopes=rng.random(2 * group).astype(np.float32), aux=("lse", "max_logit"),
+    )  # fmt: skip
+    found = []
+    for options, landing in (({"pack_heads": False}, "late"), ({"pack_heads": True}, "late"), (None, "early")):
+        with using("emulator", "sm_90a"), cuflash.emulator.schedule(seed=seed, landing=landing):
+            found.append(cuflash.attention(q, k, v, **keywords, kernel_options=options))
+    for result in found[1:]:
+        for one, other in zip(found[0][:3], result[:3], strict=True):
+            np.testing.assert_array_equal(one, other)
+    expected = cuflash.attention(q, k, v, **keywords)
+    np.testing.assert_allclose(found[1].out.astype(float), expected.out.astype(float), atol=2e-3)
+    np.testing.assert_allclose(found[1].lse, expected.lse, atol=1e-5)
+
+
+def test_when_heads_share_a_tile():
+    """Where their queries fill fewer tiles so, and nothing tells one head from another."""
+    with using("emulator", "sm_90a"):
+        for length, heads, keywords, expected in (
+            (1, 8, {}, True),
+            (64, 8, {"causal": True}, True),
+            (1, 1, {}, False),
+            (1, 65, {}, False),
+            (960, 8, {}, False),
+            (960, 8, {"kernel_options": {"pack_heads": True}}, True),
+            (1, 8, {"kernel_options": {"pack_heads": False}}, False),
+            (1, 8, {"alibi_slopes": np.ones(8, np.float32)}, True),
+            (1, 8, {"score_mod": mods.softcap(2.0)}, False),
+            (1, 8, {"dropout_p": 0.5, "seed": 1}, False),
+        ):
+            q, k = np.zeros((2, length, heads, 64), np.float16), np.zeros((2, length, 1, 64), np.float16)
+            told = cuflash.explain(q, k, k, **keywords)
+            assert ("share tiles" in str(told)) == expected and (told.grid[1] == 1) == (expected or heads == 1), (
+                keywords
+            )
+        with pytest.raises(cuflash.errors.UnsupportedError, match="up to 64 query heads"):
+            cuflash.attention(k, k, k, mask_mod=mods.causal(), kernel_options={"pack_heads": True})
+
+
 def test_kernel_options_ask_for_the_other_kernel():
     rng = np.random.default_rng(0)
     q = rng.standard_normal((1, 70, 1, 64)).astype(np.float16)
@@ -252,6 +304,13 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
         Edit(KERNEL, "  hw::fence_proxy_async();\n  hw::sync_warp();", "  hw::fence_proxy_async();"), "proxy"),
     "barriers used before they are made": (
         Edit(KERNEL, "  // sync   barriers made <-> all warps\n  hw::sync_threads();", ""), None),
+    "rows of no query not cleared": (
+        Edit(KERNEL, "if constexpr (Plan::kSharesTiles) clear_rows_of_none<V>(p, smem);", ""), "uninitialised"),
+    "rows of no query not fenced": (
+        Edit(KERNEL, "    }\n  }\n  hw::fence_proxy_async();\n}", "    }\n  }\n}"), "proxy"),
+    "rows of no query stored": (Edit(KERNEL, "exists = in_group < p.group_queries;", "exists = true;"), None),
+    "packed heads: another row's query": (
+        Edit(KERNEL, "query = row / 64 * p.group_queries + in_group;", "query = row / 64 * 64 + in_group;"), None),
     "O not rescaled": (Edit(KERNEL, "{ x *= rescale[row]; }", "{ x *= 1.0f; }"), None),
     "a wide O not rescaled before the last tile": (
         Edit(KERNEL, "if constexpr (kRescaleUnderS) rescale_out(rescale);\n    // wait", "// wait"), None),
@@ -263,9 +322,14 @@ BUG_CASES = {
     # Rows of several chunks: those of other warps then lie in between.
     "out gathered while Q is read": dataclasses.replace(CASE, head_dim=128, head_dim_v=128),
     "a wide O not rescaled before the last tile": dataclasses.replace(CASE, head_dim=192, head_dim_v=192),
+    "rows of no query not cleared": HEADS,
+    "rows of no query not fenced": HEADS,
+    "rows of no query stored": HEADS,
+    "packed heads: another row's query": HEADS,
     "Q refilled early": LONG,
     "out not fenced": LONG,
-    "a warp's lanes do not meet before Q is given back": LONG,
+    # Of one stage, which the producer fills at once.
+    "a warp's lanes do not meet before Q is given back": dataclasses.replace(LONG, head_dim=192, head_dim_v=192),
     "the end said early": LONG,
 }
 
@@ -349,8 +413,8 @@ WHAT = ("causal", "documents", "soft cap", "dropout")
     ],
 )
 def test_machine_code_with_mods(d, what):
-    """In a full tile a mask of bounds costs nothing more, one of more than that a hundredth; a score is in the window
-    too."""
+    """In a full tile a mask of bounds costs nothing more, one of more than that stays within the table; a score is in
+    the window too."""
     ids = np.zeros(64, np.int32)
     bound = {
         "causal": tracer.bind(None, mods.causal()),
@@ -362,9 +426,10 @@ def test_machine_code_with_mods(d, what):
     )
     inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere
-    if what == "causal" or (what == "documents" and 64 < d < 256):  # where the tile is the same
-        plain = loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest
-        assert loop.shortest <= plain + (3 if what == "causal" else 0.01 * plain)
+    if what == "causal":
+        assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
+    if what == "documents" and 64 < d < 256:  # where the tile is the same
+        assert loop.shortest <= GATES[d, d][2]
 
 
 def test_every_tile_fits():
