@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import GROUPS, Case, cases
+from .peers import peers
 from .schema import CHECKOUT, HARNESS_TEST, OFFLINE, OURS, RESULTS, Results, Row, read_all
 
 MARK = "speed"
@@ -457,17 +458,21 @@ def draw(table: Table, path: Path) -> None:
 
     kinds = {"forward": _lines, "backward": _lines, "both": _lines, "accuracy": _histograms}
     figure = kinds.get(table.op, _bars)(pyplot, table)
-    figure.suptitle(table.title)
+    figure.suptitle(table.title if table.op != "accuracy" else OPS[table.op])
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Description": digest(table)})
     pyplot.close(figure)
 
 
-def _style(impls: Sequence[str], impl: str) -> dict[str, Any]:
+def _style(impl: str) -> dict[str, Any]:
+    """Black for us; every peer has a color of its own, the same in all plots."""
+    from matplotlib import colormaps
+
     if impl == OURS:
         return {"color": "black", "linewidth": 2.2, "zorder": 3}
-    return {"color": f"C{[i for i in impls if i != OURS].index(impl)}", "linewidth": 1.2}
+    names = [peer.name for peer in peers()]
+    return {"color": colormaps["tab20"](names.index(impl) if impl in names else 19), "linewidth": 1.2}
 
 
 def _lines(pyplot: Any, table: Table) -> Any:
@@ -490,8 +495,9 @@ def _lines(pyplot: Any, table: Table) -> Any:
         for impl in table.impls:
             points = [(c.problem.q_lens[0], v) for c in of if (v := table.value(c.name, impl)) is not None]
             if points:
-                axis.plot(*zip(*points, strict=True), marker=".", label=impl, **_style(table.impls, impl))
+                axis.plot(*zip(*points, strict=True), marker=".", label=impl, **_style(impl))
         axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}k" if n >= 1024 else f"{n:.0f}")
         axis.set_ylim(bottom=0)
         axis.set_title(f"head dim {d}{', ' + mask if mask else ''}")
         axis.set_ylabel(table.quantity.unit)
@@ -505,10 +511,10 @@ def _bars(pyplot: Any, table: Table) -> Any:
     height = 0.85 / len(table.impls)
     for n, impl in enumerate(table.impls):
         there = [(i, v) for i, name in enumerate(names) if (v := table.value(name, impl)) is not None]
-        style = {"color": _style(table.impls, impl)["color"]}
+        style = {"color": _style(impl)["color"]}
         axis.barh([i + n * height for i, _ in there], [v for _, v in there], height, label=impl, **style)
     axis.set_yticks([i + 0.4 for i in range(len(names))], names)
-    axis.invert_yaxis()
+    axis.set_ylim(len(names), -0.3)
     axis.set_xlabel(table.quantity.unit)
     axis.legend(fontsize=7)
     return figure
@@ -521,12 +527,12 @@ def _histograms(pyplot: Any, table: Table) -> Any:
     )
     for axis in axes.flat[len(table.rows) :]:
         axis.axis("off")
-    for axis, (case, rows) in zip(axes.flat, table.rows.items(), strict=False):
-        for impl in (impl for impl in table.impls if impl in rows and "out" in rows[impl].more):
-            found = rows[impl].more["out"]["histogram"]
+    for axis, (case, by_impl) in zip(axes.flat, table.rows.items(), strict=False):
+        for impl in (impl for impl in table.impls if impl in by_impl and "out" in by_impl[impl].more):
+            found = by_impl[impl].more["out"]["histogram"]
             share = [count / max(1, sum(found["counts"])) for count in found["counts"]]
             exponents = range(found["first_exponent"], found["first_exponent"] + len(share))
-            axis.step(list(exponents), share, where="post", label=impl, **_style(table.impls, impl))
+            axis.step(list(exponents), share, where="post", label=impl, **_style(impl))
         axis.set_title(case)
         axis.set_xlabel("error, power of two")
         axis.set_ylabel("share")

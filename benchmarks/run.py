@@ -207,7 +207,11 @@ class Checker:
     def pairs(self, prepared: Prepared) -> Iterable[tuple[str, Any, Any]]:
         """(name, what was computed, what is right) of every array that can be compared."""
         p = self.case.problem
-        arrays = prepared.arrays(prepared.calls[0]())
+        began = time.perf_counter()
+        result = prepared.calls[0]()
+        self.inputs.clock.wait()
+        prepared.more["first_ms"] = (time.perf_counter() - began) * 1e3
+        arrays = prepared.arrays(result)
         self.inputs.clock.wait()
         for b in self.sequences:
             for name, x in arrays.items():
@@ -280,7 +284,7 @@ def _latency(case: Case, run: Run, inputs: Inputs) -> list[Row]:
         if isinstance(found, str):
             rows[name] = Row(case.op, label, name, error=found)
         else:
-            rows[name] = Row(case.op, label, name, found.ms, found.spread)
+            rows[name] = Row(case.op, label, name, found.ms, found.spread, more={"first_ms": one.more["first_ms"]})
     found_rows = [rows[peer.name] for peer in run.contestants(case)]
     if not case.variant and case.problem.layout == "dense" and case.problem.mask.kind == "causal":
         found_rows += [*first_calls(run.clock), _new_lengths(run.clock)]

@@ -16,7 +16,8 @@ A file holds
 In a row `impl` is "cuflash" for the default path of this library; its variants are told apart in `case`. ms is a median
 and spread the width of the middle half of what was measured, in milliseconds. tflops counts the products of the pairs
 that the mask lets see one another, and no others; gbps the bytes of inputs and outputs, each once. A row with an
-`error` has no time. What some rows have beside that is under `more`.
+`error` has no time. What some rows have beside that is under `more`: first_ms, how long the first call of this case
+took, compiling included where something compiles; tokens_per_s; mask_ms, what a block mask took to build.
 """
 
 from __future__ import annotations
