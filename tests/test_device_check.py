@@ -31,6 +31,7 @@ from cuflash.cli import device_check, machine, on_device
 from cuflash.cli.device_check import FAILED, OK, SKIPPED, UNFINISHED, Share, Stage
 from cuflash.cli.machine import Gpu
 from cuflash.errors import ArgumentError
+from cuflash.jit import module
 from cuflash.ops import forward
 
 HOPPER, TURING, AMPERE = (Gpu(0, *named) for named in (("NVIDIA H200", (9, 0)), ("T4", (7, 5)), ("A100", (8, 0))))
@@ -261,6 +262,13 @@ def test_without_time_or_tests(checkout: Path, share) -> None:
     assert stage.state == UNFINISHED and "test_a.py" in stage.found
 
 
+def test_tests_that_are_all_skipped_are_no_success(checkout: Path, instead, share) -> None:
+    (checkout / "tests" / "hw" / "test_a.py").write_text("mark.gpu")
+    instead(WRITE_REPORT.replace('name="b"/>', 'name="b"><skipped/></testcase>'))
+    stage = device_check.primitives(share(30.0))
+    assert stage.state == FAILED and "1 skipped" in stage.found
+
+
 def test_pytest_that_does_not_start_is_a_failure(checkout: Path, instead, share) -> None:
     (checkout / "tests" / "hw" / "test_a.py").write_text("mark.gpu")
     instead("echo 'No module named pytest'; exit 1")
@@ -289,27 +297,33 @@ done
 
 def test_behind_an_item_that_hangs_or_kills_its_process_a_new_one_goes_on(instead, share) -> None:
     instead(WORKER)
-    found, to_the_end = device_check.items_of("hopper", share(60.0), each=1.0)
-    assert to_the_end and [item["item"] for item in found] == [0, 1, 2, 3, 4]
+    found, left = device_check.items_of("hopper", share(60.0), each=1.0)
+    assert not left and [item["item"] for item in found] == [0, 1, 2, 3, 4]
     assert [item["ok"] for item in found] == [True, False, False, False, True]
     assert "hangs" in found[1]["message"] and found[3]["message"] == "off by one"
     assert "139" in found[2]["message"] and "Segmentation fault" in found[2]["message"]
-    stage = device_check._stage_of(found, to_the_end, "")
+    stage = device_check._stage_of(found, left, "")
     assert stage.state == FAILED and stage.found == "2 of 5 right"
     assert [failure["name"] for failure in stage.failures] == ["n1", "n2", "n3"]
 
 
 def test_a_worker_has_no_more_than_its_time(instead, share) -> None:
     instead(WORKER)
-    found, to_the_end = device_check.items_of("hopper", share(1.0), each=30.0)
-    assert not to_the_end and [item["item"] for item in found] == [0], "what was under way failed nobody"
-    assert device_check._stage_of(found, to_the_end, "").state == UNFINISHED
+    found, left = device_check.items_of("hopper", share(1.0), each=30.0)
+    assert "no time" in left and [item["item"] for item in found] == [0], "what was under way failed nobody"
+    assert device_check._stage_of(found, left, "").state == UNFINISHED
+
+
+def test_processes_that_are_ruined_one_after_the_other_are_not_begun_for_ever(instead, share) -> None:
+    instead(WORKER.replace("0 1 2 3 4", "$(seq 0 99)").replace("    1) sleep", "    *) exit 7;; 1) sleep"))
+    found, left = device_check.items_of("hopper", share(60.0))
+    assert len(found) == device_check.MOST_RUINED and "ruined" in left
 
 
 def test_a_worker_that_does_not_start_is_a_failure(instead, share) -> None:
     instead("echo no module; exit 1")
-    found, to_the_end = device_check.items_of("hopper", share(30.0))
-    assert not to_the_end and len(found) == 1 and "no module" in found[0]["message"]
+    found, left = device_check.items_of("hopper", share(30.0))
+    assert left == "it does not begin" and len(found) == 1 and "no module" in found[0]["message"]
 
 
 def test_hopper_is_for_hopper(monkeypatch, instead, share) -> None:
@@ -385,6 +399,22 @@ def test_a_wrong_result_other_bits_or_another_kernel_is_said(monkeypatch) -> Non
         monkeypatch.setattr(api, "attention", changed)
         with using("emulator", "sm_90a"), pytest.raises(on_device.Wrong, match=said):
             on_device.compare(case)
+
+
+def test_the_kernels_compiled_ahead_are_those_that_calls_take(monkeypatch) -> None:
+    ahead = {(spec.source, spec.variant) for spec in on_device.specs_of(on_device.compared(), arch.named("sm_90a"))}
+    asked = set()
+    load = module.load
+
+    def noting(spec: Any, *rest: Any) -> Any:
+        asked.add((spec.source, spec.variant))
+        return load(spec, *rest)
+
+    monkeypatch.setattr(module, "load", noting)
+    with using("emulator", "sm_90a"):
+        for what in ("one tile", "dropout", "mask_mod of bounds"):
+            on_device.compare(CASES[what])
+    assert len(asked) == 6 and asked <= ahead
 
 
 @pytest.mark.parametrize("name", ["sm_80", "sm_90a", "sm_120a"])
@@ -478,6 +508,13 @@ def test_the_benchmarks_rows_become_part_of_the_results(
     assert merged.rows[:2] == BENCHED.rows and merged.ceilings == BENCHED.ceilings
     assert (merged.commit, merged.clean, merged.date) == ("abc", True, "2026-01-02T03:04:05+00:00")
     assert set(merged.more["device_check"]) == {"hopper", "benchmark"}
+
+
+def test_a_benchmark_that_sees_no_gpu_is_a_failure(instead, share, tmp_path: Path) -> None:
+    source = schema.write(dataclasses.replace(BENCHED, gpu=schema.OFFLINE), tmp_path / "made.json")
+    instead(f'while [ "$1" != --out ]; do shift; done\ncp {source} "$2"\n')
+    stage = device_check.benchmark(share(60.0))
+    assert stage.state == FAILED and "saw no GPU" in stage.failures[0]["message"]
 
 
 def test_a_benchmark_without_results_is_a_failure(instead, share) -> None:

@@ -287,11 +287,11 @@ def tests_of(files: Sequence[Path], share: Share) -> Stage:
     """Each file in a process of its own, some side by side: a kernel that ruins its process ruins no other file's."""
     if not files:
         return Stage(SKIPPED, f"{CHECKOUT} has no tests: this is no checkout")
-    deadline = time.monotonic() + share.seconds - GRACE
+    deadline = time.monotonic() + share.seconds - min(GRACE, share.seconds / 4)
 
     def one(file: Path) -> dict[str, Any] | None:
         left = deadline - time.monotonic()
-        return run_pytest(file, left, share.folder) if left > min(5.0, share.seconds / 2) else None
+        return run_pytest(file, left, share.folder) if left > 1.0 else None
 
     with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2))) as pool:
         reports = dict(zip(files, pool.map(one, files), strict=True))
@@ -302,7 +302,8 @@ def tests_of(files: Sequence[Path], share: Share) -> Stage:
     text = "{passed} passed, {failed} failed, {skipped} skipped".format(**counts)
     if stopped:
         text += f"; no time for all of {', '.join(stopped)}"
-    state = FAILED if failures or (not counts["passed"] and not stopped) else UNFINISHED if stopped else OK
+    nothing = not counts["passed"] and (counts["skipped"] or not stopped)  # which is not what was asked for
+    state = FAILED if failures or nothing else UNFINISHED if stopped else OK
     return Stage(state, text, failures, counts)
 
 
@@ -356,9 +357,9 @@ def _first_line(message: str | None) -> str:
 MOST_RUINED = 6  # processes that items of a stage may ruin before it ends
 
 
-def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str, Any]], bool]:
-    """What a worker (on_device.py) says of its items, and whether it got to the end. An item that hangs for `each`
-    seconds or kills its process is one that fails; a new process goes on behind it."""
+def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str, Any]], str]:
+    """What a worker (on_device.py) says of its items, and why there are no more of them; "" at the end. An item that
+    hangs for `each` seconds or kills its process is one that fails; a new process goes on behind it."""
     deadline = time.monotonic() + share.seconds
     found: list[dict[str, Any]] = []
     for attempt in range(MOST_RUINED):
@@ -368,17 +369,17 @@ def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str
         said = _said(output)
         found += [line for line in said if "ok" in line]
         if over == "time":
-            return found, False
+            return found, "no time for the others"
         if over == "ended" and process.returncode == 0:
-            return found, True
+            return found, ""
         begun = said[-1] if said and "ok" not in said[-1] else {"item": len(found), "name": what}
         if not said or "ok" not in said[-1]:  # else the item itself has said what ruined the process
             ended = f"its process ended, status {process.returncode}: {tail(output, 2)}"
             why = ended if over == "ended" else f"hangs: nothing for {each:.0f} s"
             found.append(begun | {"ok": False, "message": why})
         if not said:
-            break  # it does not even begin
-    return found, False
+            return found, "it does not begin"
+    return found, f"the others were left after {MOST_RUINED} ruined processes"
 
 
 def _watch(process: subprocess.Popen[bytes], output: Path, deadline: float, each: float) -> str:
@@ -408,23 +409,22 @@ def _said(output: Path) -> list[dict[str, Any]]:
 def hopper(share: Share) -> Stage:
     if not any(gpu.capability == (9, 0) for gpu in machine.gpus()[:1]):
         return Stage(SKIPPED, "this GPU is no Hopper: it has no kernel of its own")
-    items, to_the_end = items_of("hopper", share)
+    items, left = items_of("hopper", share)
     ratios = [f"{item['name'].removeprefix('time, ')} {item['ratio']:.2f} x" for item in items if "ratio" in item]
-    return _stage_of(items, to_the_end, f"as fast as forward_sm80: {', '.join(ratios)}" if ratios else "")
+    return _stage_of(items, left, f"as fast as forward_sm80: {', '.join(ratios)}" if ratios else "")
 
 
 def tune(share: Share) -> Stage:
-    items, to_the_end = items_of("tune", share)
+    items, left = items_of("tune", share)
     lines = ranking(items)
     (share.folder / "ranking.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return _stage_of(items, to_the_end, "\n".join(lines))
+    return _stage_of(items, left, "\n".join(lines))
 
 
-def _stage_of(items: list[dict[str, Any]], to_the_end: bool, more: str) -> Stage:
+def _stage_of(items: list[dict[str, Any]], left: str, more: str) -> Stage:
     failures = [{"name": item["name"], "message": item["message"]} for item in items if not item["ok"]]
-    text = f"{len(items) - len(failures)} of {len(items)} right{'' if to_the_end else ', and no time for the others'}"
-    state = FAILED if failures else OK if to_the_end else UNFINISHED
-    return Stage(state, f"{text}; {more}" if more else text, failures, items)
+    text = "; ".join(filter(None, [f"{len(items) - len(failures)} of {len(items)} right", left, more]))
+    return Stage(FAILED if failures else UNFINISHED if left else OK, text, failures, items)
 
 
 def ranking(items: Sequence[dict[str, Any]]) -> list[str]:
@@ -507,6 +507,8 @@ def benchmark(share: Share) -> Stage:
     failures = [{"name": f"{row.op}: {row.case}", "message": row.error} for row in results.failed]
     if ended.how == "ended" and ended.status and not failures:
         failures = [{"name": "cuflash bench", "message": f"status {ended.status}: {tail(output)}"}]
+    if not results.on_gpu:
+        failures.append({"name": "cuflash bench", "message": f"it saw no GPU: {tail(output)}"})
     if ended.how == "killed":
         failures.append({"name": "cuflash bench", "message": f"hangs: {share.seconds:.0f} s, and deaf to Ctrl-C"})
     state = FAILED if failures else OK if ended.how == "ended" else UNFINISHED

@@ -15,8 +15,10 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
 
@@ -24,6 +26,7 @@ import numpy as np
 
 from .. import api, arch, dtypes, mods
 from ..errors import CuflashError
+from ..jit import module
 from ..ops import forward
 from ..settings import config
 from .bench import benchmarks
@@ -195,7 +198,34 @@ def _normal(xp: Any, random: Any, shape: tuple[int, ...]) -> Any:
     return ((bits + 0x8000) >> 16).astype(xp.uint16).view(dtypes.bfloat16.numpy)
 
 
+def compile_ahead(specs: Sequence[module.KernelSpec], target: arch.Arch) -> dict[str, Any]:
+    """Compile many kernels at once; those who ask for one later find it on the disk."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda spec: module.compile(spec, target), specs):
+            print(".", flush=True)  # it goes on
+    return {"kernels": len(specs)}
+
+
+def specs_of(cases: Sequence[Compared], target: arch.Arch) -> list[module.KernelSpec]:
+    """Both kernels of each."""
+    found: dict[module.KernelSpec, None] = {}
+    for case in cases:
+        keywords = dict(case.keywords)
+        traced, _ = api._mods_of_features({name: keywords.get(name) for name in ("score_mod", "mask_mod")})
+        given: dict[str, Any] = {"dropout": "dropout_p" in keywords, "mods": traced}
+        element = dtypes.BY_NAME[case.dtype]
+        for variant in (
+            forward.choose_sm90_variant(element, *case.dims, **given),
+            forward.choose_variant(element, *case.dims, 16, target, **given),
+        ):
+            found[forward.kernel_spec(variant)] = None
+    return list(found)
+
+
 def hopper() -> Iterator[Item]:
+    target = arch.named("sm_90a")
+    timed = [Compared("", (), (), dims=(d, d), dtype="bfloat16") for d in (128, 64, 256)]
+    yield "compiling", lambda: compile_ahead(specs_of([*compared(), *timed], target), target)
     for case in compared():
         yield case.what, lambda case=case: compare(case, _upload)
     for d in (128, 64, 256):
@@ -289,6 +319,8 @@ def tune() -> Iterator[Item]:
     from ..frameworks import cupy as adapter
 
     target = adapter.arch_of(adapter.current_device())
+    tried = [dataclasses.replace(_variant(target, d), tile=tile) for d, tile, _ in candidates(target)]
+    yield "compiling", lambda: compile_ahead([forward.kernel_spec(variant) for variant in tried], target)
     for d, tile, now in candidates(target):
         for causal in (False, True):
             name = f"d {d}{', causal' if causal else ''}: {tile.block_q} x {tile.block_k}, {tile.warps} warps"
