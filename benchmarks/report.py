@@ -459,7 +459,6 @@ def draw(table: Table, path: Path) -> None:
     kinds = {"forward": _lines, "backward": _lines, "both": _lines, "accuracy": _histograms}
     figure = kinds.get(table.op, _bars)(pyplot, table)
     figure.suptitle(table.title if table.op != "accuracy" else OPS[table.op])
-    figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None, "Description": digest(table)})
     pyplot.close(figure)
@@ -487,7 +486,7 @@ def _lines(pyplot: Any, table: Table) -> Any:
         return _bars(pyplot, table)
     columns = 2
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(9, 2.8 * rows), squeeze=False)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(9, 2.8 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     for axis, ((d, mask), of) in zip(axes.flat, panels.items(), strict=False):
@@ -507,7 +506,7 @@ def _lines(pyplot: Any, table: Table) -> Any:
 
 def _bars(pyplot: Any, table: Table) -> Any:
     names = list(table.rows)
-    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.13 * len(names) * (len(table.impls) + 2)))
+    figure, axis = pyplot.subplots(figsize=(9, 0.6 + 0.13 * len(names) * (len(table.impls) + 2)), layout="constrained")
     height = 0.85 / len(table.impls)
     for n, impl in enumerate(table.impls):
         there = [(i, v) for i, name in enumerate(names) if (v := table.value(name, impl)) is not None]
@@ -522,9 +521,8 @@ def _bars(pyplot: Any, table: Table) -> Any:
 
 def _histograms(pyplot: Any, table: Table) -> Any:
     """How many of out's elements are wrong by how much, in powers of two."""
-    figure, axes = pyplot.subplots(
-        -(-len(table.rows) // 2), 2, figsize=(9, 2.8 * -(-len(table.rows) // 2)), squeeze=False
-    )
+    rows = -(-len(table.rows) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(9, 2.8 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat[len(table.rows) :]:
         axis.axis("off")
     for axis, (case, by_impl) in zip(axes.flat, table.rows.items(), strict=False):

@@ -25,6 +25,7 @@ from .schema import OURS, Results, Row, clocks
 from .timing import Clock, Prepared, Timing, message
 
 _FIXED_SECONDS = {"latency": 6.0, "memory": 1.0, "accuracy": 1.0}  # of a case, beside the peers' own
+_NEEDED = 6  # times a case's bytes: two copies of its inputs, results and workspaces of all who take turns
 _WARM_UP_SECONDS = 0.1  # of every contestant, inputs and comparison included
 
 
@@ -110,7 +111,7 @@ def measure(
 
 
 def _possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
-    """`cases` without those of cuflash in PyTorch, where PyTorch is not here."""
+    """`cases` without those of cuflash in PyTorch, where PyTorch is not here, and those this GPU is too small for."""
     try:
         torch = importlib.import_module("torch")
         here = not run.clock.gpu or torch.cuda.is_available()
@@ -119,7 +120,12 @@ def _possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
     chosen = [case for case in cases if here or not case.variant.startswith("PyTorch")]
     if len(chosen) < len(cases):
         results.notes.append("cuflash in PyTorch is not measured: PyTorch is not here, or sees no GPU")
-    return chosen
+    room = run.clock.memory()
+    small = [case for case in chosen if room is None or _NEEDED * case.bytes <= room]
+    if len(small) < len(chosen):
+        names = ", ".join(f"{case.op}: {case.name}" for case in chosen if case not in small)
+        results.notes.append(f"not measured for want of memory: {names}")
+    return small
 
 
 def rows_of(case: Case, run: Run) -> list[Row]:

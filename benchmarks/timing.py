@@ -21,6 +21,10 @@ class Clock(Protocol):
     xp: Any  # NumPy or CuPy
     gpu: bool
 
+    def memory(self) -> int | None:
+        """Bytes that the device has, free or not; None where nobody asks."""
+        ...
+
     def mark(self) -> Any:
         """A point in the order of what was submitted."""
         ...
@@ -55,6 +59,9 @@ class HostClock:
         import numpy
 
         self.xp = numpy
+
+    def memory(self) -> None:
+        return None
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -108,6 +115,9 @@ class CudaClock:
 
     def _copy(self) -> None:
         self._to.data.copy_from_device_async(self._from.data, self._SWEEP)
+
+    def memory(self) -> int:
+        return self.xp.cuda.Device().mem_info[1]
 
     def mark(self) -> Any:
         event = self.xp.cuda.Event()

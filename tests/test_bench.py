@@ -171,6 +171,18 @@ def test_a_gpu_that_answers_no_more_ends_the_run_with_what_there_is() -> None:
     assert "the run ends at forward" in results.notes[0]
 
 
+def test_a_gpu_too_small_for_a_case_is_not_asked_for_it() -> None:
+    class Small(HostClock):
+        def memory(self) -> int:  # type: ignore[override]
+            return 6 * small.bytes
+
+    large, small = (Case("forward", Problem((n,), (n,), 1, 1, 16, CAUSAL, "float32")) for n in (64, 32))
+    results = schema.describe(schema.HARNESS_TEST, "abc")
+    run.measure([large, small], run.Run(Small(), [], 0.001), results)
+    assert [row.case for row in results.rows] == [small.name]
+    assert results.notes == [f"not measured for want of memory: forward: {large.name}"]
+
+
 # --- cases ------------------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +374,7 @@ def test_what_the_gpus_clock_asks_of_cupy_is_there() -> None:
     """CuPy can be imported without a GPU: names and signatures, at least, are right."""
     cupy = pytest.importorskip("cupy")
     assert {"malloc_postprocess"} <= set(dir(cupy.cuda.MemoryHook))
+    assert hasattr(cupy.cuda.Device, "mem_info")
     for name in ("Event", "get_elapsed_time", "Device"):
         assert hasattr(cupy.cuda, name)
     assert hasattr(cupy.cuda.Event, "record") and hasattr(cupy.cuda.Device, "synchronize")
