@@ -150,7 +150,8 @@ class Kernel:
     `replace_function`, `edit`, `bind` and `on` return another one.
 
     All that compiles or runs does so in a child process with a time limit, `seconds`: what hangs or crashes raises
-    `Stopped`, and a fault that the emulator sees `EmulatorError`, with the lines of your text that it names.
+    `Stopped`, and a fault that the emulator sees `EmulatorError`, with the lines of your text that it names. What
+    `cuflash.config` and `emulator.schedule` say holds there too.
     """
 
     name: str
@@ -315,9 +316,10 @@ class Kernel:
         """Runs it on the emulator, and keeps what its warps did: `workbench.plot_timeline` draws it."""
         return self.on("emulator")._call(jobs.trace, seconds=seconds)
 
-    def resources(self, arch: str = "sm_80", *, seconds: float = SECONDS) -> report.Resources:
-        """What it uses on an architecture: registers, spills, shared memory, occupancy, time to compile. NVRTC compiles
-        for any, on any machine."""
+    def resources(self, arch: str | None = None, *, seconds: float = SECONDS) -> report.Resources:
+        """What it uses on an architecture (None: the one it was made for): registers, spills, shared memory, occupancy,
+        time to compile. NVRTC compiles for any, on any machine."""
+        arch = arch or self.problem.arch
         ((spec, compiled),) = self._call(jobs.compile_for, arch, seconds=seconds)
         used, target = compiled.resources, arches.named(arch)
         shared = spec.smem_bytes + used.static_smem_bytes
@@ -331,8 +333,10 @@ class Kernel:
             shared, blocks, reason, share, compiled.cubin.compile_ms, compiled.cubin.warnings, opcodes,
         )  # fmt: skip
 
-    def sass(self, arch: str = "sm_80", *, seconds: float = SECONDS) -> report.MachineCode:
-        """Its machine code for an architecture. Raises `UnsupportedError` without nvdisasm, saying how to get it."""
+    def sass(self, arch: str | None = None, *, seconds: float = SECONDS) -> report.MachineCode:
+        """Its machine code for an architecture (None: the one it was made for). Raises `UnsupportedError` without
+        nvdisasm, saying how to get it."""
+        arch = arch or self.problem.arch
         return report.MachineCode(self.name, arch, *self._call(jobs.machine_code, arch, seconds=seconds))
 
     def bench(self, *, repeats: int = 50, seconds: float = SECONDS) -> report.Timing:
@@ -425,12 +429,11 @@ class Kernel:
             self._explain(error)
 
     def _explain(self, error: EmulatorError) -> NoReturn:
-        """Raises it again, with the code around the lines of the user's own that it names, or else around all."""
+        """Raises it again, with the code of the user's own that it names, or that leads to what it names."""
         __tracebackhide__ = True
         said = str(error)
         lines: dict[tuple[str, int], str] = {(f, n): x for f, n, x in source.numbered(self._spec.text("emu"))}
-        named = self.labels if any(text.sites(said, self.labels)) else frozenset(file for file, _ in lines)
-        raise EmulatorError(text.with_code(said, lines, named)) from None
+        raise EmulatorError(text.with_code(said, lines, self.labels)) from None
 
     def _check(self, outcome: jobs.Outcome) -> report.Check:
         if isinstance(self.problem, jobs.OwnProblem):

@@ -7,7 +7,7 @@ enough for text in the style of kernels_cu, where no macro opens or closes a bra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import ArgumentError
@@ -100,13 +100,64 @@ def check_label(label: str) -> str:
 
 
 def with_code(report: str, lines: Mapping[tuple[str, int], str], files: frozenset[str]) -> str:
-    """A report with the code around each line that it names in `files`, once each, at its end."""
+    """A report, and the code around each line that it names in `files`. If it names none there, the code around the
+    first two that it names, and the lines of `files` that call the functions which those are in."""
     shown = list(report.splitlines())
-    for file, number in dict.fromkeys(sites(report, files)):
+    places = [(*place, "") for place in sites(report, files)]
+    if not places:
+        others = list(dict.fromkeys(sites(report, frozenset(file for file, _ in lines))))[:2]
+        places = [*callers(others, lines, files), *((*place, "") for place in others)]
+    for file, number, calls in dict.fromkeys(places):
         code = source.around(lines, file, number)
         if code:
-            shown += [f"{file}:{number}", *code]
+            shown += [f"{file}:{number}" + (f" calls {calls}" if calls else ""), *code]
     return "\n".join(shown)
+
+
+def callers(
+    places: Iterable[tuple[str, int]], lines: Mapping[tuple[str, int], str], files: frozenset[str], depth: int = 3
+) -> list[tuple[str, int, str]]:
+    """(file, line, function) for each line of `files` that calls a function which one of the places is in, or, if none
+    does, one that calls such a function, and so on.
+
+    >>> text = ["int f(int x) {", "  return x;", "}", "int g() { return f(1); }"]
+    >>> lines = {("a.cuh", n): line for n, line in enumerate(text, 1)}
+    >>> lines |= {("cell", 1): "int h() {", ("cell", 2): "g(); }"}
+    >>> callers([("a.cuh", 2)], lines, frozenset(["cell"]))
+    [('cell', 2, 'g')]
+    """
+    names = {name for place in places if (name := _function_at(*place, lines))}
+    for _ in range(depth):
+        if not names:
+            break
+        call = re.compile(rf"(?<![\w])({'|'.join(map(re.escape, sorted(names)))})\s*\(")
+        found = [(*place, m[1]) for place, line in lines.items() if (m := call.search(line.partition("//")[0]))]
+        found = [(file, n, name) for file, n, name in found if _function_at(file, n, lines) not in (None, name)]
+        mine = [x for x in found if x[0] in files]
+        if mine:
+            return mine
+        names = {name for file, n, _ in found if (name := _function_at(file, n, lines))}
+    return []
+
+
+def _function_at(file: str, number: int, lines: Mapping[tuple[str, int], str]) -> str | None:
+    """The name of the function that a line is in, or begins in."""
+    blank = _blanked("\n".join(line for (f, n), line in lines.items() if f == file and n <= number))
+    stack: list[str] = []
+    start = 0
+    for at, c in enumerate(blank):
+        if c == "{":
+            stack.append(blank[start:at])
+        elif c == "}" and stack and not (at == len(blank.rstrip()) - 1):
+            stack.pop()
+        if c in ";{}":
+            start = at + 1
+    for head in reversed(stack):
+        found = re.search(r"(\w+)\s*\((?:[^()]|\([^()]*\))*\)[^()]*(?::.*)?$", head.strip(), re.DOTALL)
+        if found and head.count("(") == head.count(")") and not _NOT_A_FUNCTION.match(found[1]):
+            if not _NOT_A_FUNCTION.match(head.strip()):
+                return found[1]
+    return None
 
 
 def sites(report: str, files: frozenset[str]) -> Iterator[tuple[str, int]]:

@@ -98,7 +98,7 @@ class _Child:
         __tracebackhide__ = True
         settings = {name: getattr(config, name) for name in _SETTINGS}
         request = pickle.dumps((settings, emulator._schedule, function, args), pickle.HIGHEST_PROTOCOL)
-        answers: queue.Queue[tuple[bool, Any] | None] = queue.Queue()
+        answers: queue.Queue[tuple[bool, Any, bool] | None] = queue.Queue()
         threading.Thread(target=self._exchange, args=(request, answers), daemon=True).start()
         try:
             answer = answers.get(timeout=seconds)
@@ -106,19 +106,22 @@ class _Child:
             self.kill()
             raise Stopped(
                 f"no answer after {seconds:g} seconds, so the process that ran it was ended. A loop without an end "
-                "that touches no memory and meets no other thread looks like this; for more time pass seconds="
+                "that touches no memory and meets no other thread looks like this, and so does a problem that is too "
+                "large for the emulator: take a smaller one, or give it more time with seconds="
             ) from None
         except BaseException:  # Ctrl-C
             self.kill()
             raise
         if answer is None:
             raise Stopped(self._epitaph())
-        good, value = answer
+        good, value, usable = answer
+        if not usable:
+            self.kill()
         if not good:
             raise value
         return value
 
-    def _exchange(self, request: bytes, answers: queue.Queue[tuple[bool, Any] | None]) -> None:
+    def _exchange(self, request: bytes, answers: queue.Queue[tuple[bool, Any, bool] | None]) -> None:
         stdin, stdout = self.process.stdin, self.process.stdout
         assert stdin is not None and stdout is not None
         try:
@@ -156,18 +159,24 @@ def serve() -> None:
 
 
 def _answer(settings: dict[str, Any], schedule: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    """Pickled: whether it went well, the result or the exception, and whether this process can go on: after a fault on
+    a GPU nothing runs there any more."""
+    usable = True
     try:
         for name, value in settings.items():
             if getattr(config, name) != value:
                 setattr(config, name, value)
         emulator._schedule = schedule
-        return pickle.dumps((True, function(*args)), pickle.HIGHEST_PROTOCOL)
+        return pickle.dumps((True, function(*args), usable), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
+        usable = not type(error).__module__.startswith("cupy")
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        try:
-            return pickle.dumps((False, error), pickle.HIGHEST_PROTOCOL)
-        except Exception:  # an exception of some library that cannot travel
-            return pickle.dumps((False, CuflashError(f"{type(error).__name__}: {error}")), pickle.HIGHEST_PROTOCOL)
+        said = error if usable else CuflashError(f"on the GPU: {error}; on('emulator') may say where")
+    try:
+        return pickle.dumps((False, said, usable), pickle.HIGHEST_PROTOCOL)
+    except Exception:  # of some library, and not made to travel
+        said = CuflashError(f"{type(said).__name__}: {said}")
+        return pickle.dumps((False, said, usable), pickle.HIGHEST_PROTOCOL)
 
 
 def _follow(parent: int) -> None:

@@ -56,8 +56,10 @@ def test_a_header_is_replaced_and_its_faults_reported_by_its_lines(base: workben
         broken.check()
     report = str(raised.value)
     assert report.startswith("divergence: ")
-    # Nothing of the changed file stands in the report, which names the helper: its code is shown.
+    # The report names the helper, whose code is shown; and the line of the changed file that calls it.
     assert "tile/fragment.cuh:" in report and "|   value = hw::max(value, hw::shfl_xor(value, 1));" in report
+    line = whole[: whole.index(old)].count("\n") + 1
+    assert f"tile/softmax.cuh:{line} calls quad_max" in report and f"  > {line:4d} |       {new}" in report
     assert new not in base.text("tile/softmax.cuh")
 
 
@@ -138,6 +140,19 @@ def test_a_call_that_does_not_fit_is_refused(name: str, keywords: dict, says: st
     x = np.zeros((1, 4, 1, 32), np.float16)
     with pytest.raises(ArgumentError, match=says):
         workbench.load(name, x, x, x, **keywords)
+
+
+def test_tiles_are_numbers_of_the_variant(base: workbench.Kernel) -> None:
+    """Keys come in tiles of 32, and not of 64, where `variant.cuh` says so: more meetings, the same result."""
+    small = base.edit("variant.cuh", "kBlockK = 64", "kBlockK = 32")
+    assert small.check() and small.counters().barriers > base.counters().barriers
+
+
+@pytest.mark.gpu
+def test_a_version_runs_on_a_gpu(base: workbench.Kernel) -> None:
+    assert base.on("cuda").check()
+    assert base.edit("tile/softmax.cuh", "sum[row] += x;", "sum[row] += x + 0.0f;").on("cuda").check()
+    assert base.bench(repeats=5).median > 0
 
 
 def test_bind_is_for_kernels_of_ones_own(base: workbench.Kernel) -> None:

@@ -177,6 +177,23 @@ def test_a_kernel_runs_and_is_timed_on_a_gpu() -> None:
     assert kernel.bench(repeats=5).median > 0
 
 
+def test_a_text_may_include_files_of_the_kernels_and_a_function_bring_its_own() -> None:
+    kernel = toy(RIGHT)
+    text = """\
+#include <tile/shared_tile.cuh>
+HW_DEVICE float doubled(float x) { return 2.0f * x; }
+HW_KERNEL(64) toy(HW_GRID_CONSTANT Params p) {
+  const i32 i = hw::thread_idx();
+  const u32 at = SharedTile<64>::address(hw::smem_base(), i, 0);
+  hw::store_shared(at, doubled(hw::load_global(p.x + i)));
+  hw::store_global(p.y + i, hw::load_shared<float>(at));
+}
+"""
+    changed = kernel.replace_function("toy", text, label="cell b", first_line=2)
+    assert changed.check()
+    assert "tile/shared_tile.cuh" in changed.files and "cell b:7" in changed.counters().shared_passes
+
+
 def test_versions_are_independent() -> None:
     first = toy(RIGHT)
     second = first.edit("toy.cu", "2.0f", "3.0f")
@@ -229,3 +246,13 @@ def test_reports_show_as_html_and_as_figures() -> None:
     counts = toy(RIGHT).counters()
     assert "<pre" in counts._repr_html_() and "global bytes read" in counts._repr_html_()
     assert len(counts.plot().axes) == 2
+
+
+def test_a_fault_on_a_gpu_ends_the_child() -> None:
+    """Its context is lost with it: the next call has another."""
+    before = worker.call(os.getpid, seconds=60)
+    with pytest.raises(cuflash.errors.CuflashError, match=r"on the GPU: .*; on\('emulator'\) may say where"):
+        worker.call(
+            exec, "class E(Exception): __module__ = 'cupy.cuda.runtime'\nraise E('illegal address')", {}, seconds=60
+        )
+    assert worker.call(os.getpid, seconds=60) != before
