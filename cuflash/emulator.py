@@ -33,6 +33,7 @@ import contextlib
 import ctypes
 import functools
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -168,7 +169,8 @@ class Event:
              products their group; of a wait for groups the last that it waits for
     tick     steps the block had taken: accesses to memory and meetings of its threads, one warp after the other. An
              event is no earlier than what its warp does before it
-    file, line  where in the kernel's text
+    file, line  where in the kernel's text, and what stands there: `code`, in the `function` ("" where the launch was
+             given no text)
     buffer   of a copy: the array, and its bytes [begin, end), for a tensor's box from its first to behind its last
     """
 
@@ -184,6 +186,8 @@ class Event:
     tick: int
     file: str
     line: int
+    code: str = ""
+    function: str = ""
     buffer: str = ""
     begin: int = 0
     end: int = 0
@@ -392,6 +396,7 @@ def launch(
     *,
     seed: int | None = None,
     landing: str | None = None,
+    text: str = "",
 ) -> None:
     """Runs a kernel to its end.
 
@@ -402,6 +407,7 @@ def launch(
     params         the bytes of its struct
     buffers        every array the params point into
     seed, landing  see `schedule`, which gives what is None
+    text           the flattened text that the library was made from, for `tracing` to quote
 
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
     written stays written.
@@ -440,7 +446,7 @@ def launch(
     try:
         report, counters = result.report, result.counters
         for trace, _ in traced:
-            _add_events(trace, result, entry, grid, buffers)
+            _add_events(trace, result, entry, grid, buffers, text)
     finally:
         _runtime().cuflash_emu_free(ctypes.byref(result))
     if counters is not None:
@@ -451,14 +457,31 @@ def launch(
         raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
 
 
+_DEFINITION = re.compile(r"^\s*(?:HW_DEVICE\b|HW_KERNEL\([^)]*\)).*?\b(\w+)\(")
+
+
+@functools.lru_cache(8)
+def _places(text: str) -> dict[tuple[str, int], tuple[str, str]]:
+    """(file, line) -> what stands there, and the name of the function around it."""
+    from .jit import source
+
+    found, around = {}, {}
+    for file, number, line in source.numbered(text):
+        if definition := _DEFINITION.match(line):
+            around[file] = definition[1]
+        found[file, number] = line.strip(), around.get(file, "")
+    return found
+
+
 def _add_events(
-    trace: Trace, result: _Result, entry: str, grid: tuple[int, int, int], buffers: Sequence[Buffer]
+    trace: Trace, result: _Result, entry: str, grid: tuple[int, int, int], buffers: Sequence[Buffer], text: str
 ) -> None:
+    places = _places(text)
     kernel = entry.removeprefix("cuflash_")
     for e in result.events[: result.event_count]:
         block = e.block % grid[0], e.block // grid[0] % grid[1], e.block // grid[0] // grid[1]
         what, file, passed = e.what.decode(), e.file.decode(), bool(e.passed)
-        where = e.object, e.phase, e.tick, file, e.line
+        where = e.object, e.phase, e.tick, file, e.line, *places.get((file, e.line), ("", ""))
         event = Event(kernel, trace.launches, block, e.warp, e.lanes, what, passed, *where)
         of = next((x for x in buffers if x.ptr <= e.begin < e.end <= x.ptr + x.nbytes), None)
         if of is not None:

@@ -179,14 +179,13 @@ workbench.plot_bytes(moved)
 
 # %% [markdown]
 # All three grow with the square of the length, but not alike: of scores there are 8 bytes for each pair of a query and
-# a key, S and P there and back; of K and V, read again for every 128 queries, there are 2, and most of those come from
-# the L2 cache, for blocks that run at the same time read the same keys.
+# a key, S and P there and back; of K and V, read again for every 128 queries, there are 2, and most of those can come
+# from the L2 cache, for blocks that run at the same time read the same keys.
 #
 # ## 5. The kernel itself
 #
 # cuflash's own kernel on the emulator: every thread is a fiber, the order is drawn from a seed, and a missing barrier
-# would be reported as a race by file and line. The bits are the same in any order. Here a causal call: in each tile its
-# turn, for each block of queries. Tiles above the diagonal are never touched.
+# would be reported as a race by file and line. The bits are the same in any order.
 
 # %%
 arrays = [x[None, :, None] for x in (q, k, v)]
@@ -198,6 +197,19 @@ for seed, landing in [(1, "early"), (2, "late")]:
         assert np.array_equal(cuflash.attention(*arrays), out)
 print("another order of threads and copies: the same bits")
 cuflash.config.backend = "auto"
+
+# %% [markdown]
+# Under a causal mask most tiles of keys are empty or full. Empty ones are skipped, full ones need no mask; only the
+# mixed ones are looked at key by key.
+
+# %%
+workbench.plot_mask(512, causal=True, tile=(128, 64))
+
+# %% [markdown]
+# And what the kernel does with that, as the emulator has recorded it: in each tile its turn, for each block of queries.
+# The last keys come first, for those are masked.
+
+# %%
 workbench.plot_visits(*arrays, causal=True)
 
 # %% [markdown]

@@ -59,17 +59,17 @@ with cuflash.emulator.tracing() as trace:
 
 block = trace.events[0].block
 events = [e for e in trace.events if e.block == block]
-lines = {e.object: text.splitlines()[e.line - 1].split("(")[1] for e in events if e.what == "mbarrier_init"}
+names = {e.object: e.code.split("(")[1] for e in events if e.what == "mbarrier_init"}
 roles = ["producer" if warp == 0 else f"consumer {warp // 4}" for warp in range(12)]
 arrive, wait, phases = defaultdict(set), defaultdict(set), defaultdict(set)
 for e in events:
-    if e.object in lines and e.what.startswith(("mbarrier_arrive", "tma_load")):
+    if e.object in names and e.what.startswith(("mbarrier_arrive", "tma_load")):
         arrive[e.object].add(roles[e.warp] + (f": bytes of {e.buffer.upper()}" if e.buffer else ""))
         phases[e.object].add(e.phase)
-    if e.object in lines and e.what == "mbarrier_wait":
+    if e.object in names and e.what == "mbarrier_wait":
         wait[e.object].add(roles[e.warp])
 print(f"{'':9} {'phases':>6}  {'arrive':46} wait")
-for place, name in sorted(lines.items()):
+for place, name in sorted(names.items()):
     print(f"{name:9} {len(phases[place]):6}  {', '.join(sorted(arrive[place])):46} {', '.join(sorted(wait[place]))}")
 
 # %% [markdown]

@@ -94,6 +94,16 @@ def test_a_warp_does_the_same_under_any_schedule(seed):
     assert Counter(producer)["tma_load"] == 3 + 3 + 3  # Q of three consumers, three tiles of K and of V
 
 
+def test_what_stands_there():
+    events = hopper().events
+    codes = {(e.what, e.function, e.code) for e in events}
+    assert ("mbarrier_init", "init", "hw::mbarrier_init(v_full(i), 1);") in codes
+    issued = [e for e in events if e.what == "wgmma"]
+    assert {e.function for e in issued} == {"issue_qk", "issue_pv"} and all("wgmma" in e.code for e in issued)
+    assert {e.function for e in events if e.what == "shfl_xor"} == {"quad_max", "quad_sum"}
+    assert {e.function for e in events if e.what == "sync_threads"} == {"cuflash_forward_sm90"}
+
+
 def test_a_launch_that_fails_leaves_what_it_did():
     edit = source.Edit(SPEED, BARRIER, BARRIER.replace("hw::sync_threads();", ""))
     with emulator.tracing() as trace, pytest.raises(EmulatorError, match="race"):

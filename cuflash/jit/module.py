@@ -366,7 +366,8 @@ class EmulatedKernel(Kernel):
     def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
         from .. import emulator
 
-        emulator.launch(self.path, self.spec.entry, grid, self.spec.threads, self.spec.smem_bytes, params, buffers)
+        shape = grid, self.spec.threads, self.spec.smem_bytes
+        emulator.launch(self.path, self.spec.entry, *shape, params, buffers, text=self.text)
 
 
 # --- Loading ------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import numpy as np
 
 from .. import api, arch, emulator, flex, mods
 from ..errors import ArgumentError, require
-from ..jit import layout, module, source
+from ..jit import layout, module
 from ..settings import config
 
 if TYPE_CHECKING:
@@ -462,32 +462,15 @@ class _Replay:
             self.bars.append(Bar(row, begin, end, kind, label, after))
 
 
-@functools.cache
-def _lines(file: str, generation: int) -> list[str]:
-    """Of a kernel's source; none where it is not one of ours."""
-    path = source.folder() / file
-    return source.read(path).splitlines() if file and path.is_file() else []
-
-
-def _line(e: emulator.Event) -> str:
-    lines = _lines(e.file, source.generation())
-    return lines[e.line - 1] if e.line <= len(lines) else ""
-
-
-_DEFINITION = re.compile(r"^\s*HW_DEVICE\b.*?\b(\w+)\(")
-
-
 def _function(e: emulator.Event) -> str:
-    """The function an event's line is in, by its name."""
-    lines = _lines(e.file, source.generation())[: e.line]
-    return next((found[1] for line in reversed(lines) if (found := _DEFINITION.match(line))), f"{e.file}:{e.line}")
+    return e.function or f"{e.file}:{e.line}"
 
 
 def _names(events: Sequence[emulator.Event]) -> dict[tuple[str, int], str]:
     """What the kernel's text calls its barriers: where it makes an mbarrier, what stands before the parentheses."""
     made: dict[str, list[int]] = defaultdict(list)
     for e in events:
-        if e.what == "mbarrier_init" and (found := re.search(r"mbarrier_init\((\w+)", _line(e))):
+        if e.what == "mbarrier_init" and (found := re.search(r"mbarrier_init\((\w+)", e.code)):
             made[found[1]].append(e.object)
     names: dict[tuple[str, int], str] = {("block", 0): "sync_threads"}
     for e in events:
