@@ -95,9 +95,9 @@ def test_visits_of_a_packed_batch():
 # --- Timelines ----------------------------------------------------------------------------------------------------
 
 
-def traced(arch="sm_90a", **how) -> emulator.Trace:
-    """Five tiles of keys for two warpgroups of consumers and a third that has no queries."""
-    q, k = (np.zeros((1, n, 1, 64), np.float16) for n in (130, 600))
+def traced(arch="sm_90a", dim=64, **how) -> emulator.Trace:
+    """Five tiles of keys; on sm_90a for three warpgroups of consumers, at head dim 128 for two, which take turns."""
+    q, k = (np.zeros((1, n, 1, dim), np.float16) for n in (130, 600))
     with emulator.schedule(**how), emulator.tracing() as trace:
         workbench.visits(q, k, k, arch=arch)
     return trace
@@ -152,12 +152,12 @@ def test_who_issues_first_multiplies_first():
 
 def test_softmax_runs_under_the_product_before():
     """What the kernel's page says: between the wait for S and that for O, while O is computed."""
-    found = workbench.timeline(traced())
+    found = workbench.timeline(traced(dim=128))
     products = [bar for bar in found.of("products of warp 8") if bar.label == "issue_pv"]
     shuffles = [bar for bar in found.of("warp 8", "shuffle") if bar.label == "quad_max"]
-    assert (
-        sum(any(p.begin < s.begin < p.end for p in products) for s in shuffles) == 4
-    )  # of five tiles: no O before the first
+    # Of five tiles: when the first is weighed, there is no O yet.
+    assert sum(any(p.begin < s.begin < p.end for p in products) for s in shuffles) == 4
+    assert "barrier 3" in found.waited("warp 8")
 
 
 def test_a_timeline_of_the_other_kernel():
