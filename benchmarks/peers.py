@@ -42,6 +42,11 @@ class Peer:
     name: str
     setup_seconds = 0.3  # what preparing a case costs, about
 
+    @property
+    def slow(self) -> bool:
+        """Whether it takes seconds to get ready for a case: then --quick asks it last."""
+        return self.setup_seconds >= 2
+
     def measured_in(self, group: str) -> bool:
         """Whether it has something to say in a group."""
         return True

@@ -39,8 +39,11 @@ class Run:
     ours: Peer = dataclasses.field(default_factory=Ours)
 
     def contestants(self, case: Case) -> list[Peer]:
-        """cuflash, and all peers, unless the case is about a variant of cuflash."""
-        return [self.ours] if case.variant else [self.ours, *(p for p in self.peers if p.measured_in(case.group))]
+        """cuflash, and its peers, unless the case is about a variant of cuflash."""
+        if case.variant:
+            return [self.ours]
+        peers = [peer for peer in self.peers if peer.measured_in(case.group)]
+        return [self.ours, *(peer for peer in peers if case.everyone or not peer.slow)]
 
     def expected(self, case: Case) -> float:
         """Seconds a case takes, about."""
@@ -58,43 +61,42 @@ def expected_seconds(cases: Sequence[Case], run: Run) -> dict[str, float]:
     return {g: sum(run.expected(c) for c in cases if c.group == g) for g in GROUPS if any(c.group == g for c in cases)}
 
 
-def bench(
-    clock: Clock, cases: Sequence[Case], results: Results, *, peers: Sequence[Peer], seconds: float = 0.4,
-    minutes: float | None = None, **watched: Any,
-) -> None:  # fmt: skip
+def bench(cases: Sequence[Case], run: Run, results: Results, minutes: float | None = None, **watched: Any) -> None:
     """Ceilings, then `cases`, into `results`; the keywords of `measure` watch it."""
     began = time.monotonic()
     try:
-        results.ceilings = timing.ceilings(clock, 2 * seconds)
+        results.ceilings = timing.ceilings(run.clock, 2 * run.seconds)
     except Exception as error:
         results.notes.append(f"ceilings are not measured: {message(error)}")
     if minutes is not None:
         minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
-    measure(cases, Run(clock, peers, seconds), results, minutes, **watched)
-    if clock.gpu:
+    measure(cases, run, results, minutes, **watched)
+    if run.clock.gpu:
         results.clocks |= {f"{name}_after": value for name, value in clocks().items()}
 
 
 def measure(
     cases: Sequence[Case], run: Run, results: Results, minutes: float | None = None,
     progress: Callable[[Case, int, int], None] = lambda case, done, of: None,
-    row_made: Callable[[Row], None] = lambda row: None,
 ) -> None:  # fmt: skip
-    """Measure `cases`, in their order, into `results.rows`; what is left off for lack of time is told in its notes."""
+    """Measure `cases`, in their order, into `results.rows`; what is left off for lack of time is told in its notes.
+
+    A case that comes again takes the place of its earlier rows: numbers beside one another are of the same turns.
+    """
     began = time.monotonic()
-    cases = _possible(cases, run, results)
     dropped: list[Case] = []
     slower = 1.0  # than expected, so far
     planned = 0.0
+    found: dict[tuple[str, str], list[Row]] = {}
     for n, case in enumerate(cases):
         elapsed = time.monotonic() - began
         if minutes is not None and elapsed + slower * run.expected(case) > minutes * 60:
             dropped = list(cases[n:])
             break
         progress(case, n, len(cases))
-        for row in rows_of(case, run):
-            results.rows.append(row)
-            row_made(row)
+        rows = rows_of(case, run)
+        found |= {key: [row for row in rows if (row.op, row.case) == key] for key in {(r.op, r.case): 0 for r in rows}}
+        results.rows = [row for of_case in found.values() for row in of_case]
         try:
             run.clock.wait()
         except Exception as error:  # a kernel went astray: this process can use the GPU no more
@@ -110,13 +112,17 @@ def measure(
     results.rows.sort(key=lambda row: order.get(row.op.split()[0], len(order)))  # stable
 
 
-def _possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
-    """`cases` without those of cuflash in PyTorch, where PyTorch is not here, and those this GPU is too small for."""
+def possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
+    """`cases` without those of cuflash in PyTorch, where PyTorch is not here, those this GPU is too small for, and
+    those that are measured again with slow peers, where there are none."""
     try:
         torch = importlib.import_module("torch")
         here = not run.clock.gpu or torch.cuda.is_available()
     except ImportError:
         here = False
+    if not any(peer.slow for peer in run.peers):
+        once = {(case.op, case.name) for case in cases if not case.everyone}
+        cases = [case for case in cases if not case.everyone or (case.op, case.name) not in once]
     chosen = [case for case in cases if here or not case.variant.startswith("PyTorch")]
     if len(chosen) < len(cases):
         results.notes.append("cuflash in PyTorch is not measured: PyTorch is not here, or sees no GPU")

@@ -171,6 +171,25 @@ def test_a_gpu_that_answers_no_more_ends_the_run_with_what_there_is() -> None:
     assert "the run ends at forward" in results.notes[0]
 
 
+def test_slow_peers_come_last_in_a_quick_run_and_stand_beside_times_of_the_same_turns() -> None:
+    slow, ready = peers.Ours(), peers.Ours()
+    slow.name, slow.setup_seconds, ready.name, ready.setup_seconds = "slow", 5.0, "ready", 0.1
+    problems = [Problem((n,), (n,), 1, 1, 16, CAUSAL, "float32") for n in (8, 9)]
+    first = [Case("forward", problem, everyone=False) for problem in problems]
+    chosen = [*first, dataclasses.replace(first[0], everyone=True)]
+    results = schema.describe(schema.HARNESS_TEST, "abc")
+    run.measure(chosen, run.Run(CLOCK, [slow, ready], 0.001), results)
+    found = [(row.case, row.impl) for row in results.rows]
+    both = [
+        (case.name, impl)
+        for case, impls in zip(first, (("cuflash", "slow", "ready"), ("cuflash", "ready")), strict=True)
+        for impl in impls
+    ]
+    assert found == both
+    assert run.possible(chosen, run.Run(CLOCK, [ready]), results) == first, "nobody slow is here: once is enough"
+    assert run.possible(chosen, run.Run(CLOCK, [slow]), results) == chosen
+
+
 def test_a_gpu_too_small_for_a_case_is_not_asked_for_it() -> None:
     class Small(HostClock):
         def memory(self) -> int:  # type: ignore[override]
@@ -178,8 +197,7 @@ def test_a_gpu_too_small_for_a_case_is_not_asked_for_it() -> None:
 
     large, small = (Case("forward", Problem((n,), (n,), 1, 1, 16, CAUSAL, "float32")) for n in (64, 32))
     results = schema.describe(schema.HARNESS_TEST, "abc")
-    run.measure([large, small], run.Run(Small(), [], 0.001), results)
-    assert [row.case for row in results.rows] == [small.name]
+    assert run.possible([large, small], run.Run(Small(), []), results) == [small]
     assert results.notes == [f"not measured for want of memory: forward: {large.name}"]
 
 
@@ -206,7 +224,10 @@ def test_cases_have_names_of_their_own_fit_a_gpu_and_cover_what_is_promised() ->
     assert [case.rank for case in every] == sorted(case.rank for case in every)
     first = every[: len(cases.GROUPS)]
     assert {case.group for case in first} == set(cases.GROUPS), "every group's best case comes before any second one"
-    assert {case.group for case in cases.cases(quick=True)} == set(cases.GROUPS)
+    quick = cases.cases(quick=True)
+    once = [case for case in quick if not case.everyone]
+    assert [dataclasses.replace(case, everyone=True) for case in once] == [case for case in every if case.rank == 0]
+    assert quick[: len(once)] == once and {case.group for case in quick[len(once) :]} == set(cases.GROUPS[:6])
     dense = {(c.problem.head_dim, c.problem.q_lens[0]) for c in every if c.group == "forward"}
     assert {(d, n) for d in (64, 128, 256) for n in (512, 1024, 2048, 4096, 8192, 16384, 32768)} <= dense
     kinds = {case.problem.mask.kind for case in every if case.group == "masks"}

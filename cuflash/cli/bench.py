@@ -99,8 +99,9 @@ def _measure(
     console.print(f"peers: {said or 'none'}", highlight=False)
     for name, why in results.skipped.items():
         console.print(f"  not {name}: {why}", highlight=False, markup=False)
-    seconds = seconds or run.seconds_each(quick)
-    expected = run.expected_seconds(chosen, run.Run(clock, found, seconds))
+    this = run.Run(clock, found, seconds or run.seconds_each(quick))
+    chosen = run.possible(chosen, this, results)
+    expected = run.expected_seconds(chosen, this)
     plan = ", ".join(f"{group} {s:.0f}" for group, s in expected.items())
     console.print(f"expected seconds: {plan}; together {sum(expected.values()):.0f}", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -119,7 +120,7 @@ def _measure(
 
             if minutes is not None:  # looking for peers took its part
                 minutes = max(0.0, minutes - (time.monotonic() - began) / 60)
-            run.bench(clock, chosen, results, peers=found, seconds=seconds, minutes=minutes, progress=on_case)
+            run.bench(chosen, this, results, minutes, progress=on_case)
     finally:
         path = schema.write(results, out)
     if as_json:
