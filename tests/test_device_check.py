@@ -12,7 +12,7 @@ import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -357,6 +357,51 @@ def test_a_worker_says_each_item_and_ends_when_it_may_be_ruined(capsys) -> None:
     assert [(line["name"], line.get("ok")) for line in said] == [("b", None), ("b", False), ("c", None), ("c", False)]
     assert "illegal" in said[-1]["message"]
     assert on_device.work(iter(items), 3) == 0
+
+
+@pytest.fixture
+def on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Hopper in the worker's eyes, with short calls; what would have been compiled for it is in the list."""
+    ahead: list[str] = []
+    timing = on_device.benchmarks("timing")
+    monkeypatch.setattr(timing, "CudaClock", timing.HostClock)
+    monkeypatch.setattr(timing, "take_turns", functools.partial(timing.take_turns, host_clock=lambda: 0.0))
+    monkeypatch.setattr(on_device, "_upload", lambda x: x)
+    monkeypatch.setattr(on_device.frameworks.cupy, "current_device", lambda: 0)
+    monkeypatch.setattr(on_device.frameworks.cupy, "arch_of", lambda device: arch.named("sm_90a"))
+    monkeypatch.setattr(on_device.module, "compile", lambda spec, target: ahead.append(spec.name))
+    for name, value in (("LENGTH", 64), ("BATCH", 1), ("DIMS", (64,)), ("WIDTH", 64), ("SECONDS", 1e-3)):
+        monkeypatch.setattr(on_device, name, value)
+    with using("emulator", "sm_90a"):
+        yield ahead
+
+
+def test_the_time_of_both_kernels(monkeypatch, on_the_emulator, capsys) -> None:
+    monkeypatch.setattr(on_device, "compared", lambda: [CASES["one tile"]])
+    assert on_device.main(["hopper", "--skip", "0"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line != "."]
+    done = {line["name"]: line for line in said if "ok" in line}
+    assert all(line["ok"] for line in done.values()), done
+    assert on_the_emulator.count("forward_sm90") == on_the_emulator.count("forward_sm80") == 2
+    timed = done["time, 1 x 64, d 64, causal"]
+    assert set(timed["tflops"]) == {"forward_sm90", "forward_sm80"} and timed["ratio"] > 0
+    assert list(done) == ["compiling", "one tile", "time, 1 x 64, d 64", "time, 1 x 64, d 64, causal"]
+
+
+def test_tiles_are_timed_and_checked(monkeypatch, on_the_emulator, capsys) -> None:
+    monkeypatch.setattr(on_device, "SM90_CANDIDATES", {64: ()})  # but for the one in use
+    assert on_device.main(["tune"]) == 0
+    said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line != "."]
+    done = {line["name"]: line for line in said if "ok" in line and "d" in line}
+    assert len(done) == 4 and all(line["ok"] for line in done.values()) and len(on_the_emulator) == 1
+    lines = device_check.ranking(list(done.values()))
+    assert [line.partition(":")[0] for line in lines] == ["d 64", "d 64, causal"]
+    assert all("192 x 128, 16 warps, persistent" in line and line.count("(now)") == 2 for line in lines)
+
+    now, other = forward.SM90_TILES[64], forward.Tile(128, 128, 12)
+    monkeypatch.setattr(api, "attention", lambda q, *_, **__: q + q.dtype.type(forward.SM90_TILES[64] == other))
+    with pytest.raises(on_device.Wrong, match="from the tile in use"):
+        on_device.time_tile(arch.named("sm_90a"), 64, other, now, False, None)
 
 
 CASES = {case.what: case for case in on_device.compared()}

@@ -24,7 +24,7 @@ from unittest import mock
 
 import numpy as np
 
-from .. import api, arch, dtypes, mods
+from .. import api, arch, dtypes, frameworks, mods
 from ..errors import CuflashError
 from ..jit import module
 from ..ops import forward
@@ -160,35 +160,39 @@ def to_host(x: Any) -> np.ndarray:
     return x if isinstance(x, np.ndarray) else x.get()
 
 
-def time_both(length: int, batch: int, d: int, causal: bool) -> dict[str, Any]:
+LENGTH, BATCH, DIMS = 4096, 4, (128, 64, 256)  # of what is timed
+WIDTH = 2048  # heads times head dim
+SECONDS = 0.2  # of timing, for each contestant
+
+
+def time_both(d: int, causal: bool) -> dict[str, Any]:
     """TFLOP/s of both kernels, in turns, and how many times as fast Hopper's is."""
     contestants = {
         name: lambda q, k, v, options=options: api.attention(q, k, v, causal=causal, kernel_options=options)
         for name, options in (("forward_sm90", None), ("forward_sm80", {"kernel": "sm_80"}))
     }
-    found = _tflops(contestants, length, batch, d, causal)
-    return {"tflops": found, "ratio": round(found["forward_sm90"] / found["forward_sm80"], 3)}
+    found = _tflops(contestants, d, causal)
+    rounded = {name: round(tflops, 1) for name, tflops in found.items()}
+    return {"tflops": rounded, "ratio": round(found["forward_sm90"] / found["forward_sm80"], 3)}
 
 
-def _tflops(
-    contestants: dict[str, Callable[..., Any]], length: int, batch: int, d: int, causal: bool, seconds: float = 0.2
-) -> dict[str, float]:
-    """Of calls of q, k, v in bfloat16 with 2048 / d heads."""
+def _tflops(contestants: dict[str, Callable[..., Any]], d: int, causal: bool) -> dict[str, float]:
+    """Of calls of q, k, v in bfloat16."""
     timing = benchmarks("timing")
     clock = timing.CudaClock()
     random = clock.xp.random.default_rng(0)
-    heads = 2048 // d
-    copies = [_normal(clock.xp, random, (3, batch, length, heads, d)) for _ in range(3)]
+    heads = WIDTH // d
+    copies = [tuple(_normal(clock.xp, random, (3, BATCH, LENGTH, heads, d))) for _ in range(3)]
     calls = {
         name: timing.Prepared([lambda x=x, call=call: call(*x) for x in copies], dict)
         for name, call in contestants.items()
     }
-    pairs = length * (length + 1) // 2 if causal else length**2
+    pairs = LENGTH * (LENGTH + 1) // 2 if causal else LENGTH**2
     result = {}
-    for name, found in timing.take_turns(calls, clock, seconds).items():
+    for name, found in timing.take_turns(calls, clock, SECONDS).items():
         if isinstance(found, str):
             raise Wrong(f"{name}: {found}")
-        result[name] = round(4 * batch * heads * d * pairs / found.ms / 1e9, 1)
+        result[name] = 4 * BATCH * heads * d * pairs / found.ms / 1e9
     return result
 
 
@@ -224,19 +228,21 @@ def specs_of(cases: Sequence[Compared], target: arch.Arch) -> list[module.Kernel
 
 def hopper() -> Iterator[Item]:
     target = arch.named("sm_90a")
-    timed = [Compared("", (), (), dims=(d, d), dtype="bfloat16") for d in (128, 64, 256)]
+    timed = [Compared("", (), (), dims=(d, d), dtype="bfloat16") for d in DIMS]
     yield "compiling", lambda: compile_ahead(specs_of([*compared(), *timed], target), target)
     for case in compared():
         yield case.what, lambda case=case: compare(case, _upload)
-    for d in (128, 64, 256):
+    for d in DIMS:
         for causal in (False, True):
-            name = f"time, 4 x 4096, d {d}{', causal' if causal else ''}"
-            yield name, lambda d=d, causal=causal: time_both(4096, 4, d, causal)
+            name = f"time, {BATCH} x {LENGTH}, d {d}{', causal' if causal else ''}"
+            yield name, lambda d=d, causal=causal: time_both(d, causal)
 
 
 def _upload(x: np.ndarray) -> Any:
     import cupy
 
+    if x.dtype == dtypes.bfloat16.numpy:  # travels as what any version knows
+        return cupy.asarray(x.view(np.uint16)).view(x.dtype)
     return cupy.asarray(x)
 
 
@@ -301,24 +307,21 @@ def time_tile(
     target: arch.Arch, d: int, tile: Tile, now: Tile, causal: bool, persistent: bool | None
 ) -> dict[str, Any]:
     """TFLOP/s of a tile; and that its result is that of the tile in use."""
-    import cupy
-
-    q, k, v = _normal(cupy, cupy.random.default_rng(1), (3, 1, 500, 2, d))
+    xp = benchmarks("timing").CudaClock().xp
+    q, k, v = _normal(xp, xp.random.default_rng(1), (3, 1, 500, 2, d))
     options = None if persistent is None else {"persistent": persistent}
-    expected = api.attention(q, k, v, causal=causal).astype(np.float32).get()
+    expected = to_host(api.attention(q, k, v, causal=causal)).astype(np.float32)
     with tile_of(target, d, tile):
-        found = api.attention(q, k, v, causal=causal, kernel_options=options).astype(np.float32).get()
+        found = to_host(api.attention(q, k, v, causal=causal, kernel_options=options)).astype(np.float32)
         if not np.allclose(found, expected, atol=2e-2):
             raise Wrong(f"off by {np.abs(found - expected).max():.3g} from the tile in use")
         calls = {"tile": lambda q, k, v: api.attention(q, k, v, causal=causal, kernel_options=options)}
-        tflops = _tflops(calls, 4096, 4, d, causal)["tile"]
-    return {"d": d, "causal": causal, "tile": str(tile), "now": tile == now, "tflops": tflops}
+        tflops = _tflops(calls, d, causal)["tile"]
+    return {"d": d, "causal": causal, "tile": str(tile), "now": tile == now, "tflops": round(tflops, 1)}
 
 
 def tune() -> Iterator[Item]:
-    from ..frameworks import cupy as adapter
-
-    target = adapter.arch_of(adapter.current_device())
+    target = frameworks.cupy.arch_of(frameworks.cupy.current_device())
     tried = [dataclasses.replace(_variant(target, d), tile=tile) for d, tile, _ in candidates(target)]
     yield "compiling", lambda: compile_ahead([forward.kernel_spec(variant) for variant in tried], target)
     for d, tile, now in candidates(target):
@@ -388,7 +391,7 @@ def main(arguments: Sequence[str]) -> int:
     asked = parser.parse_args(arguments)
     if asked.what == "small":
         small()
-        _upload(np.zeros(1)).device.synchronize()
+        _upload(np.zeros(1)).device.synchronize()  # what went wrong on the GPU is said here at the latest
         return 0
     return work(hopper() if asked.what == "hopper" else tune(), asked.skip)
 
