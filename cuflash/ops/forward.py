@@ -285,9 +285,10 @@ class ForwardSm90Variant:
     def registers(self) -> tuple[int, int]:
         """Of a producer's thread and of a consumer's: together what the block has. A mask of more than bounds has the
         producer look through tiles, for which it needs some more."""
+        walks = emit_c.keeps_more_than_bounds(self.mods)
         if self.tile.warps == 16:
-            return 32, 160
-        return (56, 224) if emit_c.keeps_more_than_bounds(self.mods) else (40, 232)
+            return (56, 152) if walks else (32, 160)
+        return (56, 224) if walks else (40, 232)
 
     def members(self) -> dict[str, str | int | bool]:
         producer, consumer = self.registers

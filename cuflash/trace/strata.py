@@ -15,7 +15,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from .expr import Expr, const, leaves, make
+from .expr import Expr, const, coordinate, leaves, make
 
 LIMIT = 2**29  # of coordinates and lengths where there are mods: three of them and a captured int add up within 32 bits
 FULL_RANGE = (-(2**31), 2**31 - 1)
@@ -53,6 +53,7 @@ def split(mask: Expr, column: str) -> Split:
     for x in conjuncts(mask):
         found = interval(x, column)
         if found is None:
+            x = apart(x, column)
             rest = x if rest is None else make("and", rest, x)
             continue
         low = _joined("max", low, found.low)
@@ -68,6 +69,27 @@ def conjuncts(x: Expr) -> list[Expr]:
         if x.op == "not" and x.args[0].op == "or" and x.args[0].kind == "bool":
             return [y for a in x.args[0].args for y in conjuncts(make("not", a))]
     return [x]
+
+
+def apart(x: Expr, column: str) -> Expr:
+    """The same bool, with `(p - column) % c == 0` as `column % c == p % c`: a term of the row and one of the column,
+    where there was a division at every element.
+
+    >>> from .expr import coordinate
+    >>> distance = make("sub", coordinate("q_idx"), coordinate("kv_idx"))
+    >>> apart(make("eq", make("mod", distance, const(3)), const(0)), "kv_idx")
+    ((kv_idx % 3) == (q_idx % 3))
+    """
+    if x.kind == "bool" and x.op in ("and", "or", "not"):
+        return make(x.op, *(apart(a, column) for a in x.args))
+    if x.op not in ("eq", "ne") or x.args[0].op != "mod" or x.args[1] is not const(0):
+        return x
+    distance, c = x.args[0].args
+    moved = None if column in leaves(c) else _linear(distance, column)
+    if moved is None or moved[0] == 0 or moved[1].op == "const" or not _fits(distance):
+        return x
+    sign, rest = moved
+    return make(x.op, make("mod", coordinate(column), c), make("mod", rest if sign < 0 else make("neg", rest), c))
 
 
 def _joined(op: str, a: Expr | None, b: Expr | None) -> Expr | None:
