@@ -5,6 +5,8 @@
 #     text_representation:
 #       extension: .py
 #       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3
 #     language: python
@@ -32,6 +34,7 @@ from torch.nn import functional as F
 import cuflash
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_num_threads(1)  # so small a model only loses by more
 
 # %% [markdown]
 # ## 1. The model
@@ -203,6 +206,18 @@ picture = axes.imshow(owner, cmap=plt.get_cmap("viridis", len(PROMPTS)), vmin=-0
 figure.colorbar(picture, ticks=range(len(PROMPTS)), label="sequence")
 axes.set(xlabel="page", ylabel="place in the page")
 plt.show()
+
+# %% [markdown]
+# Few queries of many keys have a kernel of their own: a block reads each key once for all query heads that share it,
+# and several blocks share the keys of a long sequence, whose parts a last kernel puts together. `explain` says what a
+# step would run on a GPU, or on the emulator, without running it.
+
+# %%
+cuflash.config.backend = "auto" if device == "cuda" else "emulator"
+one_query = torch.zeros(len(PROMPTS), 1, HEADS, WIDTH // HEADS, device=device)
+paged = {"page_table": cache.table, "seqused_k": cache.lengths}
+print(cuflash.explain(one_query, cache.k[0], cache.v[0], **paged, causal=True, split_size=64))
+cuflash.config.backend = "auto"
 
 # %% [markdown]
 # ## 4. One prompt, many continuations
