@@ -33,6 +33,12 @@ class Quantity:
     more_is_better: bool = True
 
     def text(self, value: float) -> str:
+        """
+        >>> quantity("latency").text(12.345), quantity("latency").text(43210.0), quantity("forward").text(654.3)
+        ('12.3', '43 ms', '654')
+        """
+        if self.unit == "us" and value >= 10_000:
+            return f"{value / 1e3:,.0f} ms"
         return f"{value:,.{self.digits}f}" if abs(value) >= 10 else f"{value:.3g}"
 
 

@@ -331,10 +331,13 @@ def host_time(call: Callable[[], Any], clock: Clock, rounds: int = 9) -> Timing:
 # --- ceilings ---------------------------------------------------------------------------------------------------------
 
 
+_MATMUL = 8192  # rows and columns
+
+
 def ceilings(clock: Clock, seconds: float = 1.0) -> dict[str, float]:
     """What this device reaches at best: matmul_tflops, copy_gbps, launch_us. On a CPU, of a small problem."""
     xp = clock.xp
-    n = 8192 if clock.gpu else 128
+    n = _MATMUL if clock.gpu else 128
     found = {}
     times = take_turns({"matmul": Prepared(_matmuls(clock, n), dict)}, clock, seconds)
     if isinstance(matmul := times["matmul"], Timing):

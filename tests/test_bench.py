@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ import cuflash
 from benchmarks import cases, oracle, peers, run, schema, timing
 from benchmarks.cases import Case, Mask, Problem
 from benchmarks.inputs import Inputs, draw, floats, from_torch, to_torch
+from benchmarks.schema import Row
 from benchmarks.timing import HostClock, Prepared, Timing
 from cuflash import cli
 from cuflash.cli import machine
@@ -96,6 +98,80 @@ def test_without_a_gpu_what_can_be_measured_is_and_says_what_it_is(monkeypatch, 
     assert schema.read(path).gpu == schema.OFFLINE
     asked.clear()
     assert invoke("bench", "import", "--out", str(tmp_path)).exit_code == 0 and asked == ["import"]
+
+
+def numpy_as_cupy() -> SimpleNamespace:
+    """As much of CuPy as the harness uses, by NumPy: events read the host's clock, and copies cost nothing."""
+
+    class Array(np.ndarray):
+        data = SimpleNamespace(copy_from_device_async=lambda source, size: None)
+
+    class MemoryHook:
+        def __enter__(self) -> Any:
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            self.malloc_postprocess(device_id=0, size=1, mem_size=512, mem_ptr=0, pmem_id=0)  # type: ignore[attr-defined]
+
+    class Event:
+        def record(self) -> None:
+            self.at = time.perf_counter()
+
+    pool = SimpleNamespace(used_bytes=lambda: 0, free_all_blocks=lambda: None)
+    device = SimpleNamespace(synchronize=lambda: None, mem_info=(1 << 30, 139 << 30))
+    cuda = SimpleNamespace(
+        Event=Event, Device=lambda: device, MemoryHook=MemoryHook,
+        get_elapsed_time=lambda start, end: (end.at - start.at) * 1e3,
+    )  # fmt: skip
+    own = {
+        "cuda": cuda,
+        "get_default_memory_pool": lambda: pool,
+        "zeros": lambda shape, dtype=float: np.zeros(shape, dtype).view(Array),
+        "matmul": lambda a, b: time.sleep(1e-3),
+        "copyto": lambda a, b: time.sleep(1e-3),
+        "RawKernel": lambda text, name: lambda grid, block, arguments: None,
+    }
+    return SimpleNamespace(**{name: getattr(np, name) for name in dir(np) if not name.startswith("_")} | own)
+
+
+def test_the_command_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All of the way that is taken where there is one, but for the GPU: CuPy is made of NumPy."""
+    gpu = machine.Gpu(0, "NVIDIA H200", (9, 0))
+    monkeypatch.setattr(machine, "gpus", lambda: (gpu,))
+    monkeypatch.setattr(machine, "driver", lambda: machine.Driver((13, 0), (gpu,)))
+    monkeypatch.setattr(machine, "cupy_wheels", lambda: {"cupy-cuda13x": "14.2.0"})
+    monkeypatch.setitem(sys.modules, "cupy", numpy_as_cupy())
+    first = [Row("latency", "import cuflash", "cuflash", 200.0, 1.0)]
+    monkeypatch.setattr(run, "first_calls", lambda clock: first)
+    monkeypatch.setattr(timing, "_MATMUL", 64)
+    kinds = ("forward", "decode", "latency", "memory", "accuracy")
+    asked: list[Any] = []
+    few, every = [case for case in cases.tiny() if case.group in kinds], cases.cases
+
+    def chosen(groups: Any = cases.GROUPS, quick: bool = False) -> list[Case]:
+        asked.extend([list(groups)] * quick)
+        return few if quick else every(groups)
+
+    monkeypatch.setattr(cases, "cases", chosen)
+    arguments = ("bench", *kinds, "--quick", "--peers", "torch", "--minutes", "1", "--out", str(tmp_path))
+    done = invoke(*arguments, "--commit", "abc-dirty")
+    assert done.exit_code == 0, (done.output, done.exception)
+    assert asked == [list(kinds)]
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("h200-") and path.name.endswith("-abc-dirty.json")
+    results = schema.read(path)
+    assert results.on_gpu and results.capability == [9, 0] and results.driver == "CUDA 13.0"
+    assert results.clean is False and set(results.ceilings) == {"matmul_tflops", "copy_gbps", "launch_us"}
+    assert {row.op for row in results.rows} == set(kinds)
+    assert all(why for name, why in results.skipped.items() if name.startswith("torch"))
+    assert "1 of 6, forward: 2 x 36" in done.output and "import cuflash" in done.output
+    assert "budgets" in done.output and "200 ms" in done.output and "<= 0.3 s" in done.output
+
+
+def test_a_gpu_without_cupy_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "gpus", lambda: (machine.Gpu(0, "NVIDIA H200", (9, 0)),))
+    monkeypatch.setattr(machine, "cupy_wheels", dict)
+    assert "CuPy, which launches the kernels, is not here" in str(invoke("bench", "forward").exception)
 
 
 class Broken(peers.Ours):
