@@ -176,6 +176,20 @@ def test_a_full_disk_leaves_what_was_written(monkeypatch, tmp_path: Path) -> Non
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".log"]
 
 
+def test_ctrl_c_leaves_no_process_behind(monkeypatch, tmp_path: Path, instead) -> None:
+    started = []
+    instead('trap "" INT; sleep 30 & wait')
+
+    def stage(share: Share) -> Stage:
+        started.append(device_check.start(device_check.python(), share.folder / "out.txt"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device_check, "STAGES", {"tests": (1.0, stage)})
+    with pytest.raises(KeyboardInterrupt):
+        run_check(tmp_path, ["tests"])
+    assert started[0].wait(20) != 0
+
+
 def test_long_files_stay_out_of_the_archive(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(device_check, "LONGEST_KEPT", 3)
     (tmp_path / "work").mkdir()

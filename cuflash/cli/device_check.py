@@ -129,6 +129,8 @@ def check(results: Any, wanted: Sequence[str], seconds: float, out: Path, consol
                     stage = run(Share(folder, max(1.0, left * share / together)))
                 except Exception as error:  # whatever it is, the other stages go on
                     stage = Stage(FAILED, f"{type(error).__name__}: {error}")
+                finally:  # Ctrl-C among them: nothing is left behind
+                    _kill_all()
             stage.seconds = round(time.monotonic() - began, 1)
             found[name] = stage
             log(f"{name}: {stage.state}, {stage.found} ({stage.seconds:.0f} s)")
@@ -216,6 +218,10 @@ class Ended:
     status: int | None = None
 
 
+_started: list[subprocess.Popen[bytes]] = []
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)
+
+
 def python(*arguments: str) -> list[str]:
     """A command of this Python."""
     return [sys.executable, *arguments]
@@ -231,10 +237,19 @@ def start(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
         "CUFLASH_CACHE_DIR": str(config.cache_dir),  # what a stage compiles the next one finds
     }
     with output.open("wb") as file:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
+    _started.append(process)
+    return process
+
+
+def _kill_all() -> None:
+    for process in _started:
+        if process.poll() is None:
+            _signal(process, _KILL)
+    _started.clear()
 
 
 def finish(process: subprocess.Popen[bytes], seconds: float, ask: bool = True) -> Ended:
@@ -245,7 +260,7 @@ def finish(process: subprocess.Popen[bytes], seconds: float, ask: bool = True) -
         _signal(process, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             return Ended("asked", process.wait(GRACE))
-    _signal(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+    _signal(process, _KILL)
     with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits in the driver may outlive even that
         process.wait(GRACE)
     return Ended("killed")

@@ -390,6 +390,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--skip", type=int, default=0)
     asked = parser.parse_args(arguments)
     if asked.what == "small":
+        import cupy
+
+        cupy.cuda.set_allocator(None)  # each array apart, so that memcheck sees where it ends
         small()
         _upload(np.zeros(1)).device.synchronize()  # what went wrong on the GPU is said here at the latest
         return 0
