@@ -418,15 +418,16 @@ def test_machine_code_with_mods(d, what):
         "natten": tracer.bind(None, mods.natten_2d(32, 32, 7)),
         "soft cap": tracer.bind(mods.softcap(30.0), mods.causal()),
     }.get(what)
-    loop = loop_of(
-        forward.choose_sm90_variant(dtypes.bfloat16, d, d, mods=bound and bound.mods, dropout=what == "dropout")
-    )
+    variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d, mods=bound and bound.mods, dropout=what == "dropout")
+    loop = loop_of(variant)
     inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere
     if what == "causal":
         assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
     if what == "documents" and 64 < d < 256:  # where the tile is the same
         assert loop.shortest <= GATES[d, d][2]
+    if what in ("causal", "documents"):
+        assert forward.predicted(variant, loop).tensor_use >= GATES[d, d][3] / 100
 
 
 def test_every_tile_fits():
