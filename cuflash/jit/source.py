@@ -30,6 +30,7 @@ MODS_FILE = "mods.cuh"
 
 _INCLUDE = re.compile(r'\s*#\s*include\s*(?:<([^>]+)>|"([^"]+)")')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
+_ASSERTED = 'cuflash/jit/layout.py computed");'  # the end of the assertion that flatten adds
 _LINE = re.compile(r'\s*#line\s+(\d+)\s+"([^"]+)"')
 
 
@@ -103,7 +104,7 @@ def flatten(
         size = parse(text, params).size
         text += (
             f"static_assert(sizeof({params}) == {size}, \"{params}: the compiler's size differs from the {size} bytes "
-            f'cuflash/jit/layout.py computed");\n'
+            f"{_ASSERTED}\n"
         )
     return text
 
@@ -260,7 +261,8 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 
 def numbered(text: str) -> Iterator[tuple[str, int, str]]:
-    """Every line of a flattened text as (file, line number in it, line), the `#line` directives followed and left out.
+    """Every line of a flattened text as (file, line number in it, line), the `#line` directives followed and left out,
+    and so is what `flatten` put behind the last file.
 
     >>> list(numbered('#line 7 "a.cu"\\nint x;\\n'))
     [('a.cu', 7, 'int x;')]
@@ -271,7 +273,8 @@ def numbered(text: str) -> Iterator[tuple[str, int, str]]:
         if directive is not None:
             number, file = int(directive[1]), directive[2]
             continue
-        yield file, number, line
+        if not line.endswith(_ASSERTED):
+            yield file, number, line
         number += 1
 
 

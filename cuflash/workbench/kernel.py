@@ -291,7 +291,8 @@ class Kernel:
 
     def check(self, *, seconds: float = SECONDS) -> report.Check:
         """Runs it, and compares with the reference: true where every element is right. Ours are compared with
-        `attention` in float64, by the roundings that a kernel cannot avoid; your own with `reference`.
+        `attention` in float64 (of gradients dq, dk and dv), by the roundings that a kernel cannot avoid; your own with
+        `reference`.
 
         Raises `EmulatorError` with the report of a fault, `CompileError`, `Stopped`.
         """

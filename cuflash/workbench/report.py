@@ -70,7 +70,7 @@ def _shown(x: Any) -> str:
 # --- Right or wrong -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class Compared:
     """One result against what it should be; the worst element is that of the largest error over its allowance.
 
