@@ -8,6 +8,7 @@ arrays travel as copies.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import pickle
 import queue
@@ -101,15 +102,8 @@ class _Child:
         answers: queue.Queue[tuple[bool, Any, bool] | None] = queue.Queue()
         threading.Thread(target=self._exchange, args=(request, answers), daemon=True).start()
         try:
-            answer = answers.get(timeout=seconds)
-        except queue.Empty:
-            self.kill()
-            raise Stopped(
-                f"no answer after {seconds:g} seconds, so the process that ran it was ended. A loop without an end "
-                "that touches no memory and meets no other thread looks like this, and so does a problem that is too "
-                "large for the emulator: take a smaller one, or give it more time with seconds="
-            ) from None
-        except BaseException:  # Ctrl-C
+            answer = _awaited(answers, seconds)
+        except BaseException:  # Stopped, or Ctrl-C
             self.kill()
             raise
         if answer is None:
@@ -138,6 +132,19 @@ class _Child:
         said = self.errors.read().decode(errors="replace").strip()
         self.kill()
         return f"the process that ran it ended with {how}" + (f"; its last words:\n{said[-2000:]}" if said else "")
+
+
+def _awaited(answers: queue.Queue[Any], seconds: float) -> Any:
+    """In short turns: an interrupt may come to another thread, and is heard between them."""
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            return answers.get(timeout=min(0.2, left))
+    raise Stopped(
+        f"no answer after {seconds:g} seconds, so the process that ran it was ended. A loop without an end that touches "
+        "no memory and meets no other thread looks like this, and so does a problem that is too large for the "
+        "emulator: take a smaller one, or give it more time with seconds="
+    )
 
 
 # --- The child's side ---------------------------------------------------------------------------------------------

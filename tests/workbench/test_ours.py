@@ -116,6 +116,19 @@ def test_the_backward_runs_with_all_its_kernels() -> None:
     assert kernel.run().dk.shape == k.shape
 
 
+def test_the_kernel_for_hopper_and_that_for_few_queries() -> None:
+    q, k = arrays((1, 130, 1, 64), (1, 200, 1, 64))
+    hopper = workbench.load("forward_sm90", q, k, k, causal=True)
+    assert hopper.problem.arch == "sm_90a" and hopper.check()
+    assert any(name.startswith("wgmma") for name in hopper.counters().matrix_instructions)
+    decode = workbench.load("decode_sm80", q[:, :1], k, k, split_size=64)
+    assert [spec.name for spec in decode.specs] == ["decode_sm80", "combine"] and decode.check()
+    # An edit of a file that both include is in both.
+    both = decode.edit("base.cuh", "constexpr float kLn2", "constexpr float kLn2Times2 = 1.5f;\nconstexpr float kLn2")
+    assert all("kLn2Times2" in workbench.jobs.edited(s, both._edits, "decode_sm80.cu").text("emu") for s in both.specs)
+    assert both.check()
+
+
 def test_captured_arrays_and_frameworks() -> None:
     torch = pytest.importorskip("torch")
     q, k = (torch.from_numpy(x).to(torch.bfloat16) for x in arrays((1, 30, 2, 32), (1, 40, 2, 32)))

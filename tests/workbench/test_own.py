@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -139,6 +142,36 @@ def test_what_hangs_or_dies_leaves_the_interpreter_alive(body: str, says: str) -
     with pytest.raises(workbench.Stopped, match=says):
         kernel.check(seconds=1)
     assert worker.call(divmod, 7, 2, seconds=60) == (3, 1)  # the next has a child again
+
+
+def test_an_interrupt_ends_the_child_and_not_the_interpreter() -> None:
+    before = worker.call(os.getpid, seconds=60)
+    timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])  # as Ctrl-C and a notebook's stop button do
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        worker.call(time.sleep, 60, seconds=60)
+    assert worker.call(os.getpid, seconds=60) != before
+
+
+def test_several_results_come_by_name_and_are_checked_by_name() -> None:
+    text = """\
+struct Params {
+  const i32* x;
+  i32* y;
+  i32* z;
+};
+HW_KERNEL(32) both(HW_GRID_CONSTANT Params p) {
+  const i32 i = hw::thread_idx();
+  hw::store_global(p.y + i, hw::load_global(p.x + i) + 1);
+  hw::store_global(p.z + i, i);
+}
+"""
+    x = np.arange(32, dtype=np.int32)
+    arguments = {"x": x, "y": 0 * x, "z": 0 * x}
+    kernel = workbench.kernel(text, arguments, reference=lambda x, y, z: {"y": x + 1, "z": 2 * x})
+    assert [*kernel.run()] == ["y", "z"]
+    y, z = kernel.check().results
+    assert (y.wrong, z.wrong, z.index, z.allowed) == (0, 31, (31,), 0.0)  # integers are right or wrong
 
 
 def test_resources_and_machine_code_of_an_architecture() -> None:
