@@ -12,6 +12,7 @@ import numpy as np
 
 from ..arch import Arch
 from ..emulator import Counters
+from ..errors import UnsupportedError
 
 if TYPE_CHECKING:
     from ..jit import sass
@@ -203,7 +204,10 @@ class Counts(Report, Counters):
 
     def plot(self) -> Any:
         """A matplotlib figure: bytes of each array, and what each line's accesses took and needed."""
-        from matplotlib import pyplot
+        try:
+            from matplotlib import pyplot
+        except ImportError as error:
+            raise UnsupportedError("figures are drawn by matplotlib: pip install matplotlib") from error
 
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 3.2), width_ratios=(1, 2), layout="constrained")
         arrays = list(dict.fromkeys([*self.global_bytes_read, *self.global_bytes_written]))[::-1]

@@ -141,8 +141,8 @@ def _awaited(answers: queue.Queue[Any], seconds: float) -> Any:
         with contextlib.suppress(queue.Empty):
             return answers.get(timeout=min(0.2, left))
     raise Stopped(
-        f"no answer after {seconds:g} seconds, so the process that ran it was ended. A loop without an end that touches "
-        "no memory and meets no other thread looks like this, and so does a problem that is too large for the "
+        f"no answer after {seconds:g} seconds, so the process that ran it was ended. A loop without an end that "
+        "touches no memory and meets no other thread looks like this, and so does a problem that is too large for the "
         "emulator: take a smaller one, or give it more time with seconds="
     )
 
