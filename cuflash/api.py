@@ -1078,7 +1078,8 @@ def _plan(
     if backward is None:
         ops = _forward()
         if pages is not None:
-            fields |= {"page_size": views["k"].shape[1], "max_pages": pages.shape[1]}
+            num_pages, page_size = views["k"].shape[:2]
+            fields |= {"page_size": page_size, "num_pages": num_pages, "max_pages": pages.shape[1]}
             fields["page_table_stride"] = pages.strides[0]
         fields["options"] = ops.Options(**dict(options))
         problem = ops.ForwardProblem(**fields, lse="lse" in shapes, max_logit="max_logit" in shapes)

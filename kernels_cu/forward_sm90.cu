@@ -8,7 +8,11 @@
 //           tile and keys are loaded once for those heads: row r of a warpgroup is query r / group_heads of its queries
 //   grid    (query block, head or group of them, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu; or, where the tiles of a
 //           dense batch are alike, a block for each multiprocessor, which goes over (query block, head, sequence) in steps
+//   keys    rows of one array, or pages that a table names: V::kPaged, tile/paged.cuh. Pages come by tensor copies where
+//           parts of them are parts of a key tile, in multiples of the swizzle's 8 rows; else they are gathered row by row
 //   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
+//           warpgroup 0, warps 1  loaders: K, and V, of keys in pages, instead of the producer
+//             and 2
 //           warpgroups 1..        consumers: 64 query rows each against all keys
 //
 //   shared  name      rows      row            bytes for d = 128, 128 x 128
@@ -24,9 +28,9 @@
 //   Tiles of 16-bit elements lie in chunks as tensor copies write and wgmma reads them (tile/descriptor.cuh).
 //
 //   mbarrier      arrivals                          who waits
-//   k_full[s]     producer, and K's bytes           consumers: S = Q K^T, the tile's word, terms
+//   k_full[s]     producer or loader, K's bytes     consumers: S = Q K^T, the tile's word, terms
 //   k_empty[s]    every consumer warp, S is there   producer: the next K, word and terms of this stage
-//   v_full[s]     producer, and V's bytes           consumers: O += P V
+//   v_full[s]     producer or loader, V's bytes     consumers: O += P V
 //   v_empty[s]    every consumer warp, O is there   producer: the next V of this stage
 //   q_full[s]     producer, and Q's bytes           consumers: S = Q K^T, bounds, the tile's words
 //   q_empty[s]    every consumer warp, after store  producer: the next Q, bounds and words of this stage
@@ -34,6 +38,7 @@
 //   named barrier 1        all consumers, where the last keys' V has been cleared behind them
 //                 2 + w    kTurns: turn of warpgroup w to issue its products; the others' softmax runs under them
 //                 5 + w    warpgroup w: all of it has read Q
+//                 8        producer and loaders: a tile's words are written, and those of the one before read
 //
 // A warpgroup issues S of the next tile and O += P V of this one together, and computes the softmax of the next tile while
 // the latter runs. Key tiles go from the last to the first, so that masked ones come first.
@@ -52,6 +57,7 @@
 #include <tile/mask.cuh>
 #include <tile/matmul_sm90.cuh>
 #include <tile/mods.cuh>
+#include <tile/paged.cuh>
 #include <tile/schedule.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
@@ -196,13 +202,13 @@ struct TileRow {
 // What a block computes, tile by tile: use(sequence, group of heads, number from the end of the sequence).
 template <class V, class Use>
 HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
-  const bool persistent = p.persistent_tiles > 0;
+  const bool persistent = !V::kPaged && p.persistent_tiles > 0;
   const TileRange range =
       persistent ? TileRange{0, hw::block_idx_x()}
                  : tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, queries_of_tile<V>(p));
   HW_NO_UNROLL
   for (i32 i = range.first;; i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
-    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence(p, range.sequence).q_rows, queries_of_tile<V>(p)))) break;
+    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence<V::kPaged>(p, range.sequence).q_rows, queries_of_tile<V>(p)))) break;
     if (persistent) {
       const i32 tiles = ceil_div(p.q_len, queries_of_tile<V>(p)), line = i / tiles, sequence = line / p.groups;
       use(sequence, line - sequence * p.groups, i - line * tiles);
@@ -219,6 +225,9 @@ HW_DEVICE void say_tile(u32 smem, u32 q_stage, i32 sequence, i32 group, i32 from
                           static_cast<u32>(what)}});
 }
 
+// The producer, and the loaders of keys in pages.
+HW_DEVICE void meet_loaders() { hw::named_sync(8, 96); }
+
 // Producer: the copies of the sequence's query tile number `from_end` and of its keys. It has few registers: what is
 // needed once in 32 tiles is worked out anew.
 template <class V, class M>
@@ -226,7 +235,7 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
                             Progress& progress) {
   using Plan = ForwardPlan<V>;
   const Barriers<V> barriers(smem);
-  const Sequence seq = read_sequence(p, sequence);
+  const Sequence seq = read_sequence<V::kPaged>(p, sequence);
   const QueryTile<V> q_tile(p, seq, from_end);
   const i32 head_kv = group * p.group_heads / p.head_group;
   // Mods ask for it, where a group is one head.
@@ -252,7 +261,7 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
   const auto find_tile = [&](i32 n) {
     if constexpr (kWalk) {
       return walk.find(n, first_k_tile - 1, [&](i32 tile) {
-        const Sequence again = read_sequence(p, sequence);
+        const Sequence again = read_sequence<V::kPaged>(p, sequence);
         const QueryTile<V> rows(p, again, from_end);
         const Interval all = rows.keys(p, again.k_len).all;
         const i32 first = tile * V::kBlockK, end = first + V::kBlockK;
@@ -269,6 +278,7 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
   };
   const i32 k_row = static_cast<i32>(seq.k_begin);
   const auto load_v = [&](i32 n, u32 tile) {
+    if constexpr (V::kPaged) return;
     const u32 stage = barriers.stage(tile);
     // wait   v empty <- every consumer warp: O of the tile that was here is there
     hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);
@@ -299,6 +309,8 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
       hw::mbarrier_arrive(q_full);
     }
   }
+  // sync   the query tile's words <-> loaders
+  if constexpr (V::kPaged) meet_loaders();
 
   // KV loop: K of a tile, then V of the tile before.
   i32 before = -1;
@@ -312,11 +324,15 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
     if (leader) {
       const u32 word = static_cast<u32>(n) | (masked ? kMasked : 0) | (next < first_k_tile ? kLast : 0);
       hw::store_shared(smem + Plan::kWords + 4 * stage, word);
-      hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes);
-      load_rows<typename Plan::QkChunk, V::kHeadDim, V::kBlockK>(smem + Plan::kK + stage * Plan::kKBytes, p.k_map,
-                                                                 k_full, hw::CachePolicy::kEvictLast, head_kv,
-                                                                 k_row + n * V::kBlockK, seq.dense_idx);
+      if constexpr (!V::kPaged) {
+        hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes);
+        load_rows<typename Plan::QkChunk, V::kHeadDim, V::kBlockK>(smem + Plan::kK + stage * Plan::kKBytes, p.k_map,
+                                                                   k_full, hw::CachePolicy::kEvictLast, head_kv,
+                                                                   k_row + n * V::kBlockK, seq.dense_idx);
+      }
     }
+    // sync   the key tile's word <-> loaders
+    if constexpr (V::kPaged) meet_loaders();
     if constexpr (M::kStagedK > 0) {
       stage_terms<M, true, V::kBlockK, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len),
                                            smem + Plan::kTerms + stage * Plan::kTermsBytes, n * V::kBlockK);
@@ -329,6 +345,69 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
     ++progress.k_tiles;
   }
   if (before >= 0) load_v(before, progress.k_tiles - 1);
+  // sync   no more key tiles <-> loaders
+  if constexpr (V::kPaged) meet_loaders();
+}
+
+// Loader of keys in pages: K, or V, of the producer's next query tile; whether there was one.
+template <class V, class Chunk, i32 kHeadDim, bool kValues>
+HW_DEVICE bool load_tile(const ForwardSm90Params& p, u32 smem, Progress& progress) {
+  using Plan = ForwardPlan<V>;
+  const Barriers<V> barriers(smem);
+  const auto said = [&](u32 at) { return hw::shfl(hw::load_shared<u32>(smem + at), 0); };
+  // sync   the query tile's words <-> producer
+  meet_loaders();
+  const u32 words = Plan::kTiles + 16 * barriers.q_stage(progress.q_tiles++);
+  const i32 sequence = static_cast<i32>(said(words));
+  const i32 sees = static_cast<i32>(said(words + 12));
+  if (sees == kNoTile) return false;
+  const auto load = [&](u32 word, u32 tile) {
+    const i32 key = static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
+    const i32 k_len = read_sequence<true>(p, sequence).k_len;
+    const i32 head_kv = hw::block_idx_y() * p.group_heads / p.head_group;
+    const u32 stage = barriers.stage(tile), full = kValues ? barriers.v_full(stage) : barriers.k_full(stage);
+    const u32 to = smem + (kValues ? Plan::kV + stage * Plan::kVBytes : Plan::kK + stage * Plan::kKBytes);
+    // wait   v empty <- every consumer warp: O of the tile that was here is there. (For K the producer has waited.)
+    if constexpr (kValues) hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);
+    // Padding before the first key leaves no part of a page at a multiple of 8 rows of a tile.
+    if (p.page_rows > 0 && p.cache_leftpad == nullptr) {
+      if (hw::elect_one()) hw::mbarrier_arrive_expect_tx(full, V::kBlockK * kHeadDim * Plan::kBytes);
+      // All lanes copy what one has announced.
+      hw::sync_warp();
+      for_each_page<V::kBlockK>(p, sequence, key, k_len, [&](i32 row, i32 page, i32 from) {
+        load_rows<Chunk, kHeadDim, V::kBlockK>(to + static_cast<u32>(row * Chunk::kBytes), kValues ? p.v_map : p.k_map,
+                                               full, hw::CachePolicy::kEvictLast, head_kv, from, page);
+      });
+    } else {
+      gather_rows<Chunk, kHeadDim, V::kBlockK>(
+          p, sequence, to,
+          static_cast<const u8*>(kValues ? p.v : p.k) + head_kv * (kValues ? p.v_stride_head : p.k_stride_head),
+          kValues ? p.v_stride_batch : p.k_stride_batch, kValues ? p.v_stride_row : p.k_stride_row,
+          (kValues ? p.head_dim_v : p.head_dim) * Plan::kBytes, key, k_len);
+      hw::cp_async_commit();
+      // wait   rows landed <- own copies. wgmma does not read them the way they were written: each lane fences its own,
+      // before one lane arrives for all.
+      hw::cp_async_wait<0>();
+      hw::fence_proxy_async();
+      hw::sync_warp();
+      // arrive   k full, or v full -> consumers
+      if (hw::lane_idx() == 0) hw::mbarrier_arrive(full);
+    }
+  };
+  // sync   the first key tile's word <-> producer; or that there is none
+  meet_loaders();
+  if (sees == kSeesNothing) return true;
+  u32 word;
+  do {
+    const u32 tile = progress.k_tiles++;
+    word = said(Plan::kWords + 4 * barriers.stage(tile));
+    if constexpr (!kValues) load(word, tile);
+    // sync   the next key tile's word <-> producer; or that there is none
+    meet_loaders();
+    // NOTE: V behind K of the next tile, as elsewhere the producer has them: K is needed sooner.
+    if constexpr (kValues) load(word, tile);
+  } while ((word & kLast) == 0);
+  return true;
 }
 
 // Zeros in place of a V tile's rows from `first` on, by all consumers.
@@ -385,7 +464,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   };
   const i32 sequence = said(0), head = said(1), from_end = said(2), sees = said(3);
   if (sees == kNoTile) return false;
-  const Sequence seq = read_sequence(p, sequence);
+  const Sequence seq = read_sequence<V::kPaged>(p, sequence);
   const QueryTile<V> q_tile(p, seq, from_end);
   const i32 q_first = q_tile.first, diagonal = q_tile.diagonal;
 
@@ -525,7 +604,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   // NOTE: which tile it is is read again: kept through the KV loop it would cost registers there.
   const u32 own_out = own_q + static_cast<u32>((warp_row - 64 * consumer) * Plan::OutTile::kRowBytes);
   const i32 first_head = said(1) * p.group_heads;
-  finish_heads<V, typename Plan::OutTile, false>(
+  finish_heads<V, typename Plan::OutTile, V::kPaged>(
       p, said(0), [&](i32 row) { return first_head + TileRow<V>(p, warp_row + row).head; },
       [&](i32 row) {
         const TileRow<V> found(p, warp_row + row);
@@ -563,6 +642,16 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
       if (hw::elect_one()) {
         say_tile<V>(smem, q_stage, 0, 0, 0, kNoTile);
         hw::mbarrier_arrive(barriers.q_full(q_stage));
+      }
+      // sync   that there are no more query tiles <-> loaders
+      if constexpr (V::kPaged) meet_loaders();
+    } else if constexpr (V::kPaged) {
+      if (hw::warp_idx() == 1) {
+        while (load_tile<V, typename Plan::QkChunk, V::kHeadDim, false>(p, smem, progress)) {
+        }
+      } else if (hw::warp_idx() == 2) {
+        while (load_tile<V, typename Plan::VChunk, V::kHeadDimV, true>(p, smem, progress)) {
+        }
       }
     }
   } else {

@@ -56,6 +56,7 @@ class ForwardProblem:
     max_seqlen_q     packed: the longest query length if the host knows it; a wrong one costs time and never a row
     page_size        0: keys as q is; else k and v are [pages, page_size, heads_kv, d], whatever q is: their strides
                      are (page, row, head), k_rows is max_pages * page_size, and seqused_k tells their lengths
+    num_pages        of k and v
     max_pages        entries of a sequence in page_table, int32 [batch, max_pages]
     page_table_stride  elements from one sequence's entries to the next's
     load_bytes       16, 4 or 2: what bases and strides of q, k, v and out are all aligned to
@@ -96,6 +97,7 @@ class ForwardProblem:
     seed: DType | None = None
     mods: Mods | None = None
     page_size: int = 0
+    num_pages: int = 0
     max_pages: int = 0
     page_table_stride: int = 0
     options: Options = Options()
@@ -256,6 +258,7 @@ class ForwardSm90Variant:
     tile: Tile
     dropout: bool = False
     mods: str = emit_c.NO_MODS
+    paged: bool = False
 
     @property
     def smem_bytes(self) -> int:
@@ -306,6 +309,7 @@ class ForwardSm90Variant:
             "kProducerRegisters": producer,
             "kConsumerRegisters": consumer,
             "kDropout": self.dropout,
+            "kPaged": self.paged,
         }
 
 
@@ -317,19 +321,53 @@ def why_not_sm90(p: ForwardProblem, arch: Arch) -> str:
         return "kernel_options ask for it"
     if p.dtype.itemsize != 2:
         return f"wgmma does not multiply {p.dtype.name} to its accuracy"
-    if p.page_size > 0:
-        return "keys are in pages"
     if p.load_bytes < 16:
         return "tensor copies want bases and strides that are multiples of 16 bytes"
-    for name, heads, rows in (("q", p.heads_q, p.q_rows), ("k", p.heads_kv, p.k_rows), ("v", p.heads_kv, p.k_rows)):
-        for stride, size in zip(getattr(p, f"{name}_strides"), (1 if p.packed else p.batch, rows, heads), strict=True):
-            if size > 1 and not 0 < stride * p.dtype.itemsize < tensor_map.MAX_STRIDE:
-                return f"a stride of {name}, {stride}, is not positive, or too long for tensor copies"
+    for name in ("q",) if p.page_size else ("q", "k", "v"):
+        stride = unfit_stride(p, name)
+        if stride is not None:
+            return f"a stride of {name}, {stride}, is not positive, or too long for tensor copies"
     return ""
 
 
+def axes_of(p: ForwardProblem, name: str) -> tuple[int, int, int]:
+    """Sizes of the axes that the strides of q, k or v are of."""
+    if name == "q":
+        return 1 if p.packed else p.batch, p.q_rows, p.heads_q
+    if p.page_size:
+        return p.num_pages, p.page_size, p.heads_kv
+    return 1 if p.packed else p.batch, p.k_rows, p.heads_kv
+
+
+def unfit_stride(p: ForwardProblem, name: str) -> int | None:
+    """A stride of q, k or v that no tensor map can hold."""
+    for stride, size in zip(getattr(p, f"{name}_strides"), axes_of(p, name), strict=True):
+        if size > 1 and not 0 < stride * p.dtype.itemsize < tensor_map.MAX_STRIDE:
+            return stride
+    return None
+
+
+def rows_of_copy(p: ForwardProblem, block_k: int) -> tuple[int, str]:
+    """How many rows of a page one tensor copy brings, and why; 0: rows are gathered one by one.
+
+    Whole parts of pages are whole parts of key tiles, each at a multiple of the 8 rows that a swizzle repeats over.
+    """
+    rows = math.gcd(p.page_size, block_k)
+    if rows % 8:
+        return 0, f"gathered row by row, for pages of {p.page_size} and tiles of {block_k} have no 8 rows in common"
+    if unfit_stride(p, "k") is not None or unfit_stride(p, "v") is not None:
+        return 0, "gathered row by row, for a stride is not positive, or too long for tensor copies"
+    return rows, f"by tensor copies of {rows} rows, which pages of {p.page_size} and tiles of {block_k} consist of"
+
+
 def choose_sm90_variant(
-    dtype: DType, head_dim: int, head_dim_v: int, *, dropout: bool = False, mods: Mods | None = None
+    dtype: DType,
+    head_dim: int,
+    head_dim_v: int,
+    *,
+    dropout: bool = False,
+    mods: Mods | None = None,
+    paged: bool = False,
 ) -> ForwardSm90Variant:
     """As `choose_variant`, where `why_not_sm90` has nothing against it."""
     d, d_v = head_dim_class(head_dim), head_dim_class(head_dim_v)
@@ -342,7 +380,10 @@ def choose_sm90_variant(
         tile = SM90_NARROWER_TILES.get(row, tile)
     if dropout:
         tile = SM90_DROPOUT_TILES.get(row, tile)
-    return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text)
+    if paged and tile.warps == 16:
+        # Three consumers leave too few registers to the warps that load pages. The same keys at a time.
+        tile = Tile(128, tile.block_k, 12)
+    return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text, paged)
 
 
 def heads_of_tile(p: ForwardProblem, block_q: int) -> int:
@@ -433,16 +474,17 @@ class ForwardPlan:
     def __init__(self, problem: ForwardProblem, arch: Arch) -> None:
         self.problem = problem
         self.arch = arch
-        choices: dict[str, Any] = {"dropout": problem.dropout_p > 0, "mods": problem.mods}
+        choices: dict[str, Any] = {
+            "dropout": problem.dropout_p > 0, "mods": problem.mods, "paged": problem.page_size > 0
+        }  # fmt: skip
         self.variant: ForwardVariant | ForwardSm90Variant
         self.fallback = why_not_sm90(problem, arch)
         if not self.fallback:
             self.variant = choose_sm90_variant(problem.dtype, problem.head_dim, problem.head_dim_v, **choices)
         else:
             self.variant = choose_variant(
-                problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch,
-                paged=problem.page_size > 0, **choices,
-            )  # fmt: skip
+                problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch, **choices
+            )
         self.spec = kernel_spec(self.variant)
         block_q = self.variant.tile.block_q
         self._with_maps = isinstance(self.variant, ForwardSm90Variant)
@@ -462,13 +504,17 @@ class ForwardPlan:
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
         values |= page_values(problem.page_size, problem.page_table_stride)
+        self._page_rows, self._why_page_rows = 0, ""
         if self._with_maps:
+            if problem.page_size:
+                self._page_rows, self._why_page_rows = rows_of_copy(problem, self.variant.tile.block_k)
             values |= {
                 "group_heads": self._group_heads,
                 "group_queries": 64 // self._group_heads,
                 "group_multiplier": -(-4096 // self._group_heads),
                 "groups": groups,
                 "persistent_tiles": self._choose_persistence(),
+                "page_rows": self._page_rows,
             }
         self._values = tuple(values.values())
         names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
@@ -480,9 +526,9 @@ class ForwardPlan:
         0: it stays. By itself where tiles have equally many keys, so that shares are equal, and there is more than one
         of them for a block; where they differ, the grid gives each multiprocessor that is done the next longest."""
         p, total = self.problem, math.prod(self.grid)
-        wanted, can = p.options.persistent, not p.packed and 0 < total < 2**31
+        wanted, can = p.options.persistent, not (p.packed or p.page_size) and 0 < total < 2**31
         if wanted and not can:
-            raise UnsupportedError("kernel_options: persistent is for dense batches: leave it None")
+            raise UnsupportedError("kernel_options: persistent is for dense batches, not in pages: leave it None")
         alike = p.window == (-1, -1) and not p.seqused_q and not p.seqused_k and (p.mods is None or p.mods.mask is None)
         if not can or not (alike and total > self.arch.multiprocessors if wanted is None else wanted):
             return 0
@@ -513,6 +559,8 @@ class ForwardPlan:
         lines = [f"grid: {self.why}"]
         if self.arch.name == "sm_90a" and self.fallback:
             lines.append(f"kernel: forward_sm80 and not forward_sm90, for {self.fallback}")
+        if self._why_page_rows:
+            lines.append(f"keys: {self._why_page_rows}")
         return self.spec, self.grid, lines
 
     def kernel(self, backend: str, device: int | None) -> module.Kernel:
@@ -544,20 +592,25 @@ class ForwardPlan:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - plans are kept for good, and allocators give the same addresses again
     def _maps(self, backend: str, q: int, k: int, v: int) -> list[bytes]:
-        """How tensor copies find q, k and v: head_dim, heads, rows, batch."""
+        """How tensor copies find q, k and v: head_dim, heads, rows, batch; head_dim, heads, rows, pages."""
         p, tile = self.problem, self.variant.tile
+        block_k = self._page_rows if p.page_size else tile.block_k
         maps = []
-        for name, pointer, heads, rows, d, columns, block in (
-            ("q", q, p.heads_q, p.q_rows, p.head_dim, self.variant.head_dim, 64 // self._group_heads),
-            ("k", k, p.heads_kv, p.k_rows, p.head_dim, self.variant.head_dim, tile.block_k),
-            ("v", v, p.heads_kv, p.k_rows, p.head_dim_v, self.variant.head_dim_v, tile.block_k),
+        for name, pointer, d, columns, block in (
+            ("q", q, p.head_dim, self.variant.head_dim, 64 // self._group_heads),
+            ("k", k, p.head_dim, self.variant.head_dim, block_k),
+            ("v", v, p.head_dim_v, self.variant.head_dim_v, block_k),
         ):
+            if block == 0:  # rows are gathered
+                maps.append(bytes(tensor_map.BYTES))
+                continue
             swizzle = 128 if columns % 64 == 0 else 64
-            dims = (d, heads, max(rows, 1), 1 if p.packed else p.batch)
+            axes = axes_of(p, name)
+            dims = (d, *(max(n, 1) for n in axes[::-1]))
             steps = getattr(p, f"{name}_strides")
             strides = [n * p.dtype.itemsize if size > 1 else 16 for n, size in zip(steps[::-1], dims[1:], strict=True)]
             # Without rows nothing is read, and there is no address.
-            address = pointer if rows else q
+            address = pointer if min(axes) else q
             box = (swizzle // 2, self._group_heads if name == "q" else 1, block, 1)
             maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle))
         return maps
@@ -733,7 +786,7 @@ def predicted(variant: ForwardSm90Variant, loop: sass.Loop) -> sm_model.TileTime
 
 
 def representative_sm90(arch: Arch) -> list[module.KernelSpec]:
-    """The same of forward_sm90.cu: every tile, each class with dropout and without."""
+    """The same of forward_sm90.cu: every tile, each class with dropout and without; keys in pages."""
     if arch.name != "sm_90a":
         return []
     dims = [*((d, d) for d in HEAD_DIM_CLASSES), (192, 128)]
@@ -742,4 +795,5 @@ def representative_sm90(arch: Arch) -> list[module.KernelSpec]:
         for dropout in (False, True)
         for i, d in enumerate(dims)
     ]
+    variants += [choose_sm90_variant(dtypes.bfloat16, d, d, paged=True) for d in (64, 128, 256)]
     return [kernel_spec(v) for v in variants]

@@ -42,6 +42,7 @@ struct Mbarrier {
   u32 offset, agent;
   i32 count, pending;
   i64 bytes = 0;      // expected and not landed
+  i64 flying = 0;     // of copies that have been issued and not landed
   u32 completed = 0;  // phases
   Clock arriving, done;
   Trace made;
@@ -325,6 +326,7 @@ void land_load(Block* b, Mbarrier* m, const TensorLoad& load) {
   const u32 tag = (m->completed + 1) << kAgentBits | m->agent;
   clocked_write(b, load.destination, load.bytes, tag, load.trace);
   m->bytes -= load.bytes;
+  m->flying -= load.bytes;
 }
 
 void count_tensor(Fiber* f, const MapBytes& map, const i32 (&at)[5], bool write, const char* what, Site site) {
@@ -908,6 +910,10 @@ void cuflash_emu_tma_load(u32 destination, const void* map_pointer, u32 mbarrier
   note_lane(f, "tma_load", site, static_cast<i32>(m->offset), static_cast<i32>(m->completed), false,
             extent(b, map, load.at));
   clocked_check_write(f, offset, load.bytes, Use::kAsyncWrite, "tma_load", site);
+  m->flying += load.bytes;
+  if (UNLIKELY(m->pending && m->flying > m->bytes))
+    fail_protocol(f, site, format("tma_load: its %u bytes have not been announced to ", load.bytes) + name_of(b, m) +
+                               ": mbarrier_arrive_expect_tx comes first");
   if (b->launch->early_landing) {
     land_load(b, m, load);
     try_complete(f, m, false, site);

@@ -306,6 +306,20 @@ FAULTS = {
         }
         """,
     ),
+    "a box before its bytes are announced": Fault(
+        "protocol",
+        """
+        make(bar, 1);
+        hw::sync_threads();
+        if (thread == 0) {
+          if (right) hw::mbarrier_arrive_expect_tx(bar, 1024);
+          load(chunk, bar, hw::Site::here());  // @load
+          if (!right) hw::mbarrier_arrive_expect_tx(bar, 1024);
+          hw::mbarrier_wait(bar, 0);
+        }
+        """,
+        ("mbarrier_arrive_expect_tx comes first",), ("load",),
+    ),
     "more bytes announced than come": Fault(
         "deadlock",
         """

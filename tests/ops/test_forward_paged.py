@@ -7,6 +7,7 @@ scattered over pages: of the rest nothing is said twice.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -120,7 +121,8 @@ def in_pages(
             arrays[name].reshape(-1).view(np.uint8)[...] = 0xFF
     steps: Any = {name: of_numpy(x).strides[:3] for name, x in pages.items()}
     problem = dataclasses.replace(
-        problem, page_size=page_size, max_pages=max_pages, page_table_stride=max_pages, k_rows=max_pages * page_size,
+        problem, page_size=page_size, num_pages=len(pages["k"]), max_pages=max_pages, page_table_stride=max_pages,
+        k_rows=max_pages * page_size,
         seqused_k=True, k_strides=steps["k"], v_strides=steps["v"],
         out_strides=tuple(given.plan.problem.out_strides[:1]) + of_numpy(arrays["out"]).strides[-3:-1],
     )  # fmt: skip
@@ -182,11 +184,43 @@ def test_padding_before_the_first_key(page_size, rng):
     check_paged(attend(case.inputs()), page_size, rng, leftpad=np.array([3, 0, 5, 130]))
 
 
+# Tiles that end with a sequence's keys and past the table; query tiles of one block (the hint is 1), and without a key.
+HOPPER = Case(
+    "float16", (130, 40, 260), (0, 256, 300), 2, 1, 56, 40, window_size=(300, 140), max_seqlen_q=1, sink="float32"
+)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 8, 20, 48, 128, 256, 272])
+def test_on_hopper(page_size, rng):
+    """Parts of pages that are parts of key tiles, and rows one by one; with padding before the first key."""
+    contiguous = launched(attend(HOPPER.inputs(), max_seqlen_q=1), "sm_90a")
+    for n, leftpad in enumerate((None, None, np.array([3, 0, 5]))):
+        paged = in_pages(contiguous, page_size, rng, layout="heads_first", leftpad=leftpad)
+        assert isinstance(paged.plan.variant, forward.ForwardSm90Variant)
+        with cuflash.emulator.schedule(seed=page_size, landing="early" if n == 1 else "late"):
+            assert run(paged) == contiguous.results
+
+
+@pytest.mark.parametrize("page_size", [3, 16])
+def test_heads_that_share_tiles_on_hopper(page_size, rng):
+    inputs = Case("float16", (3, 1, 70), (300, 7, 90), 6, 2, 56, 40, causal=True).inputs()
+    for pack_heads in (True, False):
+        check_paged(attend(inputs, kernel_options={"pack_heads": pack_heads}), page_size, rng, name="sm_90a")
+
+
+@pytest.mark.parametrize("d, d_v", [(96, 64), (256, 256)])
+def test_chunks_of_tiles_on_hopper(d, d_v, rng):
+    """Rows of 64 bytes, and tiles that are no multiple of the 32 rows that are looked up at a time."""
+    inputs = Case("bfloat16", (70, 3), (330, 70), 2, 1, d, d_v, causal=True).inputs()
+    for page_size in (3, 16):
+        check_paged(attend(inputs), page_size, rng, name="sm_90a")
+
+
 @pytest.mark.parametrize("name", ["sm_86", "sm_90a"])
 def test_tiles_of_other_chips(name, rng):
     for dtype, d in (("bfloat16", 128), ("float16", 256), ("float32", 256)):
         inputs = Case(dtype, (70, 3), (130, 70), 2, 1, d, d, causal=True).inputs()
-        check_paged(attend(inputs, kernel_options={"kernel": "sm_80"}), 16, rng, name=name)  # the one that has pages
+        check_paged(attend(inputs, kernel_options={"kernel": "sm_80"}), 16, rng, name=name)
 
 
 def test_mods_see_positions_and_not_pages(rng):
@@ -203,14 +237,17 @@ def test_mods_see_positions_and_not_pages(rng):
 
     for mods in ({"mask_mod": mask_mod}, {"score_mod": score_mod}, {"mask_mod": mask_mod, "score_mod": score_mod}):
         check_paged(attend(inputs, **mods), 24, rng)
+    for page_size in (24, 20):
+        check_paged(attend(inputs, **mods), page_size, rng, name="sm_90a")
 
 
-def test_same_bits_under_any_schedule(rng):
+@pytest.mark.parametrize("name, page_sizes", [("sm_80", (7,)), ("sm_90a", (7, 16))])
+def test_same_bits_under_any_schedule(name, page_sizes, rng):
     inputs = Case("bfloat16", (70, 0, 131), (90, 3, 131), 2, 1, 128, 128, causal=True).inputs()
-    contiguous = launched(attend(inputs))
-    for i in range(10):
+    contiguous = launched(attend(inputs), name)
+    for i in range(10 * len(page_sizes)):
         with cuflash.emulator.schedule(seed=i, landing="early" if i % 3 == 2 else "late"):
-            assert run(in_pages(contiguous, 7, rng)) == contiguous.results
+            assert run(in_pages(contiguous, page_sizes[i % len(page_sizes)], rng)) == contiguous.results
 
 
 def test_a_table_may_be_a_slice_of_a_wider_one(rng):
@@ -224,29 +261,31 @@ def test_a_table_may_be_a_slice_of_a_wider_one(rng):
     assert run(dataclasses.replace(paged, plan=forward.plan(problem, paged.plan.arch))) == contiguous.results
 
 
-def test_pages_far_apart():
+@pytest.mark.parametrize("name, page_size", [("sm_80", 4), ("sm_90a", 4), ("sm_90a", 8)])
+def test_pages_far_apart(name, page_size):
     """A page whose bytes begin past 2^31."""
-    page_size, d = 4, 64
+    d = 64
     pages, step = 9, 2**29 // page_size * page_size  # elements from page to page
     base = np.zeros(pages * step, np.float16)  # the system maps pages when they are touched
     far = np.lib.stride_tricks.as_strided(base, (pages, page_size, 1, d), (2 * step, 2 * d, 2 * d, 2))
     rng = np.random.default_rng(0)
-    q, k = (rng.standard_normal((1, n, 1, d)).astype(np.float16) for n in (5, 8))
-    contiguous = launched(lambda: cuflash.attention(q, k, k, aux=AUX))
+    q, k = (rng.standard_normal((1, n, 1, d)).astype(np.float16) for n in (5, 2 * page_size))
+    contiguous = launched(lambda: cuflash.attention(q, k, k, aux=AUX), name)
     paged = in_pages(contiguous, page_size, rng)
     paged.arrays["page_table"] = np.array([[8, 7]], np.int32)
-    far[8, :, :], far[7, :, :] = k[0, :4], k[0, 4:]
+    far[8, :, :], far[7, :, :] = k[0, :page_size], k[0, page_size:]
     paged.arrays |= {"k": far, "v": far}
     steps: Any = of_numpy(far).strides[:3]
-    problem = dataclasses.replace(paged.plan.problem, k_strides=steps, v_strides=steps)
+    problem = dataclasses.replace(paged.plan.problem, k_strides=steps, v_strides=steps, num_pages=pages)
     assert run(dataclasses.replace(paged, plan=forward.plan(problem, paged.plan.arch))) == contiguous.results
 
 
+@pytest.mark.parametrize("name", ["sm_80", "sm_90a"])
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_keys_and_values_are_read_once(page_size, rng):
+def test_keys_and_values_are_read_once(name, page_size, rng):
     """One query tile over 1,024 keys: the bytes of its keys and values, and no more than contiguous ones cost."""
     inputs = Case("float16", (16,), (1024,), 2, 2, 128, 128, packed=False).inputs()
-    contiguous = launched(attend(inputs))
+    contiguous = launched(attend(inputs), name)
     paged = in_pages(contiguous, page_size, rng)
     counted = []
     for launch in (contiguous, paged):
@@ -273,7 +312,7 @@ def test_division_by_the_page_size():
 
 def test_page_numbers_do_not_compile(rng):
     """Page size, table width, lengths and batch: one variant, another than that of contiguous keys."""
-    plans: set[forward.ForwardVariant] = set()
+    plans: set[forward.ForwardVariant | forward.ForwardSm90Variant] = set()
     for batch, length, page_size in ((1, 40, 16), (3, 100, 1), (2, 33, 64)):
         q, k = (np.ones((batch, n, 1, 64), np.float16) for n in (3, length))
         contiguous = launched(lambda: cuflash.attention(q, k, k))  # noqa: B023
@@ -308,7 +347,7 @@ BUGS = {
         Edit(LOADER, "pages[step] = look_up(slot_of(step));", "pages[step] = look_up(slot_of(0));"),
     ),
     "a row counted from the tile and not from its page": (
-        Edit(LOADER, "const i32 in_page = slot -", "const i32 in_page = slot - begin -"),
+        Edit(LOADER, "+ row_in_page(p, slot) * stride;", "+ (row_in_page(p, slot) - begin) * stride;"),
     ),
     "division off by a bit": (Edit(LOADER, ">> 32) >> shift);", ">> 31) >> shift);"),),
     "another sequence's table": (
@@ -317,7 +356,7 @@ BUGS = {
     "padding forgotten": (Edit(LOADER, "slots = rows + pad;", "slots = rows;"),),
     "padding of the first sequence for all": (Edit(LOADER, "p.cache_leftpad + sequence)", "p.cache_leftpad)"),),
     "pages a page size of rows apart": (
-        Edit(LOADER, "page * page_stride + in_page", "page * (p.page_size * stride) + in_page"),
+        Edit(LOADER, "page * page_stride + row_in", "page * (p.page_size * stride) + row_in"),
     ),
 }
 
@@ -345,3 +384,56 @@ def test_every_paged_tile_fits_its_chip():
                 paged = forward.choose_variant(dtype, d, d, 16, target, paged=True)
                 assert paged.smem_bytes <= target.smem_bytes
                 assert paged.tile.block_k == plain.tile.block_k, "sums are taken in the same order"
+
+
+# Of Hopper's kernel: (page size; 20 is gathered), edit, what the emulator's report says.
+KERNEL = "forward_sm90.cu"
+UNORDERED = "race|uninitialised"
+HOPPER_BUGS: dict[str, tuple[int, Edit, str | None]] = {
+    "an entry read past the last page": (
+        16, Edit(LOADER, "look_up_page(p, sequence, slot, keys)", "look_up_page(p, sequence, slot, keys + 16)"),
+        "out of bounds"),
+    "the page before": (16, Edit(LOADER, "slot = begin + row;", "slot = max_of(begin + row - 16, 0);"), None),
+    "the first rows of every page": (48, Edit(LOADER, "keys), row_in_page(p, slot));", "keys), 0);"), None),
+    "parts of a page in one place": (
+        48, Edit(KERNEL, "to + static_cast<u32>(row * Chunk::kBytes), kV", "to + static_cast<u32>(0 * row), kV"), None),
+    "copies before they are announced": (
+        16, Edit(KERNEL, "      hw::sync_warp();\n      for_each_page", "      for_each_page"), "announced"),
+    "too few bytes announced for pages": (
+        16, Edit(KERNEL, "kHeadDim * Plan::kBytes);", "kHeadDim * Plan::kBytes - 16);"), None),
+    "padding not gathered": (
+        16, Edit(KERNEL, "if (p.page_rows > 0 && p.cache_leftpad == nullptr) {", "if (p.page_rows > 0) {"), None),
+    "V of pages copied over what is read": (
+        16, Edit(KERNEL, "if constexpr (kValues) hw::mbarrier_wait(barriers.v_empty(stage), "
+                 "barriers.parity(tile) ^ 1);", ""), UNORDERED),
+    "a key tile's word read early": (
+        16, Edit(KERNEL, "key tile's word <-> loaders\n    if constexpr (V::kPaged) meet_loaders();", "\n"), None),
+    "a query tile's words read early": (
+        16, Edit(KERNEL, "query tile's words <-> loaders\n  if constexpr (V::kPaged) meet_loaders();", "\n"), None),
+    "an entry gathered past the last page": (
+        20, Edit(LOADER, "slots = min_of(keys, begin + kRows) + pad;", "slots = keys + 20 + pad;"), None),
+    "rows of another lane": (20, Edit(LOADER, "hw::shfl(in_page, own)", "hw::shfl(in_page, own ^ 1)"), None),
+    "gathered with another swizzle": (
+        20, Edit(LOADER, "Chunk::unit_at(first + own, unit)", "Chunk::unit_at(first + own, unit ^ 1)"), None),
+    "gathered rows not waited for": (20, Edit(KERNEL, "      hw::cp_async_wait<0>();\n", ""), UNORDERED),
+    "gathered rows not fenced": (
+        20, Edit(KERNEL, "wait<0>();\n      hw::fence_proxy_async();\n", "wait<0>();\n"), "proxy"),
+    "one lane arrives before the others have fenced": (
+        20, Edit(KERNEL, "      hw::sync_warp();\n      // arrive   k full", "      // arrive   k full"), None),
+    "gathered rows not announced": (
+        20, Edit(KERNEL, "if (hw::lane_idx() == 0) hw::mbarrier_arrive(full);", ""), "deadlock"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOPPER_BUGS)
+def test_planted_bug_is_caught_on_hopper(edited, name, rng):
+    page_size, edit, report = HOPPER_BUGS[name]
+    edited(edit, where=lambda spec: spec.variant.paged)
+    contiguous = launched(attend(HOPPER.inputs(), max_seqlen_q=1), "sm_90a")
+    leftpad = np.array([3, 0, 5]) if "padding" in name else None
+    with pytest.raises((EmulatorError, AssertionError)) as caught:
+        for n in range(8):
+            with cuflash.emulator.schedule(seed=n, landing="early" if n % 2 else "late"):
+                assert run(in_pages(contiguous, page_size, rng, leftpad=leftpad)) == contiguous.results
+    if report is not None:
+        assert re.search(report, str(caught.value))

@@ -120,9 +120,16 @@ def test_which_calls_it_does_not_take():
         for x, keywords, reason in calls:
             explained = cuflash.explain(x, x, x, **keywords)
             assert explained.kernel == "forward_sm80" and reason in str(explained)
-        pages = rng.standard_normal((4, 16, 2, 64)).astype(np.float16)
-        explained = cuflash.explain(q, pages, pages, page_table=table, seqused_k=used)
-        assert explained.kernel == "forward_sm80" and "pages" in str(explained)
+        one = np.broadcast_to(rng.standard_normal((1, 16, 2, 64)).astype(np.float16), (4, 16, 2, 64))
+        for page_size, how in (
+            (16, "tensor copies of 16 rows"),
+            (24, "tensor copies of 8 rows"),
+            (20, "row by row"),
+            (0, "stride"),
+        ):
+            pages = rng.standard_normal((4, page_size, 2, 64)).astype(np.float16) if page_size else one
+            explained = cuflash.explain(q, pages, pages, page_table=table, seqused_k=used)
+            assert explained.kernel == "forward_sm90" and how in str(explained)
     with using("emulator", "sm_100a"):
         assert cuflash.explain(q, q, q).kernel == "forward_sm80"
 
@@ -263,7 +270,8 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
         Edit(KERNEL, "hw::mbarrier_wait(barriers.k_empty(stage), barriers.parity(progress.k_tiles) ^ 1);", ""),
         "protocol"),
     "V refilled early": (
-        Edit(KERNEL, "hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);", ""), UNORDERED),
+        Edit(KERNEL, "is there\n    hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);", ""),
+        UNORDERED),
     "Q refilled early": (
         Edit(KERNEL, "hw::mbarrier_wait(barriers.q_empty(q_stage), barriers.q_parity(progress.q_tiles++) ^ 1);",
              "++progress.q_tiles;"), UNORDERED),
@@ -347,10 +355,11 @@ def test_planted_bug_is_caught(edited, name):
 
 
 def test_every_wait_and_fence_is_removed_in_turn():
-    """All that the kernel's text has, but V's wait before its tail is cleared, which `V tail` bugs go with, and the two
-    that say whose turn it is to issue products, which cost time alone."""
+    """All that the kernel's text has, but V's wait before its tail is cleared, which `V tail` bugs go with, the two
+    that say whose turn it is to issue products, which cost time alone, and one of each of those who load pages
+    (test_forward_paged.py)."""
     text = (source.folder() / KERNEL).read_text(encoding="utf-8")
-    for call, left in (("mbarrier_wait(", 1), ("fence_proxy_async()", 0), ("named_sync(", 1), ("wgmma_wait<1>()", 0)):
+    for call, left in (("mbarrier_wait(", 2), ("fence_proxy_async()", 1), ("named_sync(", 2), ("wgmma_wait<1>()", 0)):
         removed = [edit.old for edit, _ in BUGS.values() if edit.old.count(call) > edit.new.count(call)]
         assert len(set(removed)) >= text.count(call) - left > 0, call
 
@@ -395,6 +404,21 @@ def test_machine_code(d, d_v):
     assert inside == everywhere >= exponentials
     assert loop.shortest <= length
     assert forward.predicted(variant, loop).tensor_use >= tensor_use / 100
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("d", [64, 128])
+def test_machine_code_of_pages(d):
+    """Consumers of keys in pages are those of keys in one piece."""
+    products, exponentials, length, _ = GATES[d, d]
+    variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d, paged=True)
+    loop = loop_of(variant)
+    assert loop.counts["HGMMA"] == products
+    inside, everywhere = loop.in_window("MUFU.EX2")
+    assert inside == everywhere >= exponentials
+    assert loop.shortest <= length
+    plain = forward.choose_sm90_variant(dtypes.bfloat16, d, d)
+    assert variant.tile.block_k == plain.tile.block_k, "sums are taken in the same order"
 
 
 @needs_nvrtc
