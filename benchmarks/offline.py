@@ -298,7 +298,8 @@ def _columns(op: str) -> list[tuple[str, Callable[[Row], str]]]:
             more("tensor_use", "{:.0%}"),
             *((name, lambda r, name=name: str(r.more["clocks"][name])) for name in clocks),
         ]
-    return [("ms", lambda r: f"{r.ms:.0f}")]
+    times = [("ms", lambda r: f"{r.ms:.0f}")]
+    return [*times, ("best", lambda r: f"{r.more['best_ms']:.0f}")] if op == "import" else times
 
 
 def _timed(op: str, case: str, ms: list[float]) -> Row:

@@ -86,7 +86,7 @@ def test_results_say_that_no_gpu_was_there(monkeypatch):
 
     rows = {
         "host": Row("host", "a call", "cuflash", ms=0.02, spread=0.001, more={"best_ms": 0.019}),
-        "import": Row("import", "cuflash", "cuflash", ms=300.0),
+        "import": Row("import", "cuflash", "cuflash", ms=300.0, more={"best_ms": 290.0}),
         "compile": Row("compile", "a kernel", "cuflash", ms=1234.0),
         "emulator": Row("emulator", "mma", "cuflash", more={"per_second": 400_000}),
         "counters": Row("counters", "a call", "cuflash", more={
@@ -100,7 +100,7 @@ def test_results_say_that_no_gpu_was_there(monkeypatch):
     assert results.gpu == schema.OFFLINE and not results.on_gpu and results.file_name.startswith("none-offline-")
     assert results.skipped == {"model": "nothing here:"} and "no row is the speed of a kernel" in results.notes[0]
     shown = "".join(_shown(table) for table in offline.tables(results))
-    for text in ("20.0", "19.0", "1234", "400,000", "1.25", "7"):
+    for text in ("20.0", "19.0", "300", "290", "1234", "400,000", "1.25", "7"):
         assert text in shown
     assert offline.run(("import",)).rows == [rows["import"]]
     with pytest.raises(ArgumentError, match="speed must be one of host, import"):

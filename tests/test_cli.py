@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from needs import needs_nvdisasm, needs_nvrtc
 from typer.testing import CliRunner
 
 import cuflash
@@ -21,9 +22,11 @@ from cuflash.arch import ARCHES
 from cuflash.cli import compile as compile_command
 from cuflash.cli import doctor, machine
 from cuflash.cli.machine import Driver, Gpu
+from cuflash.dtypes import bfloat16
 from cuflash.errors import CompileError
 from cuflash.jit import nvrtc
 from cuflash.jit.source import folder as kernel_folder
+from cuflash.ops import forward
 
 ROOT = Path(__file__).resolve().parents[1]
 HOPPER, TURING, FUTURE = Gpu(0, "NVIDIA H200", (9, 0)), Gpu(0, "Tesla T4", (7, 5)), Gpu(0, "NVIDIA X", (14, 2))
@@ -129,6 +132,23 @@ def test_doctor_reports_a_cache_that_cannot_be_written(pretend, monkeypatch, tmp
 def test_compile_leaves_no_kernel_out() -> None:
     compiled = {spec.source for name in ("sm_80", "sm_90a") for spec in compile_command.specs(ARCHES[name])}
     assert compiled == {path.name for path in kernel_folder().glob("*.cu")}
+
+
+@needs_nvrtc
+@needs_nvdisasm
+def test_compile_reports_what_a_kernel_with_roles_does() -> None:
+    hopper, other = (
+        compile_command.report(forward.kernel_spec(variant), ARCHES["sm_90a"])
+        for variant in (
+            forward.choose_sm90_variant(bfloat16, 128, 128),
+            forward.choose_variant(bfloat16, 128, 128, 16, ARCHES["sm_90a"]),
+        )
+    )
+    assert hopper["error"] is None and hopper["consumer_spills"] == hopper["producer_spills"] == 0
+    inside, everywhere = hopper["ex2_in_window"]
+    assert inside == everywhere > 0 and 0.9 < hopper["tensor_use"] <= 1 and hopper["loop_instructions"] > 0
+    for name in ("consumer_spills", "ex2_in_window", "loop_instructions", "tensor_use"):
+        assert other[name] is None
 
 
 def test_doctor_shows_a_long_path_whole(capsys: pytest.CaptureFixture[str]) -> None:
