@@ -11,6 +11,7 @@ but the results.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +22,11 @@ from cases import Gradients, Inputs, Poisoned
 import cuflash
 
 AUX = ("lse", "max_logit")
+ARCH = os.environ.get("CUFLASH_TEST_ARCH", "sm_80")  # of the emulator, where a test asks for none
 
 
 @contextlib.contextmanager
-def using(backend: str, arch: str = "sm_80") -> Iterator[None]:
+def using(backend: str, arch: str = ARCH) -> Iterator[None]:
     """`cuflash.config` set for a while."""
     before = cuflash.config.backend, cuflash.config.arch
     cuflash.config.backend, cuflash.config.arch = backend, arch
@@ -37,7 +39,7 @@ def using(backend: str, arch: str = "sm_80") -> Iterator[None]:
 class Emulator:
     name = "emulator"
 
-    def run(self, inputs: Inputs, arch: str = "sm_80", **hints: Any) -> tuple[np.ndarray, ...]:
+    def run(self, inputs: Inputs, arch: str = ARCH, **hints: Any) -> tuple[np.ndarray, ...]:
         """(out, lse, max_logit) of a case."""
         with using("emulator", arch):
             result = cuflash.attention(
@@ -47,7 +49,7 @@ class Emulator:
         return inputs.out, result.lse, result.max_logit
 
     def run_backward(
-        self, inputs: Inputs, given: Gradients, arch: str = "sm_80", captured_grads: bool = True, **hints: Any
+        self, inputs: Inputs, given: Gradients, arch: str = ARCH, captured_grads: bool = True, **hints: Any
     ) -> cuflash.AttentionGrads:
         """The gradients of a case whose `run` is done: those of out and lse are in `given`, where dq, dk, dv go too."""
         with using("emulator", arch):

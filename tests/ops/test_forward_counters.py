@@ -18,7 +18,7 @@ def count(length: int, heads: int, d: int, dtype: str = "float16", **keywords):
     rng = np.random.default_rng(0)
     element = dtypes.BY_NAME[dtype]
     q, k, v = (rng.standard_normal((1, length, heads, d)).astype(element.numpy) for _ in range(3))
-    with using("emulator"), cuflash.emulator.counting() as counters:
+    with using("emulator", "sm_80"), cuflash.emulator.counting() as counters:
         cuflash.attention(q, k, v, **keywords)
     return counters, forward.choose_variant(element, d, d, 16, arch.named("sm_80"))
 

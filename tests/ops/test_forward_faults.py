@@ -126,7 +126,7 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
 
 def run() -> None:
     inputs = CASE.inputs()
-    results = Emulator().run(inputs, max_seqlen_q=CASE.max_seqlen_q)
+    results = Emulator().run(inputs, arch="sm_80", max_seqlen_q=CASE.max_seqlen_q)
     check_forward(inputs.q, inputs.k, inputs.v, *results, **inputs.keywords)
 
 
@@ -163,5 +163,5 @@ def test_one_element_past_an_array_is_out_of_bounds(edited, name):
     """The same bugs where nothing lies behind the rows."""
     edited(*BUGS[name][0])
     q, k, v = (np.ones((1, 70, 1, d), np.float16) for d in (56, 56, 56))
-    with using("emulator"), pytest.raises(EmulatorError, match="out of bounds"):
+    with using("emulator", "sm_80"), pytest.raises(EmulatorError, match="out of bounds"):
         cuflash.attention(q, k, v)

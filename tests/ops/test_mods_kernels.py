@@ -54,7 +54,7 @@ def blocks_kept(keep: np.ndarray, rows: int, columns: int) -> np.ndarray:
 def test_tiles_without_a_score_cost_the_forward_nothing(name):
     """No matrix instruction, and not a byte of K and V: counted."""
     mask_mod, keep = MASKS[name]
-    with using("emulator"), cuflash.emulator.counting() as counters:
+    with using("emulator", "sm_80"), cuflash.emulator.counting() as counters:
         cuflash.attention(*arrays(), mask_mod=mask_mod)
     tile = forward.TILES[2, D][0]
     visited = int(blocks_kept(keep, tile.block_q, tile.block_k).sum())
