@@ -515,13 +515,16 @@ class TorchVarlen(_TorchPeer):
         module = _import(self.module, "torch")
         if problem.layout != "packed":
             raise NotTaken("packed batches alone")
-        window = _window(problem, right=0)
+        if problem.mask.kind not in ("none", "causal", "window"):
+            raise NotTaken(f"no {problem.mask.kind}")
         taken = signature(module.varlen_attn).parameters
         keywords: dict[str, Any] = {}
-        if window is not None:
-            keywords |= {"window_size": window} if "window_size" in taken else {"is_causal": True}
-            if "window_size" not in taken and problem.mask.kind != "causal":
-                raise NotTaken("no window in this version of PyTorch")
+        if "window_size" in taken and problem.mask.causal:  # whose second number is what says causal
+            keywords["window_size"] = (problem.mask.size - 1 if problem.mask.kind == "window" else -1, 0)
+        elif problem.mask.kind == "window":
+            raise NotTaken("no window in this version of PyTorch")
+        elif problem.mask.causal:
+            keywords["is_causal"] = True
         if problem.heads != problem.heads_kv:
             if "enable_gqa" not in taken:
                 raise NotTaken("no grouped queries in this version of PyTorch")
@@ -529,14 +532,6 @@ class TorchVarlen(_TorchPeer):
         starts_q, starts_k = shared["cu_seqlens_q"], shared["cu_seqlens_k"]
         longest = max(problem.q_lens), max(problem.k_lens)
         return lambda q, k, v: module.varlen_attn(q, k, v, starts_q, starts_k, *longest, **keywords)
-
-
-def _window(problem: Problem, right: int) -> tuple[int, int] | None:
-    """(left, right) in which causal is spelled (-1, right), or None for a mask of all keys; else `NotTaken`."""
-    kinds = {"none": None, "causal": (-1, right), "window": (problem.mask.size - 1, right)}
-    if problem.mask.kind not in kinds:
-        raise NotTaken(f"no {problem.mask.kind}")
-    return kinds[problem.mask.kind]
 
 
 # --- flash-attn -------------------------------------------------------------------------------------------------------

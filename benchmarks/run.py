@@ -115,16 +115,12 @@ def measure(
 def possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
     """`cases` without those of cuflash in PyTorch, where PyTorch is not here, those this GPU is too small for, and
     those that are measured again with slow peers, where there are none."""
-    try:
-        torch = importlib.import_module("torch")
-        here = not run.clock.gpu or torch.cuda.is_available()
-    except ImportError:
-        here = False
     if not any(peer.slow for peer in run.peers):
         once = {(case.op, case.name) for case in cases if not case.everyone}
         cases = [case for case in cases if not case.everyone or (case.op, case.name) not in once]
-    chosen = [case for case in cases if here or not case.variant.startswith("PyTorch")]
-    if len(chosen) < len(cases):
+    chosen = list(cases)
+    if any(case.variant.startswith("PyTorch") for case in cases) and not _torch_serves(run.clock):
+        chosen = [case for case in cases if not case.variant.startswith("PyTorch")]
         results.notes.append("cuflash in PyTorch is not measured: PyTorch is not here, or sees no GPU")
     room = run.clock.memory()
     small = [case for case in chosen if room is None or _NEEDED * case.bytes <= room]
@@ -132,6 +128,14 @@ def possible(cases: Sequence[Case], run: Run, results: Results) -> list[Case]:
         names = ", ".join(f"{case.op}: {case.name}" for case in chosen if case not in small)
         results.notes.append(f"not measured for want of memory: {names}")
     return small
+
+
+def _torch_serves(clock: Clock) -> bool:
+    try:
+        torch = importlib.import_module("torch")
+    except ImportError:
+        return False
+    return not clock.gpu or torch.cuda.is_available()
 
 
 def rows_of(case: Case, run: Run) -> list[Row]:

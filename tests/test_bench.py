@@ -547,13 +547,50 @@ def with_mask(problem: Problem, kind: str, size: int = 0) -> Problem:
     return dataclasses.replace(problem, mask=Mask(kind, size))
 
 
-def check(peer: peers.Peer, problem: Problem, direction: str = "forward") -> None:
+def check(peer: peers.Peer, problem: Problem, direction: str = "forward", variant: str = "") -> None:
     """What the peer computes, called as its adapter calls it, is right."""
-    case = Case("forward", problem, direction)
+    case = Case("forward", problem, direction, variant=variant)
     inputs = Inputs(problem, CLOCK, gradients=direction != "forward")
     prepared = peer.prepare(case, inputs)
     assert len(prepared.calls) == len(inputs.copies)
     assert run.Checker(case, inputs).wrong(prepared) is None
+
+
+def test_every_variant_of_cuflash_is_asked_for_what_its_name_says() -> None:
+    seen: list[dict[str, Any]] = []
+    calls = {
+        "": (DENSE, "forward"), "sm_80 kernel": (DENSE, "forward"), "deterministic": (DENSE, "backward"),
+        "padded": (PACKED, "forward"), "mask_mod": (DENSE, "forward"), "split_size 1024": (PAGES, "forward"),
+    }  # fmt: skip
+    if machine.installed("torch"):
+        calls |= {"PyTorch": (PACKED, "forward"), "PyTorch autograd": (DENSE, "both")}
+
+    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **keywords: Any) -> Any:
+            seen.append(keywords | {"q": args[0]})
+            return function(*args, **keywords)
+
+        return call
+
+    names = ("attention", "attention_backward", "flash_attn_with_kvcache")
+    own = {name: getattr(cuflash, name) for name in names}
+    asked = {
+        "sm_80 kernel": {"kernel_options": {"kernel": "sm_80"}}, "deterministic": {"deterministic": True},
+        "padded": {"causal": True}, "split_size 1024": {"split_size": 1024}, "mask_mod": {"causal": False},
+    }  # fmt: skip
+    for variant, (problem, direction) in calls.items():
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            for name, function in own.items():
+                patch.setattr(cuflash, name, watched(function))
+            check(peers.Ours(), problem, direction, variant)
+        for word, value in asked.get(variant, {}).items():
+            assert seen[-1][word] == value, variant
+        assert ("cu_seqlens_q" in seen[-1]) == (problem is PACKED and variant != "padded")
+        assert ("mask_mod" in seen[-1]) == (variant == "mask_mod")
+        assert type(seen[-1]["q"]).__module__.startswith("torch" if "PyTorch" in variant else "numpy")
+    with pytest.raises(ValueError, match="variant='faster' must be one of"):
+        check(peers.Ours(), DENSE, variant="faster")
 
 
 @pytest.fixture
