@@ -176,6 +176,7 @@ def test_softmax_runs_under_the_product_before():
 def test_a_timeline_of_the_other_kernel():
     found = workbench.timeline(traced("sm_80"))
     warps = [f"warp {n}" for n in range(4)]
+    assert workbench.plot_timeline(found).axes[0].get_yticklabels()[0].get_text() == "warp 0"  # which does everything
     assert found.kernel == "forward_sm80" and [row for row in found.rows if row.startswith("warp")] == warps
     for row in warps:  # alike: they meet at every tile, and wait for copies alone
         assert set(found.waited(row)) == {"copies"}
@@ -194,7 +195,9 @@ def test_a_timeline_is_drawn():
     found = workbench.timeline(traced())
     axes = workbench.plot_timeline(found).axes[0]
     assert len(axes.patches) == len(found.bars)
-    assert [label.get_text() for label in axes.get_yticklabels()] == found.rows
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert [name.split(",")[0] for name in names] == found.rows
+    assert names[:3] == ["warp 0, producer", "warp 4, consumer", "products of warp 4"]
     part = workbench.plot_timeline(found, rows=["warp 0"], ticks=(0, 50)).axes[0]
     assert len(part.patches) == sum(bar.begin < 50 for bar in found.of("warp 0"))
     with pytest.raises(

@@ -104,6 +104,15 @@ def test_what_stands_there():
     assert {e.function for e in events if e.what == "sync_threads"} == {"cuflash_forward_sm90"}
 
 
+def test_threads_of_this_machine_change_nothing():
+    found = []
+    for n in (1, 2):
+        with emulator.schedule(os_threads=n), emulator.tracing() as trace:
+            attend(5)
+        found.append(trace.events)
+    assert found[0] == found[1] and {e.block for e in found[0]} == {(0, 0, 0), (1, 0, 0)}
+
+
 def test_a_launch_that_fails_leaves_what_it_did():
     edit = source.Edit(SPEED, BARRIER, BARRIER.replace("hw::sync_threads();", ""))
     with emulator.tracing() as trace, pytest.raises(EmulatorError, match="race"):

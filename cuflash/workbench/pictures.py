@@ -488,6 +488,14 @@ _BAR_COLORS = {"wait": "#e3e3e3", "copy": "#9ecae1", "issue": "#636363", "shuffl
 _PRODUCT_COLORS = ("#fdae6b", "#9e9ac8", "#fdd0a2", "#bcbddc")
 
 
+def _with_role(found: Timeline, row: str) -> str:
+    """A row's name, and what the warp is where it issues copies alone, or products alone."""
+    copies = {bar.label.startswith("copy of") for bar in found.of(row, "issue")}
+    return (
+        row if len(copies) != 1 or found.of(row, "product") else f"{row}, {'producer' if copies.pop() else 'consumer'}"
+    )
+
+
 def plot_timeline(
     trace: emulator.Trace | Timeline,
     *,
@@ -531,13 +539,14 @@ def plot_timeline(
         if bar.kind == "wait" and (signal := f"warp {bar.after}") in place and signal != bar.row:
             style = {"arrowstyle": "-|>", "color": _BAR_COLORS["signal"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", (bar.end, y), (bar.end, place[signal]), arrowprops=style)
-    axes.set(yticks=range(len(shown)), yticklabels=shown, ylim=(len(shown) - 0.4, -0.6), xlim=(first, last))
+    names = [_with_role(found, row) for row in shown]
+    axes.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.4, -0.6), xlim=(first, last))
     axes.set_xlabel("ticks")
     where = f"{found.kernel}, block {found.block}"
     axes.set_title(f"{where}: the order is its own, lengths are those of the drawing", fontsize="medium")
     kinds = [kind for kind in _BAR_COLORS if any(bar.kind == kind for bar in bars)]
-    names = {"shuffle": "shuffles (softmax)", "issue": "issue of copies and products"}
-    handles = [Patch(color=_BAR_COLORS[kind], label=names.get(kind, kind)) for kind in kinds]
+    longer = {"shuffle": "shuffles (softmax)", "issue": "issue of copies and products"}
+    handles = [Patch(color=_BAR_COLORS[kind], label=longer.get(kind, kind)) for kind in kinds]
     handles += [Patch(color=color, label=f"product: {name}") for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", frameon=False)
     return figure
