@@ -6,8 +6,8 @@
 //
 //   rows    queries of one head, or of all heads that share a key head (group_heads of them), so that few queries fill a
 //           tile and keys are loaded once for those heads: row r of a warpgroup is query r / group_heads of its queries
-//   grid    (query block, head or group of them, sequence) or (slot, head): tile/schedule.cuh, as forward_sm80.cu; or, where the tiles of a
-//           dense batch are alike, a block for each multiprocessor, which goes over (query block, head, sequence) in steps
+//   grid    (query block, group of heads, sequence) or (slot, group): tile/schedule.cuh, as forward_sm80.cu; or, where the
+//           tiles of a dense batch are alike, a block for each multiprocessor, which goes over all of them in steps
 //   keys    rows of one array, or pages that a table names: V::kPaged, tile/paged.cuh. Pages come by tensor copies where
 //           parts of them are parts of a key tile, in multiples of the swizzle's 8 rows; else they are gathered row by row
 //   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
@@ -97,7 +97,8 @@ struct ForwardPlan {
   static constexpr i32 kBarriers = kPins + 4 * V::kThreads;
   static constexpr i32 kEnd = kBarriers + 8 * (4 * kStages + 2 * kQStages);
   static_assert(kEnd <= V::kSharedBytes, "the host asks for as much shared memory as is used");
-  static_assert(kK % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0 && kTiles % 16 == 0 && kBarriers % 8 == 0, "aligned");
+  static_assert(kK % 1024 == 0 && kKBytes % 1024 == 0 && kVBytes % 1024 == 0, "swizzles count from a multiple of 1024");
+  static_assert(kTiles % 16 == 0 && kBarriers % 8 == 0, "aligned");
 };
 
 // Where a role stands: how many query tiles and how many key tiles came before, of all that the block has. The n-th key
@@ -152,7 +153,8 @@ struct Barriers {
 
 // Rows of a tensor, chunk by chunk; the caller announces kRows x kHeadDim elements.
 template <class Chunk, i32 kHeadDim, i32 kRows>
-HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePolicy policy, i32 head, i32 row, i32 batch) {
+HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePolicy policy, i32 head, i32 row,
+                         i32 batch) {
   HW_UNROLL
   for (i32 column = 0; column < kHeadDim; column += Chunk::kElements) {
     hw::tma_load(to + static_cast<u32>(column * kRows * 2), map, mbarrier, policy, column, head, row, batch);
@@ -206,9 +208,12 @@ HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
   const TileRange range =
       persistent ? TileRange{0, hw::block_idx_x()}
                  : tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, queries_of_tile<V>(p));
+  const auto end = [&] {
+    if (persistent) return p.persistent_tiles;
+    return ceil_div(read_sequence<V::kPaged>(p, range.sequence).q_rows, queries_of_tile<V>(p));
+  };
   HW_NO_UNROLL
-  for (i32 i = range.first;; i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
-    if (i >= (persistent ? p.persistent_tiles : ceil_div(read_sequence<V::kPaged>(p, range.sequence).q_rows, queries_of_tile<V>(p)))) break;
+  for (i32 i = range.first; i < end(); i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
     if (persistent) {
       const i32 tiles = ceil_div(p.q_len, queries_of_tile<V>(p)), line = i / tiles, sequence = line / p.groups;
       use(sequence, line - sequence * p.groups, i - line * tiles);
@@ -249,8 +254,9 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
   TileInterval keys = q_tile.keys(p, seq.k_len);
   if constexpr (M::kMask) {
     if (q_tile.last_row >= 0) {
-      keys = stage_bounds<M, V::kBlockQ, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), smem + Plan::kBounds + q_stage * Plan::kBoundsBytes,
-                                             q_tile.first, q_tile.diagonal, p.window_left, p.window_right);
+      keys = stage_bounds<M, V::kBlockQ, 32>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len),
+                                             smem + Plan::kBounds + q_stage * Plan::kBoundsBytes, q_tile.first,
+                                             q_tile.diagonal, p.window_left, p.window_right);
     }
   }
   const i32 first_k_tile = keys.any.begin / V::kBlockK;

@@ -12,6 +12,6 @@ struct ForwardSm90Params : ForwardParams {
   i32 group_queries;     // queries of a warpgroup: 64 / group_heads
   u32 group_multiplier;  // x / group_heads = x * group_multiplier >> 12 for x < 64
   i32 groups;            // of query heads
-  i32 persistent_tiles;  // query tiles of all heads and sequences, alike, which blocks go over in steps; 0: as packed_grid says
+  i32 persistent_tiles;  // query tiles of all heads and sequences, which blocks go over in steps; 0: as packed_grid says
   i32 page_rows;  // paged: rows of a page, and of a key tile, that one copy brings; 0: rows are gathered one by one
 };
