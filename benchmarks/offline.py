@@ -213,7 +213,8 @@ def predicting() -> Iterator[Row]:
         tile = forward.predicted(spec.variant, loop)
         v = spec.variant
         dims = f"{v.head_dim}" if v.head_dim == v.head_dim_v else f"{v.head_dim} and {v.head_dim_v}"
-        case = f"{spec.name}, d {dims}, tile {v.tile.block_q} x {v.tile.block_k}{', dropout' if v.dropout else ''}"
+        features = "".join(f", {name}" for name, on in (("dropout", v.dropout), ("pages", v.paged)) if on)
+        case = f"{spec.name}, d {dims}, tile {v.tile.block_q} x {v.tile.block_k}{features}"
         more = {
             "tensor_use": round(tile.tensor_use, 3),
             "issue_use": round(tile.issue_use, 3),

@@ -44,7 +44,8 @@ class Wrong(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """A call: lengths of the sequences (packed if more than one), heads, head dims, and what else it is given."""
+    """A call: lengths of the sequences (packed if more than one), heads, head dims, and what else it is given.
+    With a page_size the keys of the one sequence lie in pages, the last first."""
 
     what: str
     q_lens: tuple[int, ...]
@@ -53,6 +54,22 @@ class Compared:
     dims: tuple[int, int] = (64, 64)
     dtype: str = "float16"
     keywords: tuple[tuple[str, Any], ...] = ()
+    page_size: int = 0
+
+    @property
+    def pages(self) -> int:
+        return -(-self.k_lens[0] // self.page_size)
+
+    def given(self) -> dict[str, Any]:
+        """Everything that the call is given beside q, k and v."""
+        given: dict[str, Any] = dict(self.keywords)
+        if len(self.q_lens) > 1:
+            for name, lens in (("cu_seqlens_q", self.q_lens), ("cu_seqlens_k", self.k_lens)):
+                given[name] = np.cumsum([0, *lens]).astype(np.int32)
+        if self.page_size:
+            given["page_table"] = np.arange(self.pages, dtype=np.int32)[None, ::-1].copy()
+            given["seqused_k"] = np.array(self.k_lens, np.int32)
+        return given
 
     def arrays(self) -> tuple[np.ndarray, ...]:
         rng = np.random.default_rng(0)
@@ -62,13 +79,20 @@ class Compared:
             (sum(self.k_lens), self.heads[1], self.dims[1]),
         )
         element = dtypes.BY_NAME[self.dtype].numpy
-        found = tuple(rng.standard_normal(shape).astype(element) for shape in shapes)
-        return found if len(self.q_lens) > 1 else tuple(x[None] for x in found)
+        q, *kv = (rng.standard_normal(shape).astype(element) for shape in shapes)
+        if len(self.q_lens) > 1:
+            return q, *kv
+        if not self.page_size:
+            return q[None], *(x[None] for x in kv)
+        rows = self.pages * self.page_size
+        padded = (np.concatenate([x, np.full((rows - len(x), *x.shape[1:]), np.nan, element)]) for x in kv)
+        return q[None], *(x.reshape(self.pages, self.page_size, *x.shape[1:])[::-1].copy() for x in padded)
 
 
 def compared() -> list[Compared]:
     """From the least that can go wrong to the most: what fails first is where to look."""
     one = Compared("one tile", (64,), (128,))
+    slopes = np.array([0.5, 0.1], np.float32)
     return [
         one,
         dataclasses.replace(one, what="two key tiles", k_lens=(256,)),
@@ -84,9 +108,15 @@ def compared() -> list[Compared]:
         Compared("causal", (500,), (700,), (4, 4), (128, 128), keywords=(("causal", True),)),
         Compared("many tiles for each block", (5000,), (260,), (8, 8), (128, 128)),
         Compared("grouped heads", (500,), (500,), (8, 2), (128, 128), keywords=(("causal", True),)),
+        Compared("grouped heads in one tile", (5,), (500,), (8, 2), (128, 128), keywords=(("causal", True),)),
         Compared("packed", (70, 0, 513, 1), (70, 5, 600, 300), (4, 2), (128, 128), keywords=(("causal", True),)),
         Compared("window", (500,), (700,), (2, 2), (128, 128), keywords=(("window_size", (100, 20)),)),
         Compared("softcap", (500,), (500,), (2, 2), (128, 128), keywords=(("softcap", 20.0),)),
+        Compared("ALiBi", (500,), (500,), (2, 2), (128, 128), keywords=(("alibi_slopes", slopes),)),
+        Compared("sink", (500,), (500,), (2, 2), (128, 128), keywords=(("sink", np.array([1, 3], np.float32)),)),
+        Compared("lengths on the device", (500,), (500,), (2, 2), keywords=(("seqused_k", np.array([333], np.int32)),)),
+        Compared("pages of 64", (200,), (500,), (2, 2), (128, 128), page_size=64),
+        Compared("pages of 12, gathered", (200,), (500,), (2, 2), (128, 128), page_size=12),
         Compared("mask_mod of bounds", (500,), (500,), (2, 2), keywords=(("mask_mod", mods.sliding_window(99)),)),
         Compared("mask_mod of more", (500,), (500,), (2, 2), keywords=(("mask_mod", _every_other_block),)),
         Compared("score_mod", (500,), (500,), (2, 2), (128, 128), keywords=(("score_mod", _distance),)),
@@ -110,21 +140,17 @@ def compare(case: Compared, move: Callable[[np.ndarray], Any] = lambda x: x) -> 
 
     move   a host array to where kernels run
     """
-    host = case.arrays()
-    keywords: dict[str, Any] = dict(case.keywords)
-    starts = [np.cumsum([0, *lens]).astype(np.int32) for lens in (case.q_lens, case.k_lens)]
-    packed = len(case.q_lens) > 1
-    bounds: dict[str, Any] = {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1]} if packed else {}
+    host, keywords = case.arrays(), case.given()
     device = [move(x) for x in host]
-    there = {name: move(x) for name, x in bounds.items()}
-    explained = api.explain(*device, **there, **keywords)
+    given = {name: move(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
+    explained = api.explain(*device, **given)
     if explained.kernel != "forward_sm90":
         raise Wrong(f"{explained.kernel} was asked, not forward_sm90")
     found = {}
     for name, options in (("forward_sm90", None), ("again", None), ("forward_sm80", {"kernel": "sm_80"})):
-        result = api.attention(*device, **there, **keywords, aux=("lse",), kernel_options=options)
+        result = api.attention(*device, **given, aux=("lse",), kernel_options=options)
         found[name] = [to_host(x).astype(np.float64) for x in (result.out, result.lse)]
-    right = [x.astype(np.float64) for x in _right(host, bounds, keywords)]
+    right = [x.astype(np.float64) for x in _right(host, keywords)]
     errors = {}
     for at, what in enumerate(("out", "lse")):
         ours, other = (_error(found[name][at], right[at]) for name in ("forward_sm90", "forward_sm80"))
@@ -136,13 +162,13 @@ def compare(case: Compared, move: Callable[[np.ndarray], Any] = lambda x: x) -> 
     return {"error": errors}
 
 
-def _right(host: Sequence[np.ndarray], bounds: dict[str, Any], keywords: dict[str, Any]) -> tuple[np.ndarray, ...]:
+def _right(host: Sequence[np.ndarray], keywords: dict[str, Any]) -> tuple[np.ndarray, ...]:
     """out and lse in float64, by the reference that every test compares with."""
     before = config.backend
     config.backend = "reference"
     try:
         wide = [x.astype(np.float64) for x in host]
-        result = api.attention(*wide, **bounds, **keywords, aux=("lse",))
+        result = api.attention(*wide, **keywords, aux=("lse",))
     finally:
         config.backend = before
     return result.out, result.lse
@@ -216,7 +242,7 @@ def specs_of(cases: Sequence[Compared], target: arch.Arch) -> list[module.Kernel
     for case in cases:
         keywords = dict(case.keywords)
         traced, _ = api._mods_of_features({name: keywords.get(name) for name in ("score_mod", "mask_mod")})
-        given: dict[str, Any] = {"dropout": "dropout_p" in keywords, "mods": traced}
+        given: dict[str, Any] = {"dropout": "dropout_p" in keywords, "mods": traced, "paged": case.page_size > 0}
         element = dtypes.BY_NAME[case.dtype]
         for variant in (
             forward.choose_sm90_variant(element, *case.dims, **given),
