@@ -291,6 +291,8 @@ class ForwardSm90Variant:
         walks = emit_c.keeps_more_than_bounds(self.mods)
         if self.tile.warps == 16:
             return (56, 152) if walks else (32, 160)
+        if walks and self.paged and max(self.head_dim, self.head_dim_v) <= 128:
+            return 72, 216  # wider heads' consumers need the others
         return (56, 224) if walks else (40, 232)
 
     def members(self) -> dict[str, str | int | bool]:

@@ -407,12 +407,15 @@ def test_machine_code(d, d_v):
 
 
 @needs_nvrtc
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, *(pytest.param(d, marks=pytest.mark.slow) for d in (96, 192, 256))])
 def test_machine_code_of_pages(d):
     """Consumers of keys in pages are those of keys in one piece."""
     products, exponentials, length, _ = GATES[d, d]
     variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d, paged=True)
     loop = loop_of(variant)
+    if d <= 128:
+        natten = tracer.bind(None, mods.natten_2d(32, 32, 7))
+        loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d, paged=True, mods=natten.mods))
     assert loop.counts["HGMMA"] == products
     inside, everywhere = loop.in_window("MUFU.EX2")
     assert inside == everywhere >= exponentials
@@ -458,7 +461,8 @@ def test_every_tile_fits():
     for d in forward.HEAD_DIM_CLASSES:
         for d_v in forward.HEAD_DIM_CLASSES:
             for bound in (None, *(tracer.bind(None, m) for m in (mods.causal(), mods.document(np.zeros(9, np.int32))))):
-                variant = forward.choose_sm90_variant(dtypes.float16, d, d_v, mods=bound and bound.mods)
+                paged = (d + d_v) % 64 == 0
+                variant = forward.choose_sm90_variant(dtypes.float16, d, d_v, mods=bound and bound.mods, paged=paged)
                 assert variant.smem_bytes <= TARGET.smem_bytes, variant
                 producer, consumer = variant.registers
                 warpgroups = variant.tile.warps // 4
