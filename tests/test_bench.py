@@ -142,7 +142,7 @@ def test_the_command_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     monkeypatch.setattr(machine, "cupy_wheels", lambda: {"cupy-cuda13x": "14.2.0"})
     monkeypatch.setitem(sys.modules, "cupy", numpy_as_cupy())
     first = [Row("latency", "import cuflash", "cuflash", 200.0, 1.0)]
-    monkeypatch.setattr(run, "first_calls", lambda clock: first)
+    monkeypatch.setattr(run, "first_calls", lambda clock, repeats: first * (repeats == 1))  # --quick: once
     monkeypatch.setattr(timing, "_MATMUL", 64)
     kinds = ("forward", "decode", "latency", "memory", "accuracy")
     asked: list[Any] = []

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import cuflash
 from benchmarks import schema
 from benchmarks.schema import Results, Row
-from cuflash import api, arch, cli, dtypes
+from cuflash import api, arch, cli, dtypes, kvcache
 from cuflash.cli import device_check, machine, on_device
 from cuflash.cli.device_check import FAILED, OK, SKIPPED, UNFINISHED, Share, Stage
 from cuflash.cli.machine import Gpu
@@ -112,11 +112,12 @@ def stages(monkeypatch: pytest.MonkeyPatch, **found: Any) -> list[Share]:
 
 
 def test_every_stage_runs_and_three_files_tell_what_it_found(monkeypatch, tmp_path: Path) -> None:
+    many = [{"name": f"test_y{n}", "message": "nor this"} for n in range(1, 10)]
     shares = stages(
         monkeypatch,
         hopper=Stage(OK, "all right"),
         primitives=ValueError("no such luck"),
-        tests=Stage(FAILED, "1 failed", [{"name": "test_x", "message": "x is not y"}]),
+        tests=Stage(FAILED, "10 failed", [{"name": "test_x", "message": "x is not y"}, *many]),
         sanitizer=Stage(SKIPPED, "not here"),
     )
     monkeypatch.setattr(machine, "gpus", lambda: (HOPPER,))
@@ -133,6 +134,8 @@ def test_every_stage_runs_and_three_files_tell_what_it_found(monkeypatch, tmp_pa
     }  # fmt: skip
     assert told["primitives"]["found"] == "ValueError: no such luck"
     log = files[".log"].read_text()
+    shown = device_check.MOST_SHOWN
+    assert f"test_y{shown}" in log and f"test_y{shown}" not in done.output and "and 2 more, in the log" in done.output
     assert "test_x: x is not y" in log and "begin with primitives: primitives: ValueError: no such luck" in log
     with tarfile.open(files[".gz"]) as archive:
         assert len(archive.getnames()) == 40 and "tests/3.txt" in archive.getnames()
@@ -260,6 +263,17 @@ def test_a_kernel_that_hangs_ends_its_file_and_is_named(checkout: Path, instead,
     assert stage.state == FAILED and stage.found.startswith("1 passed, 1 failed")
     (failure,) = stage.failures
     assert failure["name"] == "tests/hw/test_hangs.py::test_of_it" and "hangs" in failure["message"]
+
+
+def test_a_test_that_is_silent_hangs_and_those_before_it_count(checkout: Path, instead, share, monkeypatch) -> None:
+    monkeypatch.setattr(device_check, "SILENCE", 0.5)
+    (checkout / "tests" / "hw" / "test_a.py").write_text("mark.gpu")
+    said = "test_a.py::b PASSED \\ntest_a.py::c[1 2] FAILED \\ntest_a.py::d SKIPPED (no) \\ntest_a.py::e "
+    instead(f'printf "{said}"; sleep 30 & wait\n')
+    stage = device_check.primitives(share(60.0))
+    assert stage.state == FAILED and stage.found == "1 passed, 2 failed, 1 skipped"
+    assert [failure["name"] for failure in stage.failures] == ["test_a.py::c[1 2]", "test_a.py::e"]
+    assert "hangs: nothing for" in stage.failures[1]["message"]
 
 
 def test_tests_that_are_many_are_stopped_and_no_failure(checkout: Path, instead, share) -> None:
@@ -438,6 +452,16 @@ def test_every_comparison_and_every_call_for_the_sanitizer() -> None:
         on_device.small(lambda x: x)
 
 
+def test_what_the_sanitizer_looks_at_is_compiled_before(monkeypatch) -> None:
+    """The same calls side by side, all of them, whichever ends first."""
+    asked = []
+    for target, name in ((api, "attention"), (api, "attention_backward"), (kvcache, "flash_attn_with_kvcache")):
+        result = SimpleNamespace(out=0, lse=0)
+        monkeypatch.setattr(target, name, lambda *a, name=name, result=result, **k: asked.append(name) or result)
+    on_device.small(lambda x: x, ahead=True)
+    assert sorted(asked) == ["attention"] * 5 + ["attention_backward", "flash_attn_with_kvcache"]
+
+
 def test_a_wrong_result_other_bits_or_another_kernel_is_said(monkeypatch) -> None:
     attention = api.attention
     case = CASES["one tile"]
@@ -514,21 +538,37 @@ def test_without_a_sanitizer_the_stage_is_left_out(monkeypatch, share) -> None:
 
 
 @pytest.mark.parametrize(
-    "tools, state", [("memcheck racecheck", FAILED), ("memcheck", OK), ("memcheck slow", UNFINISHED)]
+    "tools, state",
+    [("memcheck racecheck", FAILED), ("memcheck", OK), ("memcheck slow", UNFINISHED), ("memcheck refused", SKIPPED)],
 )
-def test_what_sanitizers_report(monkeypatch, tmp_path: Path, share, tools, state) -> None:
+def test_what_sanitizers_report(monkeypatch, tmp_path: Path, instead, share, tools, state) -> None:
+    instead('[ "$*" = "-m cuflash.cli.on_device small --ahead" ]')
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(
-        '#!/bin/sh\ncase "$2" in racecheck) echo "========= ERROR SUMMARY: 3 errors"; exit 99;; slow) sleep 30;; esac\n'
+        '#!/bin/sh\ncase "$2" in racecheck) echo "========= ERROR SUMMARY: 3 errors"; exit 99;; slow) sleep 30;;\n'
+        'refused) echo "========= Error: Device not supported."; exit 1;; memcheck) echo "$@" > "$0.said";; esac\n'
     )
     tool.chmod(0o755)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     monkeypatch.setattr(device_check, "compute_sanitizer", lambda: str(tool))
     monkeypatch.setattr(device_check, "TOOLS", tools.split())
     stage = device_check.sanitizer(share(2.0 if "slow" in tools else 60.0))
-    assert stage.state == state and stage.found.startswith("memcheck ok")
+    assert stage.state == state
+    assert stage.found.startswith("no tool ok, memcheck ok") or "does not serve this machine" in stage.found
+    assert "--report-api-errors no" in (tmp_path / "compute-sanitizer.said").read_text()
     if state == FAILED:
         assert stage.failures == [{"name": "racecheck", "message": "status 99: ERROR SUMMARY: 3 errors"}]
+
+
+def test_calls_that_fail_without_a_tool_fail_the_stage(monkeypatch, tmp_path: Path, instead, share) -> None:
+    instead("echo no such kernel; exit 1")
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o755)
+    monkeypatch.setattr(device_check, "compute_sanitizer", lambda: str(tool))
+    stage = device_check.sanitizer(share(60.0))
+    assert stage.state == FAILED and stage.found.startswith("no tool failed, memcheck ok")
+    assert stage.failures == [{"name": "no tool", "message": "status 1: no such kernel"}]
 
 
 def test_the_sanitizer_of_a_toolkit_is_found(monkeypatch, tmp_path: Path) -> None:
@@ -582,12 +622,18 @@ def test_a_benchmark_without_results_is_a_failure(instead, share) -> None:
     assert stage.state == FAILED and "KeyError" in stage.found
 
 
-def test_what_is_started_is_this_python_on_this_cuflash(tmp_path: Path) -> None:
+def test_what_is_started_is_this_python_on_this_cuflash(monkeypatch, tmp_path: Path) -> None:
     output = tmp_path / "said.txt"
-    command = device_check.python("-c", "import sys, cuflash; print(sys.executable, cuflash.__file__)")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    words = "sys.executable, cuflash.__file__, os.environ['XLA_PYTHON_CLIENT_PREALLOCATE']"
+    command = device_check.python("-c", f"import os, sys, cuflash; print({words})")
     ended = device_check.finish(device_check.start(command, output), 100.0)
     assert ended == device_check.Ended("ended", 0)
-    assert output.read_text().split() == [sys.executable, str(device_check.CHECKOUT / "cuflash" / "__init__.py")]
+    assert output.read_text().split() == [
+        sys.executable,
+        str(device_check.CHECKOUT / "cuflash" / "__init__.py"),
+        "false",
+    ]
 
 
 def test_normal_draws_are_rounded_to_bfloat16_by_their_bits() -> None:

@@ -49,6 +49,8 @@ RESERVE = 20.0  # seconds of the whole for starting, stopping and writing
 GRACE = 10.0  # seconds in which a process asked to stop may do so
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LONGEST_KEPT = 20 << 20  # bytes of a file that goes into the archive
+MOST_SHOWN = 8  # failures of a stage on the terminal; the files have all
+SILENCE = 75.0  # seconds without a word of pytest, compiling included, after which a test hangs
 
 OK, FAILED, UNFINISHED, SKIPPED = "ok", "failed", "unfinished", "skipped"
 
@@ -134,8 +136,10 @@ def check(results: Any, wanted: Sequence[str], seconds: float, out: Path, consol
             stage.seconds = round(time.monotonic() - began, 1)
             found[name] = stage
             log(f"{name}: {stage.state}, {stage.found} ({stage.seconds:.0f} s)")
-            for failure in stage.failures:
-                log(f"    {failure['name']}: {failure['message']}")
+            for n_failure, failure in enumerate(stage.failures):
+                log(f"    {failure['name']}: {failure['message']}", shown=n_failure < MOST_SHOWN)
+            if (more := len(stage.failures) - MOST_SHOWN) > 0:
+                console.print(f"    and {more} more, in the log", highlight=False)
             results = _with(results, name, stage, folder)
             with log.trying("the results"):
                 benchmarks("schema").write(results, out / f"{stem}.json")
@@ -160,8 +164,9 @@ class Log:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("", encoding="utf-8")
 
-    def __call__(self, line: str) -> None:
-        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+    def __call__(self, line: str, shown: bool = True) -> None:
+        if shown:
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
         with self.trying("the log"), self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -236,6 +241,8 @@ def start(command: Sequence[str], output: Path) -> subprocess.Popen[bytes]:
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # whatever else is installed
         "CUFLASH_CACHE_DIR": str(config.cache_dir),  # what a stage compiles the next one finds
     }
+    # Processes run side by side: JAX must not take three quarters of the GPU's memory in each.
+    env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     with output.open("wb") as file:
         process = subprocess.Popen(
             command, cwd=CHECKOUT, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
@@ -264,6 +271,19 @@ def finish(process: subprocess.Popen[bytes], seconds: float, ask: bool = True) -
     with contextlib.suppress(subprocess.TimeoutExpired):  # one that waits in the driver may outlive even that
         process.wait(GRACE)
     return Ended("killed")
+
+
+def _wait(process: subprocess.Popen[bytes], output: Path, deadline: float, each: float) -> str:
+    """Until the process has "ended", or "hangs", silent for longer than `each`, or its "time" is over."""
+    size, since = 0, time.monotonic()
+    while process.poll() is None:
+        now = time.monotonic()
+        if (grown := output.stat().st_size) != size:
+            size, since = grown, now
+        if now > deadline or now - since > each:
+            return "time" if now > deadline else "hangs"
+        time.sleep(min(0.1, each / 10))
+    return "ended"
 
 
 def _signal(process: subprocess.Popen[bytes], number: int) -> None:
@@ -308,7 +328,7 @@ def tests_of(files: Sequence[Path], share: Share) -> Stage:
         left = deadline - time.monotonic()
         return run_pytest(file, left, share.folder) if left > 1.0 else None
 
-    with ThreadPoolExecutor(max(1, min(4, (os.cpu_count() or 1) // 2))) as pool:
+    with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
         reports = dict(zip(files, pool.map(one, files), strict=True))
     ran = {file: report for file, report in reports.items() if report is not None}
     failures = [failure for report in ran.values() for failure in report["failures"]]
@@ -330,13 +350,20 @@ def run_pytest(file: Path, seconds: float, folder: Path) -> dict[str, Any]:
     name = "-".join(file.relative_to(CHECKOUT).with_suffix("").parts)
     output, report = folder / f"{name}.txt", folder / f"{name}.xml"
     arguments = ["-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--tb=short", f"--junitxml={report}", str(file)]
-    ended = finish(start(python(*arguments), output), seconds)
+    process = start(python(*arguments), output)
+    over = _wait(process, output, time.monotonic() + seconds, SILENCE)
+    ended = finish(process, 0, ask=over == "time")
     found = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "stopped": ended.how == "asked"}
+    said = output.read_text(encoding="utf-8", errors="replace")
     if report.is_file():
         found |= read_junit(report.read_text(encoding="utf-8"))
+    else:
+        found |= read_verbose(said)
     if ended.how == "killed":
-        at = output.read_text(encoding="utf-8", errors="replace").rstrip("\n ").rpartition("\n")[2]
-        message = f"hangs: not done after {seconds:.0f} s, and deaf to Ctrl-C"
+        at = said.rstrip("\n ").rpartition("\n")[2]
+        message = (
+            f"hangs: nothing for {SILENCE:.0f} s" if over == "hangs" else "hangs: deaf to Ctrl-C when its time was up"
+        )
     elif not report.is_file() or (ended.how == "ended" and ended.status not in (0, 1, 5) and not found["failures"]):
         at, message = file.name, f"pytest ended with status {ended.status}: {tail(output)}"
     else:
@@ -363,6 +390,19 @@ def read_junit(text: str) -> dict[str, Any]:
     return {"passed": passed, "failed": failed, "skipped": skipped, "failures": failures}
 
 
+def read_verbose(text: str) -> dict[str, Any]:
+    """The same of what `pytest -v` had said when it was killed, without the messages.
+
+    >>> read_verbose("a.py::b PASSED [ 1%]\\na.py::c[x] FAILED [ 2%]\\na.py::d ")
+    {'passed': 1, 'failed': 1, 'skipped': 0, 'failures': [{'name': 'a.py::c[x]', 'message': 'failed; its file hangs'}]}
+    """
+    ends = re.findall(r"^(\S+::.*) (PASSED|FAILED|ERROR|SKIPPED)\b", text, re.MULTILINE)
+    failed = [name for name, how in ends if how in ("FAILED", "ERROR")]
+    counts = {how: sum(found == how for _, found in ends) for how in ("PASSED", "SKIPPED")}
+    failures = [{"name": name, "message": "failed; its file hangs"} for name in failed]
+    return {"passed": counts["PASSED"], "failed": len(failed), "skipped": counts["SKIPPED"], "failures": failures}
+
+
 def _first_line(message: str | None) -> str:
     return (message or "").strip().partition("\n")[0][:500]
 
@@ -380,7 +420,8 @@ def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str
     for attempt in range(MOST_RUINED):
         output = share.folder / f"{what}-{attempt}.txt"
         process = start(python("-m", "cuflash.cli.on_device", what, "--skip", str(len(found))), output)
-        over = _watch(process, output, deadline, each)
+        over = _wait(process, output, deadline, each)
+        finish(process, 0, ask=False)
         said = _said(output)
         found += [line for line in said if "ok" in line]
         if over == "time":
@@ -395,20 +436,6 @@ def items_of(what: str, share: Share, each: float = 40.0) -> tuple[list[dict[str
         if not said:
             return found, "it does not begin"
     return found, f"the others were left after {MOST_RUINED} ruined processes"
-
-
-def _watch(process: subprocess.Popen[bytes], output: Path, deadline: float, each: float) -> str:
-    """Until the process has "ended", "hangs" for longer than `each`, or its "time" is over; it is dead then."""
-    size, since = 0, time.monotonic()
-    while process.poll() is None:
-        now = time.monotonic()
-        if (grown := output.stat().st_size) != size:
-            size, since = grown, now
-        if now > deadline or now - since > each:
-            finish(process, 0, ask=False)
-            return "time" if now > deadline else "hangs"
-        time.sleep(min(0.1, each / 10))
-    return "ended"
 
 
 def _said(output: Path) -> list[dict[str, Any]]:
@@ -486,18 +513,24 @@ def sanitizer(share: Share) -> Stage:
     deadline = time.monotonic() + share.seconds
     said: dict[str, str] = {}
     failures = []
-    for n, name in enumerate(TOOLS):
-        left = (deadline - time.monotonic()) / (len(TOOLS) - n)
-        output = share.folder / f"{name}.txt"
+    worker = python("-m", "cuflash.cli.on_device", "small")
+    plain = ["no tool", *TOOLS]  # without a tool first: what compiles, compiles then, many kernels at once
+    for n, name in enumerate(plain):
+        left = (deadline - time.monotonic()) / (len(plain) - n) * (2 if n == 0 else 1)
+        output = share.folder / f"{name.replace(' ', '-')}.txt"
         command = [tool, "--tool", name, "--error-exitcode", "99", "--print-limit", "20"]
-        process = start([*command, *python("-m", "cuflash.cli.on_device", "small")], output)
+        if name == "memcheck":  # CUDA's own libraries ask the driver for what it may not have; our calls raise errors
+            command += ["--report-api-errors", "no"]
+        process = start([*worker, "--ahead"] if n == 0 else [*command, *worker], output)
         ended = finish(process, left, ask=False)
+        text = output.read_text(encoding="utf-8", errors="replace")
         if ended.how != "ended":
             said[name] = f"not done after {left:.0f} s"
         elif ended.status == 0:
             said[name] = OK
+        elif n > 0 and "device not supported" in text.lower():
+            return Stage(FAILED if failures else SKIPPED, f"{tool} does not serve this machine", failures, said)
         else:
-            text = output.read_text(encoding="utf-8", errors="replace")
             reports = [line.strip("= ") for line in text.splitlines() if line.startswith("=========")]
             what = next((r for r in reports if "ERROR SUMMARY" in r or "error" in r.lower()), tail(output, 2))
             said[name] = FAILED

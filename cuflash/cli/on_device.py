@@ -3,7 +3,7 @@ ruin a process for good:
 
     hopper   Hopper's forward against the kernel that runs everywhere: the same calls, the result and the time of both
     tune     the tiles that a kernel could have: the time of each
-    small    a call of every kernel, for compute-sanitizer to look at
+    small    a call of every kernel, for compute-sanitizer to look at; with --ahead all at once, to compile them
 
 The first two say what they do item by item, a line of JSON before an item and one behind it, on standard output; with
 --skip N they begin behind the first N items. A process that an item may have ruined ends.
@@ -361,30 +361,40 @@ def tune() -> Iterator[Item]:
 # --- for compute-sanitizer --------------------------------------------------------------------------------------------
 
 
-def small(move: Callable[[np.ndarray], Any] | None = None) -> None:
-    """A call of each kernel that a GPU would run, on lengths that leave tails."""
+def small(move: Callable[[np.ndarray], Any] | None = None, ahead: bool = False) -> None:
+    """A call of each kernel that a GPU would run, on lengths that leave tails.
+
+    ahead   side by side: for the sake of what is compiled
+    """
+    from ..kvcache import flash_attn_with_kvcache
+
     move = move or _upload
     rng = np.random.default_rng(0)
 
     def draw(*shape: int) -> Any:
         return move(rng.standard_normal(shape).astype(np.float16))
 
-    starts = move(np.array([0, 70, 200], np.int32))
-    q, k, v = draw(200, 4, 64), draw(200, 2, 64), draw(200, 2, 64)
+    starts, lengths = (move(np.array(x, np.int32)) for x in ([0, 70, 200], [17, 250]))
+    q, k, v, dout = draw(200, 4, 64), draw(200, 2, 64), draw(200, 2, 64), draw(200, 4, 64)
+    one, cache, values = draw(1, 130, 1, 64), draw(2, 300, 2, 64), draw(2, 300, 2, 64)
+    step, new = draw(2, 1, 4, 64), draw(2, 1, 2, 64)
+    wide = [draw(1, 130, 1, d) for d in (128, 256)]
     packed = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "causal": True}
-    for options in (None, {"kernel": "sm_80"}):
-        result = api.attention(q, k, v, **packed, aux=("lse",), kernel_options=options)
-    api.attention_backward(draw(200, 4, 64), q, k, v, result.out, result.lse, **packed)
-    for d in (128, 256):
-        x = draw(1, 130, 1, d)
-        api.attention(x, x, x)
-    x = draw(1, 130, 1, 64)
-    api.attention(x, x, x, mask_mod=_every_other_block, score_mod=_distance)
-    cache, new = draw(2, 300, 2, 64), draw(2, 1, 2, 64)
-    from ..kvcache import flash_attn_with_kvcache
 
-    lengths = move(np.array([17, 250], np.int32))
-    flash_attn_with_kvcache(draw(2, 1, 4, 64), cache, cache * 1, k=new, v=new, cache_seqlens=lengths, causal=True)
+    def both_ways() -> None:
+        result = api.attention(q, k, v, **packed, aux=("lse",), kernel_options={"kernel": "sm_80"})
+        api.attention_backward(dout, q, k, v, result.out, result.lse, **packed)
+
+    calls: list[Callable[[], Any]] = [
+        lambda: api.attention(q, k, v, **packed, aux=("lse",)),
+        both_ways,
+        *(lambda x=x: api.attention(x, x, x) for x in wide),
+        lambda: api.attention(one, one, one, mask_mod=_every_other_block, score_mod=_distance),
+        lambda: flash_attn_with_kvcache(step, cache, values, k=new, v=new, cache_seqlens=lengths, causal=True),
+    ]
+    with ThreadPoolExecutor(len(calls) if ahead else 1) as pool:
+        for _ in pool.map(lambda call: call(), calls):
+            pass
 
 
 # --- a process --------------------------------------------------------------------------------------------------------
@@ -414,12 +424,13 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("what", choices=("hopper", "tune", "small"))
     parser.add_argument("--skip", type=int, default=0)
+    parser.add_argument("--ahead", action="store_true")
     asked = parser.parse_args(arguments)
     if asked.what == "small":
         import cupy
 
         cupy.cuda.set_allocator(None)  # each array apart, so that memcheck sees where it ends
-        small()
+        small(ahead=asked.ahead)
         _upload(np.zeros(1)).device.synchronize()  # what went wrong on the GPU is said here at the latest
         return 0
     return work(hopper() if asked.what == "hopper" else tune(), asked.skip)
