@@ -389,9 +389,13 @@ def _accuracy_cases() -> list[Case]:
 
 def _memory_cases() -> list[Case]:
     return [
-        Case("memory", dense(length, 128, CAUSAL, tokens=length), direction, rank=rank)
-        for length, rank in ((16384, 0), (4096, 1))
-        for direction in ("forward", "both")
+        *(
+            Case("memory", dense(length, 128, CAUSAL, tokens=length), direction, rank=rank)
+            for length, rank in ((16384, 0), (4096, 1))
+            for direction in ("forward", "both")
+        ),
+        Case("memory", dense(4096, 128, CAUSAL, tokens=4096), variant="mask_mod", rank=1),
+        Case("memory", dense(4096, 128, Mask("document"), tokens=4096), rank=1),
     ]
 
 

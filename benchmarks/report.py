@@ -247,6 +247,15 @@ class _Figures:
         names = [case.name for case in wanted if case.problem.layout == "dense" and case.direction == "forward"]
         return self.latency(f"warm call: {names[0]}")
 
+    def mask(self, want: Callable[[Case], bool]) -> tuple[int, int] | None:
+        """(bytes, launches) that a forward with such a mask takes beside one with the built-in causal."""
+        plain = self.ours("memory", lambda c: c.op == "memory" and not c.variant and c.problem.mask.kind == "causal")
+        for case, row in self.ours("memory", want):
+            for known, base in plain:
+                if known.problem.q_lens == case.problem.q_lens and "launches" in row.more and "launches" in base.more:
+                    return tuple(row.more[name] - base.more[name] for name in ("bytes", "launches"))  # type: ignore
+        return None
+
     def memory_growth(self) -> Ratios:
         found = self.ours("memory", lambda case: case.direction == "both")
         held = {case.problem.q_lens[0]: row.more["bytes"] for case, row in found}
@@ -276,6 +285,22 @@ def within(what: str, most: float, unit: str, ms: float | None) -> Budget:
     scaled = None if ms is None else ms * {"us": 1e3, "ms": 1.0, "s": 1e-3}[unit]
     measured = "-" if scaled is None else f"{scaled:.3g} {unit}"
     return Budget(what, f"<= {most:g} {unit}", measured, None if scaled is None else scaled <= most)
+
+
+def of_a_mask(what: str, bytes_: int | None, launches: int, found: tuple[int, int] | None) -> Budget:
+    """
+    >>> of_a_mask("a mask", 0, 0, (0, 1))
+    Budget(what='a mask', target='0 bytes, <= 0 launches', measured='0 bytes, 1 launches', met=False)
+    """
+    target = f"{'O(length)' if bytes_ is None else bytes_} bytes, <= {launches} launches"
+    if found is None:
+        return Budget(what, target, "-", None)
+    met = found[1] <= launches and (bytes_ is None or found[0] <= bytes_)
+    return Budget(what, target, f"{found[0]} bytes, {found[1]} launches", met)
+
+
+# What no row can tell: a tile's time by itself is in none, and differences of whole calls are too rough for it.
+UNCOMPUTED = Budget("masks without bounds: time beside a mixed tile's", "<= 1.50", "not computed", None)
 
 
 def _seen(worst: tuple[float, str] | None) -> str:
@@ -312,6 +337,9 @@ def budgets(results: Results) -> list[Budget]:
         within("host time of a warm call, PyTorch", 25, "us", torch),
         within("what a traced mod adds to it", 10, "us", added),
         at_most("memory of forward and backward, 16k tokens beside 4k", 4.4, f.memory_growth()),
+        of_a_mask("building a mask that captures nothing", 0, 0, f.mask(lambda case: case.variant == "mask_mod")),
+        of_a_mask("building a mask of an array", None, 1, f.mask(lambda case: case.problem.mask.kind == "document")),
+        UNCOMPUTED,
     ]
 
 
@@ -371,8 +399,12 @@ def long_page(files: Sequence[tuple[Path, Results]]) -> str:
                     parts.append(f"![{table.title}]({plot_name(gpu, table.op)})")
                 failed = [r for by in table.rows.values() for r in by.values() if r.error and r.impl == OURS]
                 parts += [f"{row.case}: {row.error}" for row in failed]
-            lines = [[b.what, b.target, b.measured, b.verdict] for b in budgets(results) if b.met is not None]
-            if lines:
+            lines = [
+                [b.what, b.target, b.measured, b.verdict]
+                for b in budgets(results)
+                if b.met is not None or b is UNCOMPUTED
+            ]
+            if len(lines) > 1:
                 parts += ["### Budgets", markdown(["", "target", "worst case", ""], lines)]
     return "\n\n".join(parts) if parts else NOTHING
 

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import cuflash
+from cuflash.jit import module
 
 from . import oracle, timing
 from .cases import GROUPS, Case
@@ -268,20 +270,36 @@ def _accuracy(case: Case, run: Run, inputs: Inputs) -> list[Row]:
 
 
 def _memory(case: Case, run: Run, inputs: Inputs) -> list[Row]:
-    """Bytes that a call holds at most, beside its inputs; what it returns is among them."""
+    """Bytes that a call holds at most, beside its inputs, what it returns among them; of cuflash also its launches."""
     prepared, rows = _prepare(case, run, inputs)
     for name, one in prepared.items():
         try:
             one.calls[0]()
-            peak = run.clock.bytes_at_peak(one.calls[0], one.framework)
+            with _launches() as launched:
+                peak = run.clock.bytes_at_peak(one.calls[0], one.framework)
         except Exception as error:
             rows[name] = Row(case.op, case.name, name, error=message(error))
             continue
         if peak is None:
             rows[name] = Row(case.op, case.name, name, error=f"nothing counts the bytes of {one.framework} here")
         else:
-            rows[name] = Row(case.op, case.name, name, more={"bytes": peak})
+            launches = {"launches": len(launched)} if name == OURS else {}
+            rows[name] = Row(case.op, case.name, name, more={"bytes": peak, **launches})
     return [rows[peer.name] for peer in run.contestants(case)]
+
+
+@contextlib.contextmanager
+def _launches() -> Iterator[list[str]]:
+    """The kernels of cuflash that are launched while this lasts."""
+    launched: list[str] = []
+    launch = module.launch_cuda
+
+    def noting(kernel: Any, *rest: Any) -> None:
+        launched.append(kernel.spec.name)
+        launch(kernel, *rest)
+
+    with mock.patch.object(module, "launch_cuda", noting):
+        yield launched
 
 
 # --- latency ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from benchmarks.schema import Row
 from benchmarks.timing import HostClock, Prepared, Timing
 from cuflash import cli
 from cuflash.cli import machine
+from cuflash.jit import module
 
 CLOCK = HostClock()
 CAUSAL = Mask("causal")
@@ -947,3 +948,13 @@ def test_the_harness_on_a_gpu(group: str) -> None:
 def test_the_ceilings_of_a_gpu() -> None:
     found = timing.ceilings(timing.CudaClock(), 0.05)
     assert found["matmul_tflops"] > 1 and found["copy_gbps"] > 10 and found["launch_us"] > 0
+
+
+def test_launches_are_counted_and_happen(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = []
+    monkeypatch.setattr(module, "launch_cuda", lambda kernel, *rest: happened.append(rest))
+    kernel = SimpleNamespace(spec=SimpleNamespace(name="forward_sm80"))
+    with run._launches() as launched:
+        module.launch_cuda(kernel, (1, 1, 1), (128, 1, 1), b"", 0, None)
+    module.launch_cuda(kernel, "later")
+    assert launched == ["forward_sm80"] and happened == [((1, 1, 1), (128, 1, 1), b"", 0, None), ("later",)]
