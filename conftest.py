@@ -3,19 +3,9 @@ start."""
 
 from importlib.util import find_spec
 
-import pytest
-
 _MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
 collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
 if find_spec("torch") is None:
     collect_ignore += ["notebooks/05_training.ipynb", "notebooks/06_inference.ipynb"]
 collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own
 collect_ignore_glob = ["notebooks/*.py"]  # the notebooks once more, which looking for doctests would run
-
-
-@pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Training takes a minute: its notebook is for -m slow; tests/frameworks has it shortened."""
-    for item in items:
-        if "05_training.ipynb" in item.nodeid:
-            item.add_marker(pytest.mark.slow)

@@ -432,7 +432,7 @@ class BlockMask:
         except ImportError as error:
             raise ArgumentError("plot draws with matplotlib: pip install matplotlib, or print(block_mask)") from error
         q_len, kv_len = self.seq_lengths
-        ax = plt.subplots(figsize=(5, 5))[1] if ax is None else ax
+        ax = plt.subplots(figsize=(5, 5), layout="constrained")[1] if ax is None else ax
         colors = ["#f4f4f4", "#f2b880", "#7fb3d5"]
         rows, columns = self.kinds.shape[2:]
         edges = 0, columns * self.BLOCK_SIZE[1], rows * self.BLOCK_SIZE[0], 0
@@ -448,8 +448,8 @@ class BlockMask:
                 Patch(facecolor=color, edgecolor="gray", label=f"{name}: {np.sum(self.kinds[b, h] == kind)}")
                 for kind, (color, name) in enumerate(zip(colors, names, strict=True))
             ],
-            loc="upper right",
-        )
+            loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize="small", frameon=False, columnspacing=1,
+        )  # fmt: skip
         return ax
 
     # Others made from it ----------------------------------------------------------------------------------------------

@@ -34,12 +34,13 @@ rng = np.random.default_rng(0)
 # %% [markdown]
 # ## 1. Where numbers live
 #
-# Each memory of a GPU is far larger and far slower than the one above it. A kernel is fast if what it needs often is up
-# here. Beside an A100, with figures as published, stands the GPU at hand, if there is one.
+# Each memory of a GPU is slower than the one above it, and from SRAM on far larger. A kernel is fast if what it needs
+# often is up there. Of the registers each of an A100's 108 multiprocessors has 256 KB, of the SRAM 192 KB, which the L1
+# cache shares. Beside the A100, with figures as published, stands the GPU at hand, if there is one.
 
 # %%
-# Sizes and GB/s of an A100 of 40 GB. SRAM, HBM and host: figure 1 of the FlashAttention paper (Dao et al. 2022);
-# registers, which have no published rate: NVIDIA's white paper, 256 KB in each of 108 multiprocessors.
+# Sizes and GB/s of an A100 of 40 GB (that of 80 GB: 2,000 GB/s). SRAM, HBM and host: figure 1 of the FlashAttention
+# paper (Dao et al. 2022); registers, which have no published rate: NVIDIA's white paper.
 published = {
     "registers": (27e6, None),
     "SRAM (shared memory)": (20e6, 19_000),
@@ -169,7 +170,8 @@ plt.show()
 #   until all keys have come by. K and V are read once for each tile of queries. And every tile of queries is a block of
 #   its own, which needs nothing of the others: far more blocks to fill a GPU with.
 #
-# Counted, with 128 queries and 64 keys a tile everywhere (keys outside takes as many keys as fit, which helps it):
+# Counted, with 128 queries a tile and 64 keys; with keys outside 128 keys, for the more of them stay on the chip, the
+# less often O goes there and back:
 
 # %%
 moved = workbench.bytes_moved([128, 256, 512])
@@ -178,9 +180,10 @@ for way in moved[-3:]:
 workbench.plot_bytes(moved)
 
 # %% [markdown]
-# All three grow with the square of the length, but not alike: of scores there are 8 bytes for each pair of a query and
-# a key, S and P there and back; of K and V, read again for every 128 queries, there are 2, and most of those can come
-# from the L2 cache, for blocks that run at the same time read the same keys.
+# All three grow with the square of the length, but not alike. For each pair of a query and a key, S and P take 8 bytes,
+# there and back. With keys outside, O in float32 takes 4, there and back for every 128 keys, and Q, read again, one.
+# With queries outside, K and V, read again for every 128 queries, take 2, and most of those can come from the L2 cache,
+# for blocks that run at the same time read the same keys.
 #
 # ## 5. The kernel itself
 #

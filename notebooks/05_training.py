@@ -19,7 +19,7 @@
 # A small GPT learns docstrings of Python's own functions, twice: from documents packed end to end, by cuflash, and from
 # the same documents padded to the longest, by PyTorch's `scaled_dot_product_attention` with a mask. Both must see the
 # same losses: in float32 to its last digits, in bfloat16 within the spread of seeds. Then the same step in JAX. Needs
-# PyTorch and a minute or two, but no GPU; where there is one, it is used.
+# PyTorch and half a minute, but no GPU; where there is one, it is used.
 
 # %%
 import inspect
@@ -34,6 +34,7 @@ from torch.nn import functional as F
 import cuflash
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_num_threads(1)  # so small a model only loses by more
 
 # %% [markdown]
 # ## 1. Documents, packed and padded
@@ -183,11 +184,11 @@ plt.show()
 # ## 4. In bfloat16
 #
 # bfloat16 has 8 bits, and the two round in different places: single steps differ in the third digit. Whether the models
-# learn alike shows in the mean of the last ten of 60 steps, over three seeds.
+# learn alike shows in the mean of the last ten of 20 steps, over three seeds.
 
 # %%
 seeds = range(3)
-low = {f.__name__: np.stack([train(f, seed, steps=60, low=True) for seed in seeds]) for f in (packed_loss, padded_loss)}
+low = {f.__name__: np.stack([train(f, seed, steps=20, low=True) for seed in seeds]) for f in (packed_loss, padded_loss)}
 ends = {name: losses[:, -10:].mean(axis=1) for name, losses in low.items()}
 for name, last in ends.items():
     print(f"{name}: {last.mean():.4f} with a standard deviation of {last.std(ddof=1):.4f}: {np.round(last, 4)}")
@@ -210,7 +211,7 @@ plt.show()
 
 
 # %%
-def train_in_jax(weights, steps=100):
+def train_in_jax(weights, steps):
     """The loss of every step, as `train` has it for the packed layout, and how often the step was compiled."""
     import jax
     from jax import numpy as jnp
@@ -258,11 +259,11 @@ def train_in_jax(weights, steps=100):
 torch.manual_seed(0)
 weights = {name: x.detach().numpy() for name, x in GPT().state_dict().items()}
 try:
-    in_jax, compiled = train_in_jax(weights)
+    in_jax, compiled = train_in_jax(weights, steps=30)
 except ImportError:
     print("JAX is not installed")
 else:
-    apart = np.abs(in_jax - theirs) / theirs
-    print(f"JAX, packed: {in_jax[0]:.4f} to {in_jax[-10:].mean():.4f}; compiled {compiled} time")
+    apart = np.abs(in_jax - theirs[:30]) / theirs[:30]
+    print(f"JAX, packed: {in_jax[0]:.4f} to {in_jax[-10:].mean():.4f} in 30 steps; compiled {compiled} time")
     print(f"largest relative difference from PyTorch's losses: {apart.max():.1e}")
     assert apart.max() < 1e-4 and compiled == 1

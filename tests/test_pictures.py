@@ -217,7 +217,7 @@ def test_bytes_of_each_way():
     pairs, blocks = n * n * 2, n // 128
     assert naive.read == {"q": size, "k": blocks * size, "v": blocks * size, "s": pairs, "p": pairs}
     assert naive.written == {"s": pairs, "p": pairs, "out": size}
-    tiles = n // 64
+    tiles = n // 128
     numbers = {"out": tiles * 2 * size, "l": tiles * n * 4, "m": tiles * n * 4}  # float32
     assert outside.read == {"q": tiles * size, "k": size, "v": size, **numbers}
     assert outside.written == numbers

@@ -43,7 +43,11 @@ _KERNEL_FLAGS = (
 
 _KERNEL = re.compile(r"^HW_KERNEL\((?P<threads>.+)\)\s*(?P<name>\w+)\s*\(", re.MULTILINE)
 _ERROR = re.compile(r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? (?:fatal )?error: (?P<what>.*)$", re.MULTILINE)
+_UNMATCHED = re.compile(
+    r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? note: (?P<what>to match this .*)$", re.MULTILINE
+)
 _SHOWN_ERRORS = 5
+_ENTRY = "template <class Params> void cuflash_emu_call_"
 # A kernel that includes this file has warps that meet at other barriers than the block's.
 _CLOCKED = "hw_emu/barrier.cuh"
 
@@ -96,7 +100,7 @@ def runtime() -> Path:
 def _entry(name: str, threads: str, clocked: bool) -> str:
     """Text that lets the runtime call a kernel whose parameter it does not know."""
     return f"""
-template <class Params> void cuflash_emu_call_{name}(void (*kernel)(Params), const void* params) {{
+{_ENTRY}{name}(void (*kernel)(Params), const void* params) {{
   kernel(*static_cast<const Params*>(params));
 }}
 extern "C" __attribute__((visibility("default"))) void cuflash_emu_entry_{name}(const void* params) {{
@@ -121,14 +125,23 @@ def _compile(text: str, flags: Sequence[str]) -> bytes:
 def _explain(text: str, command: Sequence[str], log: str) -> str:
     """The compiler's errors, each with the lines around."""
     lines: dict[tuple[str, int], str] = {(f, n): line for f, n, line in source.numbered(text)}
+    file, end = next((place for place, line in lines.items() if line.startswith(_ENTRY)), ("", 0))
     errors = list(_ERROR.finditer(log))
+    # What comes behind the kernel, from `_entry`, is not at fault: the kernel's text has not ended.
+    behind = [x for x in errors if x["file"] == file and int(x["line"]) >= end > 0]
+    errors = [x for x in errors if x not in behind]
     shown = [f"{command[0]} could not compile it:"]
+    if behind:
+        shown.append(f"{file}: behind its last line: {behind[-1]['what']}")
+        for note in _UNMATCHED.finditer(log):
+            shown.append(f"{note['file']}:{note['line']}: {note['what']}")
+            shown += source.around(lines, note["file"], int(note["line"]))
     for error in errors[:_SHOWN_ERRORS]:
         shown.append(f"{error['file']}:{error['line']}: {error['what']}")
         shown += source.around(lines, error["file"], int(error["line"]))
     if len(errors) > _SHOWN_ERRORS:
         shown.append(f"and {len(errors) - _SHOWN_ERRORS} more errors")
-    return "\n".join(shown if errors else [f"{shlex.join(command)} failed:", log.strip()[-4000:]])
+    return "\n".join(shown if errors or behind else [f"{shlex.join(command)} failed:", log.strip()[-4000:]])
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from ..errors import CompileError, UnsupportedError
 from . import cache, source
 
 SHOWN_ERRORS = 5
+_SHOWN_LINES = 12  # of a log in which no message names a line of the text
 
 _MESSAGE = re.compile(r"^(?P<file>[^\s()][^()\n]*)\((?P<line>\d+)\): (?P<kind>.*?(?:error|warning).*?): ?(?P<text>.*)$")
 _ENTRY = re.compile(r"Compiling entry function '(\w+)' for")
@@ -220,8 +221,11 @@ def _failure(text: str, log: str, name: str, what: str) -> CompileError:
         parts += source.around(lines, file, at)
     if len(messages) > SHOWN_ERRORS:
         parts.append(f"... and {len(messages) - SHOWN_ERRORS} more")
-    if not messages:
-        parts.append(log)
+    if not messages:  # ptxas' own, which may be hundreds alike
+        said = log.splitlines()
+        parts += said[:_SHOWN_LINES]
+        if len(said) > _SHOWN_LINES:
+            parts.append(f"... and {len(said) - _SHOWN_LINES} lines more")
     written = cache.keep("failed", f"{Path(name).stem}.{cache.key_of(text)[:10]}.cu", text.encode())
     parts.append(f"The whole text: {written}")
     return CompileError(f"{what} did not compile:\n" + "\n".join(parts), log=log, source=text)

@@ -28,6 +28,14 @@ _ENTRY = re.compile(
     r"^HW_KERNEL\((?P<threads>[^\n]*?)\)\s*(?P<name>\w+)\s*\(\s*HW_GRID_CONSTANT\s+(?P<params>\w+)\s+\w+\s*\)",
     re.MULTILINE,
 )
+# What a pointer may lead to, where its type says so; void*, u8* and structs of the text take anything.
+_POINTED_AT = {
+    f"{name}*": tuple(map(np.dtype, dtypes_of.split()))
+    for name, dtypes_of in {
+        "float": "float32", "double": "float64", "i32": "int32", "int": "int32", "u32": "uint32 int32", "i64": "int64",
+        "u64": "uint64 int64", "i16": "int16", "i8": "int8", "bool": "bool",
+    }.items()
+}  # fmt: skip
 _ARRAYS = (
     "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "alibi_slopes", "sink", "seed", "offset",
     "dout", "dlse",
@@ -188,7 +196,9 @@ class Kernel:
                 return source.read(source.folder() / file)
             if lines:
                 return "\n".join(lines) + "\n"
-        raise ArgumentError(f"{file!r} is none of this kernel's files: {', '.join(self.files)}")
+        near = [x for x in self.files if x.endswith(f"/{file}")]
+        meant = f"; take {near[0]!r}" if near else ""
+        raise ArgumentError(f"{file!r} is none of this kernel's files: {', '.join(self.files)}{meant}")
 
     def function(self, name: str) -> str:
         """The text of one function, "update" or "OnlineSoftmax::update": what to start from."""
@@ -403,7 +413,10 @@ class Kernel:
         if len(found) == 1:
             return found[0]
         if not found:
-            raise ArgumentError(f"no function {name!r} in {', '.join(searched)}")
+            last = name.split("::")[-1]
+            others = [f"{x.name} ({file})" for file in searched for x in _functions(self.text(file), last)]
+            there = f"; there is {', '.join(others)}" if others and last != name else ""
+            raise ArgumentError(f"no function {name!r} in {', '.join(searched)}{there}")
         places = ", ".join(f"{x.name} ({file})" for file, x in found)
         raise ArgumentError(
             f"{name!r} names {len(found)} functions: {places}; say which by its struct, or use replace() or edit()"
@@ -421,6 +434,13 @@ class Kernel:
             if fields[name].is_pointer != isinstance(value, np.ndarray):
                 needed = "an array" if fields[name].is_pointer else "a number"
                 raise ArgumentError(f"{name} is a {type(value).__name__}: {fields[name].ctype} takes {needed}")
+            expected = _POINTED_AT.get(fields[name].ctype)
+            if isinstance(value, np.ndarray) and expected is not None and value.dtype not in expected:
+                names = " or ".join(map(str, expected))
+                raise ArgumentError(
+                    f"{name} has dtype={value.dtype}, and its field is a {fields[name].ctype}: pass {names}, or let "
+                    "the field be a u8*, which takes any"
+                )
 
     def _call(self, job: Callable[..., Any], *args: Any, seconds: float) -> Any:
         __tracebackhide__ = True  # what users see ends at their question
@@ -428,6 +448,8 @@ class Kernel:
             return worker.call(job, self.problem, self._edits, *args, seconds=seconds)
         except EmulatorError as error:
             self._explain(error)
+        except CompileError as error:
+            raise text.with_remedies(error) from None
 
     def _explain(self, error: EmulatorError) -> NoReturn:
         """Raises it again, with the code of the user's own that it names, or that leads to what it names."""
@@ -446,7 +468,7 @@ class Kernel:
             if unknown := expected.keys() - outcome.results.keys():
                 written = ", ".join(outcome.results)
                 raise ArgumentError(f"reference gave {', '.join(unknown)}; the kernel writes {written}")
-            expected = {n: np.broadcast_to(x, outcome.results[n].shape) for n, x in expected.items()}
+            expected = {n: _like_result(n, x, outcome.results[n]) for n, x in expected.items()}
             allowed = {n: self._allowed(outcome.results[n].dtype, x) for n, x in expected.items()}
         else:
             expected, allowed = outcome.expected, outcome.allowed
@@ -541,6 +563,16 @@ def _own(
         own = whole.startswith("#line")  # says itself whose lines these are
         whole = prelude + whole if own else f'{prelude}#line {first_line} "{_label(label or file)}"\n{whole}'
     return name, module.KernelSpec(file, name, found[0]["params"], None, threads, before.smem_bytes), whole
+
+
+def _like_result(name: str, expected: Any, result: np.ndarray) -> np.ndarray:
+    found = np.asarray(expected)
+    try:
+        return np.broadcast_to(found, result.shape)
+    except ValueError:
+        raise ArgumentError(
+            f"reference gave {name} of shape {found.shape}: the kernel writes one of shape {result.shape}"
+        ) from None
 
 
 def _grid(grid: int | Sequence[int]) -> tuple[int, int, int]:

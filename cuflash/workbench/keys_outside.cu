@@ -31,10 +31,11 @@ struct KeysOutsideParams {
   float scale;
 };
 
-constexpr i32 kRows = 128, kKeys = 64, kThreads = 256;
+constexpr i32 kRows = 128, kKeys = 128, kThreads = 256;
 using Element = hw::Half;
-using Rows = SharedTile<128>;    // 64 elements a row
-using Product = Fragment<1, 8>;  // 16 rows of a warp, 64 columns
+using Rows = SharedTile<128>;           // 64 elements a row
+using Scores = Fragment<1, kKeys / 8>;  // 16 rows of a warp, and their keys
+using Product = Fragment<1, 8>;         // 16 rows of a warp, 64 columns of O
 
 struct alignas(8) Pair {
   float x[2];
@@ -67,7 +68,8 @@ HW_KERNEL(kThreads) cuflash_keys_outside(HW_GRID_CONSTANT KeysOutsideParams p) {
     for (i32 first = 0; first < p.len; first += kRows) {
       copy_rows<kRows>(q, p.q, first, p.len);
       all_landed();
-      Product s, o;
+      Scores s;
+      Product o;
       s.fill(0.0f);
       multiply_qk<Element, 64>(s, LaneRows<Rows>(q, warp_row + lane % 16, lane / 16),
                                LaneRows<Rows>(k, lane % 8 + 8 * (lane / 16), lane / 8 % 2));
@@ -75,10 +77,10 @@ HW_KERNEL(kThreads) cuflash_keys_outside(HW_GRID_CONSTANT KeysOutsideParams p) {
         const i32 row = first + warp_row + Product::row_of(i);
         const float m = read_row(p.m + row), l = read_row(p.l + row);
         float most = m, sum = 0.0f;
-        for (i32 c = 0; c < 8; ++c)
+        for (i32 c = 0; c < Scores::kColTiles; ++c)
           for (i32 j = 2 * i; j < 2 * i + 2; ++j) most = hw::max(most, s.x[0][c][j] * p.scale);
         most = quad_max(most);
-        for (i32 c = 0; c < 8; ++c)
+        for (i32 c = 0; c < Scores::kColTiles; ++c)
           for (i32 j = 2 * i; j < 2 * i + 2; ++j) {
             s.x[0][c][j] = hw::exp2_approx((s.x[0][c][j] * p.scale - most) * kLog2e);
             sum += s.x[0][c][j];
@@ -87,17 +89,16 @@ HW_KERNEL(kThreads) cuflash_keys_outside(HW_GRID_CONSTANT KeysOutsideParams p) {
         for (i32 c = 0; c < 8; ++c) {
           const float* partial = p.out + row * 64 + 8 * c + Product::first_col();
           const Pair pair = hw::load_global(reinterpret_cast<const Pair*>(partial));
-          for (i32 j = 0; j < 2; ++j) {
-            o.x[0][c][2 * i + j] = pair.x[j] * before * hw::rcp_approx(total);
-            s.x[0][c][2 * i + j] *= hw::rcp_approx(total);
-          }
+          for (i32 j = 0; j < 2; ++j) o.x[0][c][2 * i + j] = pair.x[j] * before * hw::rcp_approx(total);
         }
+        for (i32 c = 0; c < Scores::kColTiles; ++c)
+          for (i32 j = 2 * i; j < 2 * i + 2; ++j) s.x[0][c][j] *= hw::rcp_approx(total);
         if (lane % 4 == 0) {
           hw::store_global(p.m + row, most);
           hw::store_global(p.l + row, total);
         }
       }
-      multiply_pv<Element, Product, Product, Rows>(o, s, v);
+      multiply_pv<Element, Product, Scores, Rows>(o, s, v);
       for (i32 i = 0; i < Product::kRows; ++i)
         for (i32 c = 0; c < 8; ++c) {
           float* partial = p.out + (first + warp_row + Product::row_of(i)) * 64 + 8 * c + Product::first_col();

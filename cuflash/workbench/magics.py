@@ -69,9 +69,13 @@ class Workbench(Magics):
     def cuflash_mod(self, line: str, cell: str) -> report.Report | None:
         """A kernel with one file or function replaced by the cell, compiled, checked, and what it costs beside BASE."""
         given = parse_argstring(self.cuflash_mod, line)
-        base = self._value(given.base)
+        assert self.shell is not None
+        names = self.shell.user_ns
+        base = names.get(given.base)
 
         def make() -> Kernel:
+            if given.base not in names:
+                raise ArgumentError(f"there is no {given.base}: name a kernel, of workbench.load say")
             if not isinstance(base, Kernel):
                 raise ArgumentError(f"{given.base} is a {type(base).__name__}: name a kernel, of workbench.load say")
             change = base.replace if given.target in base.files else base.replace_function
@@ -81,7 +85,10 @@ class Workbench(Magics):
 
     def _value(self, expression: str) -> Any:
         assert self.shell is not None
-        return self.shell.ev(expression.strip("\"'") if expression[:1] in "\"'" else expression)
+        try:
+            return self.shell.ev(expression.strip("\"'") if expression[:1] in "\"'" else expression)
+        except Exception as error:
+            raise ArgumentError(f"{expression}: {type(error).__name__}: {error}") from error
 
     def _shown(self, given: Any, make: Any, base: Kernel | None) -> report.Report | None:
         assert self.shell is not None

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 Array = Any
 
 EMPTY, MIXED, FULL = 0, 1, 2
-_KINDS = ("empty", "mixed", "full")
 _KIND_COLORS = ("#f4f4f4", "#f2b880", "#7fb3d5")
+_SHADE = 0.35  # over what is seen
 
 
 def _subplots(width: float, height: float) -> tuple[Any, Any, Any]:
@@ -110,8 +110,9 @@ def plot_mask(
         f"q_len={q_len!r}, k_len={k_len!r} must come to at most 4096 queries and keys: pairs are drawn one by one",
     )
     mask = _mask_of(mask_mod, causal, window_size)
-    plt, figure, axes = _subplots(5, 5 * min(2.0, max(0.5, sum(q_lens) / sum(k_lens))))
-    from matplotlib.colors import ListedColormap
+    shape = sum(q_lens) / sum(k_lens)
+    plt, figure, axes = _subplots(5, 5 * min(2.0, max(0.5, shape)))
+    from matplotlib.colors import ListedColormap, to_rgb
     from matplotlib.patches import Patch
 
     count: Counter[int] = Counter()
@@ -128,18 +129,25 @@ def plot_mask(
         axes.add_patch(clip)
         whole.set_clip_path(clip)
         shade = np.zeros((q, k, 4))
-        shade[..., 3] = 0.35 * seen
+        shade[..., 3] = _SHADE * seen
         axes.imshow(shade, extent=(k_begin, k_begin + k, q_begin + q, q_begin), interpolation="none", zorder=2)
         lines = {"colors": "white", "linewidth": 0.6, "zorder": 3}
         axes.vlines(k_begin + np.arange(tile[1], k, tile[1]), q_begin, q_begin + q, **lines)
         axes.hlines(q_begin + np.arange(tile[0], q, tile[0]), k_begin, k_begin + k, **lines)
         q_begin, k_begin = q_begin + q, k_begin + k
-    axes.set(xlim=(0, k_begin), ylim=(q_begin, 0), xlabel="key", ylabel="query", aspect="equal")
+    axes.set(xlim=(0, k_begin), ylim=(q_begin, 0), xlabel="key", ylabel="query")
+    axes.set_aspect("equal" if 0.25 <= shape <= 4 else "auto")
     title = f"{count[FULL]} full, {count[MIXED]} mixed and {count[EMPTY]} empty tiles of {tile[0]} x {tile[1]}"
     axes.set_title(title)
-    shown = zip(_KIND_COLORS, _KINDS, strict=True)
+    dark = [tuple((1 - _SHADE) * x for x in to_rgb(color)) for color in _KIND_COLORS]
+    shown = (
+        (_KIND_COLORS[0], "empty"),
+        (_KIND_COLORS[1], "mixed: not seen"),
+        (dark[1], "mixed: seen"),
+        (dark[2], "full"),
+    )
     handles = [Patch(facecolor=color, edgecolor="gray", label=name) for color, name in shown]
-    axes.legend(handles=[*handles, Patch(facecolor="0.65", label="seen")], loc="upper right", fontsize="small")
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     return figure
 
 
@@ -224,12 +232,15 @@ def plot_visits(
     shown = [x for x in visits(q, k, v, arch=arch, **keywords) if (x.sequence, x.head) == (sequence, head)]
     plt, figure, axes = _subplots(5, 5 * min(2.0, max(0.5, q.shape[-3] / k.shape[-3])))
     most = max((len(x.keys) for x in shown), default=1)
+    # So that two digits fit into a tile, whose width is its share of four inches.
+    widest = max((end - begin for x in shown for begin, end in x.keys), default=1)
+    size = min(8.0, 0.75 * 4 * 72 * widest / k.shape[-3])
     for visit in shown:
         top, bottom = visit.queries
         for turn, (left, right) in enumerate(visit.keys):
             color = plt.get_cmap("YlGnBu")(0.15 + 0.55 * turn / most)
             axes.add_patch(plt.Rectangle((left, top), right - left, bottom - top, facecolor=color, edgecolor="white"))
-            axes.text((left + right) / 2, (top + bottom) / 2, str(turn + 1), ha="center", va="center", fontsize="small")
+            axes.text((left + right) / 2, (top + bottom) / 2, str(turn + 1), ha="center", va="center", fontsize=size)
     tiles = sum(len(x.keys) for x in shown)
     axes.set(xlim=(0, k.shape[-3]), ylim=(q.shape[-3], 0), xlabel="key", ylabel="query", aspect="equal")
     axes.set_title(f"{arch}: {tiles} tiles of keys, each block's in its order", fontsize="medium")
@@ -288,7 +299,7 @@ def timeline(
     trace: emulator.Trace,
     *,
     block: tuple[int, int, int] | None = None,
-    launch: int = 0,
+    launch: int | None = None,
     copy_ticks: int = 24,
     product_ticks: int = 3,
     shuffle_ticks: int = 6,
@@ -301,7 +312,8 @@ def timeline(
     `product_ticks`; a warp of each warpgroup shares that unit. Arithmetic leaves no event: a softmax shows by its
     shuffles between lanes, each of which takes `shuffle_ticks`.
 
-    block   which one; None: the first in the trace        launch  which launch of the trace
+    block   which one; None: the first in the trace
+    launch  which launch of the trace, from 0; None: the one with the most events
 
     Whatever the schedule of the emulator was, the timeline is the same.
 
@@ -312,6 +324,8 @@ def timeline(
     >>> found.rows[:4], sorted(found.waited("warp 0"))
     (['warp 0', 'warp 4', 'products of warp 4', 'warp 8'], ['k_empty[0]', 'v_empty[0]'])
     """
+    if launch is None and trace.events:
+        launch = Counter(e.launch for e in trace.events).most_common(1)[0][0]
     events = [e for e in trace.events if e.launch == launch and (block is None or e.block == block)]
     require(
         bool(events),
@@ -488,12 +502,15 @@ _BAR_COLORS = {"wait": "#e3e3e3", "copy": "#9ecae1", "issue": "#636363", "shuffl
 _PRODUCT_COLORS = ("#fdae6b", "#9e9ac8", "#fdd0a2", "#bcbddc")
 
 
-def _with_role(found: Timeline, row: str) -> str:
-    """A row's name, and what the warp is where it issues copies alone, or products alone."""
-    copies = {bar.label.startswith("copy of") for bar in found.of(row, "issue")}
-    return (
-        row if len(copies) != 1 or found.of(row, "product") else f"{row}, {'producer' if copies.pop() else 'consumer'}"
-    )
+def _with_roles(found: Timeline) -> dict[str, str]:
+    """Rows, and with their names what a warp is where each issues copies alone, or products alone."""
+    does: dict[str, set[str]] = defaultdict(set)
+    for bar in found.bars:
+        if bar.row.startswith("warp"):
+            copies = bar.kind == "issue" and bar.label.startswith("copy of")
+            does[bar.row] |= {"producer"} if copies else {"consumer"} if bar.kind in ("issue", "product") else set()
+    apart = all(len(roles) < 2 for roles in does.values())
+    return {row: ", ".join([row, *(does[row] if apart else ())]) for row in found.rows}
 
 
 def plot_timeline(
@@ -529,23 +546,28 @@ def plot_timeline(
     _, figure, axes = _subplots(11, 0.8 + 0.42 * len(shown))
     from matplotlib.patches import Patch
 
+    labelled = dict.fromkeys(shown, float(first))  # up to where: copies in flight together lie over one another
     for bar in bars:
         color = colors[bar.label] if bar.kind == "product" else _BAR_COLORS[bar.kind]
         y, height = place[bar.row], 0.8 if bar.kind != "signal" else 0.5
         edge = "gray" if bar.kind == "wait" else "white"
         axes.barh(y, bar.end - bar.begin, left=bar.begin, height=height, color=color, edgecolor=edge, linewidth=0.4)
-        if bar.kind in ("wait", "copy") and (bar.end - bar.begin) * 140 > (last - first) * len(bar.label):
-            axes.text((bar.begin + bar.end) / 2, y, bar.label, ha="center", va="center", fontsize=6)
+        begin, end = max(bar.begin, first), min(bar.end, last)
+        half = (last - first) * len(bar.label) / 280
+        if bar.kind in ("wait", "copy") and end - begin > 2 * half and (begin + end) / 2 - half >= labelled[bar.row]:
+            axes.text((begin + end) / 2, y, bar.label, ha="center", va="center", fontsize=6)
+            labelled[bar.row] = (begin + end) / 2 + half
         if bar.kind == "wait" and (signal := f"warp {bar.after}") in place and signal != bar.row:
             style = {"arrowstyle": "-|>", "color": _BAR_COLORS["signal"], "linewidth": 0.7, "shrinkA": 0, "shrinkB": 0}
             axes.annotate("", (bar.end, y), (bar.end, place[signal]), arrowprops=style)
-    names = [_with_role(found, row) for row in shown]
+    roles = _with_roles(found)
+    names = [roles[row] for row in shown]
     axes.set(yticks=range(len(shown)), yticklabels=names, ylim=(len(shown) - 0.4, -0.6), xlim=(first, last))
     axes.set_xlabel("ticks")
     where = f"{found.kernel}, block {found.block}"
     axes.set_title(f"{where}: the order is its own, lengths are those of the drawing", fontsize="medium")
     kinds = [kind for kind in _BAR_COLORS if any(bar.kind == kind for bar in bars)]
-    longer = {"shuffle": "shuffles (softmax)", "issue": "issue of copies and products"}
+    longer = {"shuffle": "shuffles between lanes", "issue": "issue of copies and products"}
     handles = [Patch(color=_BAR_COLORS[kind], label=longer.get(kind, kind)) for kind in kinds]
     handles += [Patch(color=color, label=f"product: {name}") for name, color in colors.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize="small", frameon=False)
@@ -592,10 +614,11 @@ def bytes_moved(lengths: Sequence[int] = (128, 256, 512), ways: Sequence[str] = 
                      keys (workbench/keys_outside.cu)
     queries outside  the loops of FlashAttention-2, and cuflash's own kernel: a row's O, l and m stay in registers
 
-    All read keys 64 at a time for 128 queries. lengths: multiples of 128, at most 2048.
+    All take 128 queries at a time; keys 64 at a time, with keys outside 128, for there a larger tile is read and
+    written less often. lengths: multiples of 128, at most 2048.
 
     >>> [(moved.way, moved.total) for moved in bytes_moved([128])]
-    [('three kernels', 196608), ('keys outside', 200704), ('queries outside', 65536)]
+    [('three kernels', 196608), ('keys outside', 116736), ('queries outside', 65536)]
     """
     for length in lengths:
         require(
@@ -626,7 +649,7 @@ def _moved(way: str, length: int) -> Traffic:
         elif way == "keys outside":
             rows = {"out": np.zeros((length, 64), np.float32), "l": np.zeros(length, np.float32)}
             arrays = {**given, **rows, "m": np.full(length, -np.inf, np.float32)}
-            _run("keys_outside.cu", "cuflash_keys_outside", "KeysOutsideParams", 1, 32768, arrays, numbers)
+            _run("keys_outside.cu", "cuflash_keys_outside", "KeysOutsideParams", 1, 3 * 16384, arrays, numbers)
             out = arrays["out"]
         else:
             with _on_emulator("sm_80"):
@@ -677,6 +700,7 @@ def plot_bytes(moved: Sequence[Traffic] | None = None) -> Figure:
                 axes.bar(place, size, 0.9 * width, bottom, color=color, edgecolor="white", linewidth=0.3, label=name)
                 bottom += size
         axes.text(place, bottom, x.way.replace(" ", "\n"), ha="center", va="bottom", fontsize=6)
+    axes.margins(y=0.14)  # for the labels of the highest
     handles, labels = axes.get_legend_handles_labels()
     known = dict(zip(labels, handles, strict=True))
     names = [name for name in _ARRAY_COLORS if name in known]

@@ -223,6 +223,10 @@ class Counts(Report, Counters):
         right.barh(names, [beyond for *_, beyond in shown], left=starts, color="tab:red", label="beyond need")
         right.set(title="accesses by line", xlabel="passes (shared), sectors (global)")
         right.legend()
+        for axes in (left, right):
+            axes.use_sticky_edges = False  # a bar that ends at the frame looks cut
+            axes.margins(x=0.05)
+            axes.set_xlim(left=0)
         pyplot.close(figure)  # whoever shows it shows it once
         return figure
 

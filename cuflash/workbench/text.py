@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CompileError
 from ..jit import source
 
 _BLANKED = re.compile(
@@ -112,6 +112,39 @@ def with_code(report: str, lines: Mapping[tuple[str, int], str], files: frozense
         if code:
             shown += [f"{file}:{number}" + (f" calls {calls}" if calls else ""), *code]
     return "\n".join(shown)
+
+
+# What CUDA C has and a text here has not -> what it has instead.
+_REMEDIES = {
+    "threadIdx": "hw::thread_idx() of a block, hw::lane_idx() of a warp",
+    "blockIdx": "hw::block_idx_x(), _y() and _z()",
+    "gridDim": "hw::grid_dim_x(), _y() and _z()",
+    "blockDim": "the number in HW_KERNEL(threads)",
+    "__shared__": "smem_bytes= at hw::smem_base(), read and written by hw::load_shared<T>, hw::store_shared",
+    "__syncthreads": "hw::sync_threads()",
+    "__syncwarp": "hw::sync_warp()",
+    "__shfl_xor_sync": "hw::shfl_xor(value, mask)",
+    "__shfl_sync": "hw::shfl(value, lane)",
+    "__half": "hw::Half, hw::to_float",
+    "half": "hw::Half, hw::to_float",
+    "atomicAdd": "hw::atomic_add(pointer, value)",
+    "printf": "a further array among the arguments, which the kernel writes to",
+}
+
+
+def with_remedies(error: CompileError) -> CompileError:
+    """The same, with what to write instead of the names of CUDA C that no compiler here knows.
+
+    >>> print(with_remedies(CompileError("cell a:3: 'threadIdx' was not declared in this scope")))
+    cell a:3: 'threadIdx' was not declared in this scope
+    threadIdx is not known here: hw::thread_idx() of a block, hw::lane_idx() of a warp
+    """
+    said = str(error)
+    unknown = set(
+        re.findall(r"^[^\n]*\W(\w+)\W[^\n\w]*(?:was not declared|does not name|is undefined)", said, re.MULTILINE)
+    )
+    remedies = [f"{name} is not known here: {instead}" for name, instead in _REMEDIES.items() if name in unknown]
+    return CompileError("\n".join([said, *remedies]), log=error.log, source=error.source)
 
 
 def callers(

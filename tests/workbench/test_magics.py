@@ -91,3 +91,11 @@ def test_compile_only(shell) -> None:
 def test_a_base_that_is_no_kernel_is_refused(shell) -> None:
     with pytest.raises(ArgumentError, match="call is a dict"):
         run(shell, "%%cuflash_mod x call twice\nint y;")
+    with pytest.raises(ArgumentError, match="there is no call2: name a kernel"):
+        run(shell, "%%cuflash_mod x call2 twice\nint y;")
+
+
+def test_an_expression_that_fails_is_a_message(shell) -> None:
+    with pytest.raises(ArgumentError, match="call2: NameError: name 'call2' is not defined") as raised:
+        run(shell, CELL.replace("--arguments call", "--arguments call2"))
+    assert len(raised.value._render_traceback_()) == 1

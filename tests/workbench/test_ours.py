@@ -114,6 +114,7 @@ def test_the_backward_runs_with_all_its_kernels() -> None:
     check = kernel.check()
     assert check and [x.name for x in check.results] == ["dq", "dk", "dv"], check
     assert kernel.run().dk.shape == k.shape
+    assert workbench.timeline(kernel.trace()).kernel == "backward_sm80"  # of three launches, the one with most to see
 
 
 def test_the_kernel_for_hopper_and_that_for_few_queries() -> None:
@@ -166,6 +167,13 @@ def test_a_version_runs_on_a_gpu(base: workbench.Kernel) -> None:
     assert base.on("cuda").check()
     assert base.edit("tile/softmax.cuh", "sum[row] += x;", "sum[row] += x + 0.0f;").on("cuda").check()
     assert base.bench(repeats=5).median > 0
+
+
+def test_what_is_nearly_named_is_told(base: workbench.Kernel) -> None:
+    with pytest.raises(ArgumentError, match=r"there is OnlineSoftmax::update \(tile/softmax.cuh\)"):
+        base.function("Softmax::update")
+    with pytest.raises(ArgumentError, match=r"take 'tile/softmax\.cuh'"):
+        base.replace("softmax.cuh", "")
 
 
 def test_bind_is_for_kernels_of_ones_own(base: workbench.Kernel) -> None:

@@ -128,6 +128,27 @@ def test_a_text_that_does_not_compile_shows_the_line_and_the_code_around(arch: s
     assert f"    {FIRST:4d} |   const float z = 1.0f" in message
 
 
+@pytest.mark.parametrize("arch", ["emulator", "sm_80"])
+def test_a_text_that_does_not_end_is_blamed_where_it_opens(arch: str) -> None:
+    with pytest.raises(CompileError) as raised:
+        toy("  if (i < 3) {").compile(arch)
+    message = str(raised.value)
+    assert "cuflash_emu" not in message and "to match this" in message
+    assert "HW_KERNEL(64) toy(HW_GRID_CONSTANT Params p) {" in message
+
+
+def test_names_of_cuda_have_their_remedy() -> None:
+    with pytest.raises(CompileError, match=r"threadIdx is not known here: hw::thread_idx\(\)"):
+        toy("  const i32 x = threadIdx.x;").compile()
+
+
+def test_what_an_assembler_says_is_cut() -> None:
+    lines = '  asm volatile("nonsense.u32;");\n' * 40
+    with pytest.raises(CompileError, match=r"\.\.\. and \d+ lines more") as raised:
+        toy(lines).compile("sm_80")
+    assert len(str(raised.value).splitlines()) < 20
+
+
 @pytest.mark.parametrize(
     ("body", "says"),
     [
@@ -146,10 +167,14 @@ def test_what_hangs_or_dies_leaves_the_interpreter_alive(body: str, says: str) -
 
 def test_an_interrupt_ends_the_child_and_not_the_interpreter() -> None:
     before = worker.call(os.getpid, seconds=60)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])  # as Ctrl-C and a notebook's stop button do
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        worker.call(time.sleep, 60, seconds=60)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            worker.call(time.sleep, 60, seconds=60)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert worker.call(os.getpid, seconds=60) != before
 
 
@@ -257,6 +282,8 @@ def test_results_are_arrays_of_the_framework_given(framework: str) -> None:
         (lambda: workbench.kernel(HEAD + "}", {"x": X, "y": X, "n": 3, "m": 1}), "no field m"),
         (lambda: workbench.kernel(HEAD + "}", {"x": X, "y": X, "n": X}), "i32 takes a number"),
         (lambda: workbench.kernel(HEAD + "}", {"x": X, "y": 1, "n": 1}), "takes an array"),
+        (lambda: toy(RIGHT).bind({"x": X.astype(np.float64)}), r"x has dtype=float64, and its field is a float\*"),
+        (lambda: toy(RIGHT, reference=lambda **_: X[:3]).check(), r"y of shape \(3,\): the kernel writes .* \(64,\)"),
         (lambda: workbench.kernel(HEAD.replace("64", "V::k") + "}", {"x": X, "y": X, "n": 1}), "HW_KERNEL.V::k.: thr"),
         (lambda: toy(RIGHT, grid=(1, 0)), "one to three numbers of blocks"),
         (lambda: toy(RIGHT, reference=None).check(), "pass reference="),
