@@ -235,6 +235,30 @@ def test_pytest_runs_what_is_marked_gpu(checkout: Path, share) -> None:
     assert "test_of_the_emulator" not in messages and len(messages) == 3
 
 
+def test_a_files_tests_are_run_by_the_dozen_slow_ones_left_out(checkout: Path, share, monkeypatch) -> None:
+    """The real pytest collects; what would have been run is seen."""
+    many, broken = checkout / "tests" / "hw" / "test_many.py", checkout / "tests" / "hw" / "test_broken.py"
+    many.write_text(
+        "import pytest\n"
+        "pytestmark = pytest.mark.gpu\n"
+        "@pytest.mark.parametrize('x', range(13))\ndef test_x(x): pass\n"
+        "@pytest.mark.parametrize('x', ['a b::c'])\ndef test_y(x): pass\n"
+        "@pytest.mark.slow\ndef test_slow(): pass\n"
+    )
+    broken.write_text("# mark.gpu\nimport nothing_like_it\n")
+    asked: list[tuple[Path, list[str]]] = []
+
+    def ran(file: Path, tests: list[str], *_: Any) -> dict[str, Any]:
+        asked.append((file, tests))
+        return {"passed": len(tests), "failed": 0, "skipped": 0, "failures": [], "stopped": False}
+
+    monkeypatch.setattr(device_check, "run_pytest", ran)
+    assert device_check.primitives(share(100.0)).found == "15 passed, 0 failed, 0 skipped"
+    first, second, whole = sorted(asked, key=lambda pair: (pair[0].name != "test_many.py", -len(pair[1])))
+    assert first == (many, [f"{many}::test_x[{x}]" for x in range(12)])
+    assert second == (many, [f"{many}::test_x[12]", f"{many}::test_y[a b::c]"]) and whole == (broken, [str(broken)])
+
+
 def test_the_files_with_tests_for_a_gpu_kernels_first(checkout: Path, monkeypatch) -> None:
     files = {"hw/test_a.py": "BACKENDS", "test_b.py": "@pytest.mark.gpu", "ops/test_c.py": "mark.gpu", "test_d.py": ""}
     for name, text in files.items():

@@ -50,6 +50,8 @@ GRACE = 10.0  # seconds in which a process asked to stop may do so
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 LONGEST_KEPT = 20 << 20  # bytes of a file that goes into the archive
 MOST_SHOWN = 8  # failures of a stage on the terminal; the files have all
+MARKED = "gpu and not slow"
+TOGETHER = 12  # tests of a file in one process: kernels compile in several
 SILENCE = 75.0  # seconds without a word of pytest, compiling included, after which a test hangs
 
 OK, FAILED, UNFINISHED, SKIPPED = "ok", "failed", "unfinished", "skipped"
@@ -319,21 +321,25 @@ def gpu_files(folder: Path) -> list[Path]:
 
 
 def tests_of(files: Sequence[Path], share: Share) -> Stage:
-    """Each file in a process of its own, some side by side: a kernel that ruins its process ruins no other file's."""
+    """A dozen tests of a file in a process of its own, some side by side: a kernel that ruins its process ruins those
+    alone."""
     if not files:
         return Stage(SKIPPED, f"{CHECKOUT} has no tests: this is no checkout")
     deadline = time.monotonic() + share.seconds - min(GRACE, share.seconds / 4)
 
-    def one(file: Path) -> dict[str, Any] | None:
+    groups = groups_of(files, share)
+
+    def one(n: int) -> dict[str, Any] | None:
         left = deadline - time.monotonic()
-        return run_pytest(file, left, share.folder) if left > 1.0 else None
+        return run_pytest(*groups[n], left, share.folder, n) if left > 1.0 else None
 
     with ThreadPoolExecutor(max(1, min(6, (os.cpu_count() or 1) // 2))) as pool:
-        reports = dict(zip(files, pool.map(one, files), strict=True))
-    ran = {file: report for file, report in reports.items() if report is not None}
-    failures = [failure for report in ran.values() for failure in report["failures"]]
-    counts = {what: sum(report[what] for report in ran.values()) for what in ("passed", "failed", "skipped")}
-    stopped = [file.name for file, report in reports.items() if report is None or report["stopped"]]
+        reports = list(pool.map(one, range(len(groups))))
+    ran = [report for report in reports if report is not None]
+    failures = [failure for report in ran for failure in report["failures"]]
+    counts = {what: sum(report[what] for report in ran) for what in ("passed", "failed", "skipped")}
+    cut = (file for (file, _), report in zip(groups, reports, strict=True) if report is None or report["stopped"])
+    stopped = list(dict.fromkeys(file.name for file in cut))
     text = "{passed} passed, {failed} failed, {skipped} skipped".format(**counts)
     if stopped:
         text += f"; no time for all of {', '.join(stopped)}"
@@ -342,15 +348,32 @@ def tests_of(files: Sequence[Path], share: Share) -> Stage:
     return Stage(state, text, failures, counts)
 
 
-def run_pytest(file: Path, seconds: float, folder: Path) -> dict[str, Any]:
-    """Run a file's tests marked gpu; {passed, failed, skipped, failures, stopped}.
+def pytest_of(*arguments: str) -> list[str]:
+    """A command of pytest, for tests marked gpu.
 
     The options of pyproject.toml are left out: they ask for plugins that a bare checkout does not have.
     """
-    name = "-".join(file.relative_to(CHECKOUT).with_suffix("").parts)
+    return python("-m", "pytest", "-o", "addopts=", "-m", MARKED, *arguments)
+
+
+def groups_of(files: Sequence[Path], share: Share) -> list[tuple[Path, list[str]]]:
+    """(file, some of its tests), until all are in one; a file that shows none is one by itself, and says why."""
+    output = share.folder / "collected.txt"
+    finish(start(pytest_of("--collect-only", "-q", *map(str, files)), output), share.seconds / 3, ask=False)
+    lines = output.read_text(encoding="utf-8", errors="replace").splitlines()
+    found: list[tuple[Path, list[str]]] = []
+    for file in files:
+        split = (line.partition("::") for line in lines)
+        tests = [f"{file}::{name}" for path, _, name in split if name and file.as_posix().endswith(f"/{path}")]
+        found += [(file, tests[i : i + TOGETHER]) for i in range(0, len(tests), TOGETHER)] or [(file, [str(file)])]
+    return found
+
+
+def run_pytest(file: Path, tests: Sequence[str], seconds: float, folder: Path, n: int) -> dict[str, Any]:
+    """Run some of a file's tests; {passed, failed, skipped, failures, stopped}."""
+    name = "-".join((*file.relative_to(CHECKOUT).with_suffix("").parts, str(n)))
     output, report = folder / f"{name}.txt", folder / f"{name}.xml"
-    arguments = ["-m", "pytest", "-o", "addopts=", "-v", "-m", "gpu", "--tb=short", f"--junitxml={report}", str(file)]
-    process = start(python(*arguments), output)
+    process = start(pytest_of("-v", "--tb=short", f"--junitxml={report}", *tests), output)
     over = _wait(process, output, time.monotonic() + seconds, SILENCE)
     ended = finish(process, 0, ask=over == "time")
     found = {"passed": 0, "failed": 0, "skipped": 0, "failures": [], "stopped": ended.how == "asked"}

@@ -96,16 +96,13 @@ def test_more_sequences_than_a_grid_is_deep(backend):
     lengths = np.zeros(70_000, np.int64)
     lengths[0], lengths[-1] = 3, 5
     case = Case("float16", tuple(lengths.tolist()), tuple(lengths.tolist()), 1, 1, 32, 32)
-    if backend.name == "emulator":
-        # The reference walks sequences in Python: the two that matter are compared by hand.
-        inputs = case.inputs()
-        out, lse, _ = backend.run(inputs)
-        ends = Case("float16", (3, 5), (3, 5), 1, 1, 32, 32).inputs()
-        for name in "qkv":
-            getattr(ends, name)[:8] = getattr(inputs, name)[:8]
-        check_forward(ends.q, ends.k, ends.v, out, lse, **ends.keywords)
-    else:
-        check(case, backend)
+    # The reference walks sequences in Python: the two that matter are compared by hand.
+    inputs = case.inputs()
+    out, lse, _ = backend.run(inputs)
+    ends = Case("float16", (3, 5), (3, 5), 1, 1, 32, 32).inputs()
+    for name in "qkv":
+        getattr(ends, name)[:8] = getattr(inputs, name)[:8]
+    check_forward(ends.q, ends.k, ends.v, out, lse, **ends.keywords)
 
 
 def numbers(lengths_q, lengths_k, heads, heads_kv, d, dtype, seed):
