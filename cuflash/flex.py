@@ -448,7 +448,8 @@ class BlockMask:
                 Patch(facecolor=color, edgecolor="gray", label=f"{name}: {np.sum(self.kinds[b, h] == kind)}")
                 for kind, (color, name) in enumerate(zip(colors, names, strict=True))
             ],
-            loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize="small", frameon=False, columnspacing=1,
+            loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, fontsize="small", frameon=False, columnspacing=0.8,
+            handlelength=1, handletextpad=0.4,
         )  # fmt: skip
         return ax
 

@@ -59,7 +59,11 @@ with cuflash.emulator.tracing() as trace:
 
 block = trace.events[0].block
 events = [e for e in trace.events if e.block == block]
-names = {e.object: e.code.split("(")[1] for e in events if e.what == "mbarrier_init"}
+names = {}
+for e in events:
+    if e.what == "mbarrier_init":
+        name = e.code.split("(")[1]
+        names[e.object] = f"{name}[{sum(other.startswith(name) for other in names.values())}]"
 roles = ["producer" if warp == 0 else f"consumer {warp // 4}" for warp in range(12)]
 arrive, wait, phases = defaultdict(set), defaultdict(set), defaultdict(set)
 for e in events:
@@ -68,14 +72,14 @@ for e in events:
         phases[e.object].add(e.phase)
     if e.object in names and e.what == "mbarrier_wait":
         wait[e.object].add(roles[e.warp])
-print(f"{'':9} {'phases':>6}  {'arrive':46} wait")
+print(f"{'':10} {'phases':>6}  {'arrive':46} wait")
 for place, name in sorted(names.items()):
-    print(f"{name:9} {len(phases[place]):6}  {', '.join(sorted(arrive[place])):46} {', '.join(sorted(wait[place]))}")
+    print(f"{name:10} {len(phases[place]):6}  {', '.join(sorted(arrive[place])):46} {', '.join(sorted(wait[place]))}")
 
 # %% [markdown]
-# Each name comes twice, for there are two stages. A consumer says "empty" once for each of its warps; the producer says
-# "full" once, and the bytes of its copies must have landed as well. The second "full" of Q brings no bytes: the block
-# has one tile of queries, and is told that there is no other. Its tiles of keys, from the last to the first:
+# There are two stages of each. A consumer says "empty" once for each of its warps; the producer says "full" once, and
+# the bytes of its copies must have landed as well. `q_full[1]` brings no bytes: the block has one tile of queries, and
+# is told that there is no other. Its tiles of keys, from the last to the first:
 
 # %%
 print([keys for visit in visits if visit.block == block for keys in visit.keys])

@@ -128,6 +128,10 @@ def test_the_kernel_for_hopper_and_that_for_few_queries() -> None:
     both = decode.edit("base.cuh", "constexpr float kLn2", "constexpr float kLn2Times2 = 1.5f;\nconstexpr float kLn2")
     assert all("kLn2Times2" in workbench.jobs.edited(s, both._edits, "decode_sm80.cu").text("emu") for s in both.specs)
     assert both.check()
+    # One of the Variant is of the kernel that is looked at: others have one of their own.
+    alone = decode.edit("variant.cuh", "struct Variant {", "struct Variant {\n  static constexpr int kMine = 1;")
+    texts = [workbench.jobs.edited(s, alone._edits, "decode_sm80.cu").text("emu") for s in alone.specs]
+    assert ["kMine" in text for text in texts] == [True, False]
 
 
 def test_captured_arrays_and_frameworks() -> None:

@@ -13,7 +13,7 @@ import pytest
 import cuflash
 from cuflash import workbench
 from cuflash.errors import ArgumentError, CompileError, EmulatorError, UnsupportedError
-from cuflash.workbench import worker
+from cuflash.workbench import report, worker
 
 HEAD = """\
 struct Params {
@@ -60,6 +60,16 @@ def test_a_wrong_kernel_has_its_worst_element_named() -> None:
 def test_what_a_kernel_did_not_write_is_wrong() -> None:
     check = toy("  if (i != 40) " + RIGHT.strip()).check()
     assert check.worst.index == (40,) and np.isnan(check.worst.got)
+
+
+def test_an_element_may_be_off_by_what_is_allowed_and_no_more() -> None:
+    expected, inf, nan = np.zeros(6), np.inf, np.nan
+    got = np.array([0.99, -1.01, 1.5, 0.0, nan, inf])
+    found = report.compare("y", got, expected, np.float64(1), str)
+    assert (found.wrong, found.count, found.index) == (4, 6, (4,))
+    same = report.compare("y", np.array([inf, -inf, nan]), np.array([inf, -inf, nan]), np.float64(1), str)
+    assert same.wrong == 0
+    assert report.compare("y", np.array([inf, 1.0]), np.array([-inf, nan]), np.float64(1), str).wrong == 2
 
 
 def test_a_planted_bank_conflict_is_counted_at_its_line() -> None:
