@@ -823,4 +823,6 @@ def present(wanted: list[str] | None, candidates: list[Peer]) -> tuple[list[Peer
             found.append(peer)
         except Missing as missing:
             skipped[peer.name] = str(missing)
+        except Exception as error:  # a framework whose GPU side does not start costs its own numbers, not the others'
+            skipped[peer.name] = f"does not start here ({message(error)})"
     return found, versions, skipped

@@ -929,6 +929,24 @@ def test_peers_that_are_not_here_are_skipped_by_name(monkeypatch: pytest.MonkeyP
     assert set(skipped) == {"flash-attn 2", "flash-attn 3", "flash-attn 4"}
 
 
+def test_a_peer_that_does_not_start_is_skipped_and_the_others_are_there() -> None:
+    class Broken(peers.Peer):
+        name = "broken"
+
+        def version(self) -> str:
+            raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    class Sound(peers.Peer):
+        name = "sound"
+
+        def version(self) -> str:
+            return "1"
+
+    found, versions, skipped = peers.present(None, [Broken(), Sound()])
+    assert [peer.name for peer in found] == ["sound"] and versions == {"sound": "1"}
+    assert skipped == {"broken": "does not start here (RuntimeError: Unable to initialize backend 'cuda')"}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("group", ["both", "varlen", "decode", "memory", "accuracy"])
 def test_the_harness_on_a_gpu(group: str) -> None:
