@@ -120,7 +120,7 @@ def attention(
     kernel_options for measuring. {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its
                    own; the result has other bits. {"persistent": True or False}: whether Hopper's computes a dense
                    batch by a block for each multiprocessor; {"pack_heads": True or False}: whether it takes the query
-                   heads of a key head together
+                   heads of a key head together; {"cluster": 2}: two blocks share what they load of keys
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -865,7 +865,8 @@ def _options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
     """Checked, and as part of a key."""
     if not kernel_options:
         return ()
-    allowed = {"kernel": (None, "sm_80"), "persistent": (None, True, False), "pack_heads": (None, True, False)}
+    either = (None, True, False)
+    allowed = {"kernel": (None, "sm_80"), "persistent": either, "pack_heads": either, "cluster": (None, 1, 2)}
     if not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
         raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
     return tuple(sorted(kernel_options.items()))
@@ -886,7 +887,7 @@ _PAGES_WITHOUT_GRADIENTS = (
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
     "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'}, and "
-    "'persistent' and 'pack_heads', True or False, to choose: leave it None",
+    "'persistent' and 'pack_heads', True or False, and 'cluster', 1 or 2, to choose: leave it None",
 }
 
 _MODS = ("score_mod", "mask_mod", "block_mask")

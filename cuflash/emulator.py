@@ -326,6 +326,7 @@ class _Launch(ctypes.Structure):
         ("os_threads", ctypes.c_int32),
         ("clocked", ctypes.c_int32),
         ("event_limit", ctypes.c_uint64),
+        ("cluster", ctypes.c_int32),
     )
 
 
@@ -370,19 +371,20 @@ def _runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _entry(library: Path, entry: str) -> tuple[int, int, bool]:
-    """Address of a kernel in a shared object, the threads of a block it was compiled for, and whether its warps meet at
-    other barriers than the block's."""
+def _entry(library: Path, entry: str) -> tuple[int, int, bool, int]:
+    """Address of a kernel in a shared object, the threads of a block it was compiled for, whether its warps meet at
+    other barriers than the block's, and how many blocks are a cluster."""
     _runtime()
     kernels = ctypes.CDLL(str(library))
     try:
         address = ctypes.cast(kernels[f"cuflash_emu_entry_{entry}"], ctypes.c_void_p).value
         threads = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_threads_{entry}").value
         clocked = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_clocked_{entry}").value
+        cluster = ctypes.c_int32.in_dll(kernels, f"cuflash_emu_cluster_{entry}").value
     except (AttributeError, ValueError) as error:
         raise EmulatorError(f"launch: {library} has no kernel {entry!r}") from error
     assert address is not None
-    return address, threads, bool(clocked)
+    return address, threads, bool(clocked), cluster
 
 
 def launch(
@@ -412,11 +414,16 @@ def launch(
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
     written stays written.
     """
-    address, compiled_threads, clocked = _entry(library, entry)
+    address, compiled_threads, clocked, cluster = _entry(library, entry)
     given = {"seed": seed, "landing": landing}
     how = replace(_schedule, **{name: value for name, value in given.items() if value is not None})
     shape = f"kernel {entry}, grid {grid}, {threads} threads, {smem_bytes} bytes of shared memory"
     _check_shape(shape, grid, threads, compiled_threads, smem_bytes)
+    if grid[0] % cluster or threads * cluster > MAX_THREADS:
+        raise EmulatorError(
+            f"launch: {shape}: clusters of {cluster} blocks must divide grid.x, and here have at most "
+            f"{MAX_THREADS} threads"
+        )
 
     table = (_Buffer * max(1, len(buffers)))()
     for at, buffer in enumerate(buffers):
@@ -440,6 +447,7 @@ def launch(
         os_threads=how.os_threads or _os_threads(),
         clocked=clocked,
         event_limit=max((limit for _, limit in traced), default=0),
+        cluster=cluster,
     )
     result = _Result()
     _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))
@@ -457,7 +465,7 @@ def launch(
         raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
 
 
-_DEFINITION = re.compile(r"^\s*(?:HW_DEVICE\b|HW_KERNEL\([^)]*\)).*?\b(\w+)\(")
+_DEFINITION = re.compile(r"^\s*(?:HW_DEVICE\b|HW_(?:CLUSTER_)?KERNEL\([^)]*\)).*?\b(\w+)\(")
 
 
 @functools.lru_cache(8)

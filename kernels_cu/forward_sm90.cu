@@ -10,6 +10,8 @@
 //           tiles of a dense batch are alike, a block for each multiprocessor, which goes over all of them in steps
 //   keys    rows of one array, or pages that a table names: V::kPaged, tile/paged.cuh. Pages come by tensor copies where
 //           parts of them are parts of a key tile, in multiples of the swizzle's 8 rows; else they are gathered row by row
+//   cluster V::kCluster 2: two blocks with neighbouring query tiles of one head, which see the same keys. Each brings half of
+//           every key tile, to both
 //   roles   warpgroup 0, warp 0   producer: finds the tiles, says which are masked, issues all copies
 //           warpgroup 0, warps 1  loaders: K, and V, of keys in pages, instead of the producer
 //             and 2
@@ -30,6 +32,7 @@
 //   mbarrier      arrivals                          who waits
 //   k_full[s]     producer or loader, K's bytes     consumers: S = Q K^T, the tile's word, terms
 //   k_empty[s]    every consumer warp, S is there   producer: the next K, word and terms of this stage
+//                 (of the whole cluster: v_empty too)
 //   v_full[s]     producer or loader, V's bytes     consumers: O += P V
 //   v_empty[s]    every consumer warp, O is there   producer: the next V of this stage
 //   q_full[s]     producer, and Q's bytes           consumers: S = Q K^T, bounds, the tile's words
@@ -44,6 +47,7 @@
 // the latter runs. Key tiles go from the last to the first, so that masked ones come first.
 #include <base.cuh>
 #include <hw/barrier.cuh>
+#include <hw/cluster.cuh>
 #include <hw/device.cuh>
 #include <hw/math.cuh>
 #include <hw/tma.cuh>
@@ -73,6 +77,7 @@ struct ForwardPlan {
   static constexpr u32 kStages = 2;
   static constexpr u32 kQStages = V::kQStages;  // 2, where they fit: Q of the next tile lands while this one is computed
   static constexpr bool kSharesTiles = !(Mods::kScore || Mods::kMask || V::kDropout);  // else a tile is of one head
+  static_assert(V::kCluster == 1 || !(Mods::kMask || V::kPaged), "the blocks of a cluster see the same keys");
   static_assert(64 * kConsumers == V::kBlockQ && V::kThreads == 128 * (kConsumers + 1) && sizeof(Element) == kBytes,
                 "a warpgroup has 64 rows of 16-bit elements, and one more produces");
 
@@ -139,9 +144,9 @@ struct Barriers {
   HW_DEVICE void init() const {
     for (u32 i = 0; i < Plan::kStages; ++i) {
       hw::mbarrier_init(k_full(i), M::kStagedK > 0 ? 2 : 1);
-      hw::mbarrier_init(k_empty(i), Plan::kConsumerWarps);
+      hw::mbarrier_init(k_empty(i), V::kCluster * Plan::kConsumerWarps);
       hw::mbarrier_init(v_full(i), 1);
-      hw::mbarrier_init(v_empty(i), Plan::kConsumerWarps);
+      hw::mbarrier_init(v_empty(i), V::kCluster * Plan::kConsumerWarps);
     }
     for (u32 i = 0; i < Plan::kQStages; ++i) {
       hw::mbarrier_init(q_full(i), 1);
@@ -158,6 +163,23 @@ HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePo
   HW_UNROLL
   for (i32 column = 0; column < kHeadDim; column += Chunk::kElements) {
     hw::tma_load(to + static_cast<u32>(column * kRows * 2), map, mbarrier, policy, column, head, row, batch);
+  }
+}
+
+// A key tile; the caller announces all of it. In a cluster its blocks bring a part each, to all of them.
+template <class V, class Chunk, i32 kHeadDim>
+HW_DEVICE void load_keys(u32 to, const TensorMap& map, u32 mbarrier, i32 head, i32 row, i32 batch) {
+  if constexpr (V::kCluster == 1) {
+    load_rows<Chunk, kHeadDim, V::kBlockK>(to, map, mbarrier, hw::CachePolicy::kEvictLast, head, row, batch);
+  } else {
+    constexpr i32 kRows = V::kBlockK / V::kCluster;
+    static_assert(kRows % 8 == 0, "a part begins where the swizzle's pattern does");
+    const i32 part = hw::cluster_rank() * kRows;
+    HW_UNROLL
+    for (i32 column = 0; column < kHeadDim; column += Chunk::kElements) {
+      hw::tma_load_to((1u << V::kCluster) - 1, to + static_cast<u32>(column * V::kBlockK * 2 + part * Chunk::kBytes), map,
+                      mbarrier, hw::CachePolicy::kEvictLast, column, head, row + part, batch);
+    }
   }
 }
 
@@ -290,9 +312,9 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
     hw::mbarrier_wait(barriers.v_empty(stage), barriers.parity(tile) ^ 1);
     if (leader) {
       hw::mbarrier_arrive_expect_tx(barriers.v_full(stage), Plan::kVBytes);
-      load_rows<typename Plan::VChunk, V::kHeadDimV, V::kBlockK>(smem + Plan::kV + stage * Plan::kVBytes, p.v_map,
-                                                                 barriers.v_full(stage), hw::CachePolicy::kEvictLast,
-                                                                 head_kv, k_row + n * V::kBlockK, seq.dense_idx);
+      load_keys<V, typename Plan::VChunk, V::kHeadDimV>(smem + Plan::kV + stage * Plan::kVBytes, p.v_map,
+                                                        barriers.v_full(stage), head_kv, k_row + n * V::kBlockK,
+                                                        seq.dense_idx);
     }
   };
 
@@ -332,9 +354,8 @@ HW_DEVICE void produce_tile(const ForwardSm90Params& p, u32 smem, i32 sequence, 
       hw::store_shared(smem + Plan::kWords + 4 * stage, word);
       if constexpr (!V::kPaged) {
         hw::mbarrier_arrive_expect_tx(k_full, Plan::kKBytes);
-        load_rows<typename Plan::QkChunk, V::kHeadDim, V::kBlockK>(smem + Plan::kK + stage * Plan::kKBytes, p.k_map,
-                                                                   k_full, hw::CachePolicy::kEvictLast, head_kv,
-                                                                   k_row + n * V::kBlockK, seq.dense_idx);
+        load_keys<V, typename Plan::QkChunk, V::kHeadDim>(smem + Plan::kK + stage * Plan::kKBytes, p.k_map, k_full,
+                                                          head_kv, k_row + n * V::kBlockK, seq.dense_idx);
       }
     }
     // sync   the key tile's word <-> loaders
@@ -481,6 +502,14 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   const auto arrive = [&](u32 mbarrier) {
     if (lane == 0) hw::mbarrier_arrive(mbarrier);
   };
+  // Of a stage of keys, to whoever fills it.
+  const auto give_back = [&](u32 mbarrier) {
+    if constexpr (V::kCluster == 1) {
+      arrive(mbarrier);
+    } else if (lane < V::kCluster) {
+      hw::mbarrier_arrive_at(mbarrier, lane);
+    }
+  };
   // Of key tile number `tile` of the block: the word, once K has landed; products.
   const auto read_word = [&](u32 tile) {
     return hw::shfl(hw::load_shared<u32>(smem + Plan::kWords + 4 * barriers.stage(tile)), 0);
@@ -542,7 +571,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::wgmma_wait<0>();
       score_tile(s, word, tile);
       // arrive   k empty -> the producer
-      arrive(barriers.k_empty(barriers.stage(tile)));
+      give_back(barriers.k_empty(barriers.stage(tile)));
       softmax.weigh(s, rescale);
       drop(s, word);
       weights.round(s);
@@ -580,7 +609,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::wgmma_wait<1>();
       score_tile(s, word, tile);
       // arrive   k empty -> the producer
-      arrive(barriers.k_empty(barriers.stage(tile)));
+      give_back(barriers.k_empty(barriers.stage(tile)));
       softmax.weigh(s, rescale);
       drop(s, word);
       // NOTE: the compiler would move the softmax behind the wait below, where no product runs any more. It does not move
@@ -588,7 +617,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::store_shared(smem + static_cast<u32>(Plan::kPins + 8 * warp_row + 4 * lane), softmax.sum[0] + softmax.sum[1]);
       hw::wgmma_wait<0>();
       // arrive   v empty -> the producer
-      arrive(barriers.v_empty(barriers.stage(before)));
+      give_back(barriers.v_empty(barriers.stage(before)));
       weights.round(s);
       if constexpr (!kRescaleUnderS) rescale_out(rescale);
     }
@@ -601,7 +630,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
     issue_out(weights, tile);
     hw::wgmma_wait<0>();
     // arrive   v empty -> the producer
-    arrive(barriers.v_empty(barriers.stage(tile)));
+    give_back(barriers.v_empty(barriers.stage(tile)));
     progress.k_tiles = tile + 1;
   }
 
@@ -624,15 +653,20 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   return true;
 }
 
-HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Params p) {
-  using V = Variant;
+// All of a block's tiles, in its roles.
+template <class V>
+HW_DEVICE void compute_tiles(const ForwardSm90Params& p) {
   using Plan = ForwardPlan<V>;
   const u32 smem = hw::smem_base();
   const i32 warpgroup = hw::shfl(hw::warp_idx() / 4, 0);
   if (hw::thread_idx() == 0) Barriers<V>(smem).template init<Mods>();
   if constexpr (Plan::kSharesTiles) clear_rows_of_none<V>(p, smem);
-  // sync   barriers made <-> all warps
-  hw::sync_threads();
+  // sync   barriers made <-> all warps, of the cluster too
+  if constexpr (V::kCluster == 1) {
+    hw::sync_threads();
+  } else {
+    hw::cluster_sync();
+  }
 
   Progress progress;
   if (warpgroup == 0) {
@@ -668,4 +702,15 @@ HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Pa
     while (consume_tile<V, Mods>(p, smem, warpgroup - 1, progress)) {
     }
   }
+  // sync   no more copies and arrivals <-> the cluster
+  if constexpr (V::kCluster > 1) hw::cluster_sync();
+}
+
+// One of the two has a body.
+HW_KERNEL(Variant::kThreads) cuflash_forward_sm90(HW_GRID_CONSTANT ForwardSm90Params p) {
+  if constexpr (Variant::kCluster == 1) compute_tiles<Variant>(p);
+}
+
+HW_CLUSTER_KERNEL(Variant::kThreads, 2) cuflash_forward_sm90_pair(HW_GRID_CONSTANT ForwardSm90Params p) {
+  if constexpr (Variant::kCluster == 2) compute_tiles<Variant>(p);
 }

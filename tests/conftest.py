@@ -1,8 +1,8 @@
 """What every test run shares: the seed, the kernel cache, the tests that need a GPU, and a closing account.
 
 CUFLASH_TEST_SEED   an integer draws other cases; "random" draws one, and prints it; unset: always the same cases
-CUFLASH_TEST_ARCH   the architecture that the emulator is, where a test asks for none; unset: sm_80. With sm_90a, tests of
-                    the forward run Hopper's kernel
+CUFLASH_TEST_ARCH   the architecture that the emulator is, where a test asks for none; unset: sm_80. With sm_90a, tests
+                    of the forward run Hopper's kernel
 CUFLASH_TEST_LANDING  when its asynchronous copies land, likewise: "early"; unset: late
 CUFLASH_CACHE_DIR   compiled kernels; unset: a folder in pytest's cache, so that a second run compiles nothing
 """

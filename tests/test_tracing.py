@@ -101,7 +101,7 @@ def test_what_stands_there():
     issued = [e for e in events if e.what == "wgmma"]
     assert {e.function for e in issued} == {"issue_qk", "issue_pv"} and all("wgmma" in e.code for e in issued)
     assert {e.function for e in events if e.what == "shfl_xor"} == {"quad_max", "quad_sum"}
-    assert {e.function for e in events if e.what == "sync_threads"} == {"cuflash_forward_sm90"}
+    assert {e.function for e in events if e.what == "sync_threads"} == {"compute_tiles"}
 
 
 def test_threads_of_this_machine_change_nothing():

@@ -41,7 +41,10 @@ _KERNEL_FLAGS = (
     "-fwrapv",  # ints of mods wrap
 )  # fmt: skip
 
-_KERNEL = re.compile(r"^HW_KERNEL\((?P<threads>.+)\)\s*(?P<name>\w+)\s*\(", re.MULTILINE)
+_KERNEL = re.compile(
+    r"^HW_(?:KERNEL\((?P<threads>.+)\)|CLUSTER_KERNEL\((?P<own>.+),\s*(?P<cluster>\d+)\))\s*(?P<name>\w+)\s*\(",
+    re.MULTILINE,
+)
 _ERROR = re.compile(r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? (?:fatal )?error: (?P<what>.*)$", re.MULTILINE)
 _UNMATCHED = re.compile(
     r"^(?P<file>[^\s:][^:\n]*):(?P<line>\d+):(?:\d+:)? note: (?P<what>to match this .*)$", re.MULTILINE
@@ -80,7 +83,9 @@ def compile(text: str) -> Path:
     Raises CompileError with the compiler's errors at their places in the files of kernels_cu.
     """
     clocked = f'#line 1 "{_CLOCKED}"' in text
-    text += "".join(_entry(m["name"], m["threads"], clocked) for m in _KERNEL.finditer(text))
+    text += "".join(
+        _entry(m["name"], m["threads"] or m["own"], int(m["cluster"] or 1), clocked) for m in _KERNEL.finditer(text)
+    )
 
     def make() -> bytes:
         runtime()  # a part of what the caller waits for
@@ -97,7 +102,7 @@ def runtime() -> Path:
     return cache.build("emulator", key, ".so", lambda: _compile(text, _RUNTIME_FLAGS))
 
 
-def _entry(name: str, threads: str, clocked: bool) -> str:
+def _entry(name: str, threads: str, cluster: int, clocked: bool) -> str:
     """Text that lets the runtime call a kernel whose parameter it does not know."""
     return f"""
 {_ENTRY}{name}(void (*kernel)(Params), const void* params) {{
@@ -108,6 +113,7 @@ extern "C" __attribute__((visibility("default"))) void cuflash_emu_entry_{name}(
 }}
 extern "C" __attribute__((visibility("default"))) const i32 cuflash_emu_threads_{name} = {threads};
 extern "C" __attribute__((visibility("default"))) const i32 cuflash_emu_clocked_{name} = {int(clocked)};
+extern "C" __attribute__((visibility("default"))) const i32 cuflash_emu_cluster_{name} = {cluster};
 """
 
 

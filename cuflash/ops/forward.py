@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .. import dtypes, philox
@@ -41,11 +41,14 @@ class Options:
     persistent  whether a dense batch is computed by a block for each multiprocessor, which goes over its share of the
                 query tiles and loads for the next while it computes one, or by a block for each; Hopper's kernel alone
     pack_heads  whether the rows of a tile are queries of all heads that share a key head, or of one head; likewise
+    cluster     2: two blocks with neighbouring query tiles run together, and each brings half of every key tile to
+                both; likewise. Never chosen: what it saves, and costs, is to be measured
     """
 
     kernel: str | None = None
     persistent: bool | None = None
     pack_heads: bool | None = None
+    cluster: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +262,7 @@ class ForwardSm90Variant:
     dropout: bool = False
     mods: str = emit_c.NO_MODS
     paged: bool = False
+    cluster: int = 1
 
     @property
     def smem_bytes(self) -> int:
@@ -312,6 +316,7 @@ class ForwardSm90Variant:
             "kConsumerRegisters": consumer,
             "kDropout": self.dropout,
             "kPaged": self.paged,
+            "kCluster": self.cluster,
         }
 
 
@@ -388,6 +393,20 @@ def choose_sm90_variant(
     return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text, paged)
 
 
+def are_alike(p: ForwardProblem) -> bool:
+    """Whether all query tiles of a dense batch see the same keys."""
+    return p.window == (-1, -1) and not p.seqused_q and not p.seqused_k and (p.mods is None or p.mods.mask is None)
+
+
+def require_pairs(p: ForwardProblem, tiles: int) -> None:
+    """Clusters of two have what they need; `tiles` of queries a head."""
+    if p.packed or p.page_size or not are_alike(p) or tiles % 2:
+        raise UnsupportedError(
+            "kernel_options: cluster=2 is for dense batches without causal, window, masks, used lengths and pages, and "
+            f"an even number of query tiles, not {tiles}: leave it None"
+        )
+
+
 def heads_of_tile(p: ForwardProblem, block_q: int) -> int:
     """How many query heads have their rows in one tile of forward_sm90.cu: 1, or all that share a key head.
 
@@ -411,7 +430,7 @@ def kernel_spec(variant: ForwardVariant | ForwardSm90Variant) -> module.KernelSp
     if isinstance(variant, ForwardSm90Variant):
         return module.KernelSpec(
             source="forward_sm90.cu",
-            entry="cuflash_forward_sm90",
+            entry="cuflash_forward_sm90" if variant.cluster == 1 else "cuflash_forward_sm90_pair",
             params="ForwardSm90Params",
             variant=variant,
             threads=32 * variant.tile.warps,
@@ -487,10 +506,13 @@ class ForwardPlan:
             self.variant = choose_variant(
                 problem.dtype, problem.head_dim, problem.head_dim_v, problem.load_bytes, arch, **choices
             )
-        self.spec = kernel_spec(self.variant)
         block_q = self.variant.tile.block_q
         self._with_maps = isinstance(self.variant, ForwardSm90Variant)
         self._group_heads = heads_of_tile(problem, block_q) if self._with_maps else 1
+        if isinstance(self.variant, ForwardSm90Variant) and problem.options.cluster == 2:
+            require_pairs(problem, math.ceil(problem.q_rows / (block_q // 64 * (64 // self._group_heads))))
+            self.variant = replace(self.variant, cluster=2)
+        self.spec = kernel_spec(self.variant)
         groups = problem.heads_q // self._group_heads
         self.grid, slots, self.why = choose_grid(
             packed=problem.packed,
@@ -531,10 +553,10 @@ class ForwardPlan:
         wanted, can = p.options.persistent, not (p.packed or p.page_size) and 0 < total < 2**31
         if wanted and not can:
             raise UnsupportedError("kernel_options: persistent is for dense batches, not in pages: leave it None")
-        alike = p.window == (-1, -1) and not p.seqused_q and not p.seqused_k and (p.mods is None or p.mods.mask is None)
-        if not can or not (alike and total > self.arch.multiprocessors if wanted is None else wanted):
+        if not can or not (are_alike(p) and total > self.arch.multiprocessors if wanted is None else wanted):
             return 0
-        self.grid = (min(total, self.arch.multiprocessors), 1, 1)
+        cluster = p.options.cluster or 1
+        self.grid = (min(total, self.arch.multiprocessors // cluster * cluster), 1, 1)
         self.why = self.why.replace("dense: (", "dense, persistent: each block goes over (")
         return total
 
@@ -596,7 +618,7 @@ class ForwardPlan:
     def _maps(self, backend: str, q: int, k: int, v: int) -> list[bytes]:
         """How tensor copies find q, k and v: head_dim, heads, rows, batch; head_dim, heads, rows, pages."""
         p, tile = self.problem, self.variant.tile
-        block_k = self._page_rows if p.page_size else tile.block_k
+        block_k = self._page_rows if p.page_size else tile.block_k // (p.options.cluster or 1)
         maps = []
         for name, pointer, d, columns, block in (
             ("q", q, p.head_dim, self.variant.head_dim, 64 // self._group_heads),
@@ -797,5 +819,6 @@ def representative_sm90(arch: Arch) -> list[module.KernelSpec]:
         for dropout in (False, True)
         for i, d in enumerate(dims)
     ]
+    variants += [replace(choose_sm90_variant(dtypes.float16, d, d), cluster=2) for d in (64, 128, 256)]
     variants += [choose_sm90_variant(dtypes.bfloat16, d, d, paged=True) for d in (64, 128, 256)]
     return [kernel_spec(v) for v in variants]

@@ -5,6 +5,9 @@
 
 #define HW_DEVICE __device__ __forceinline__
 #define HW_KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
+// A kernel whose blocks run in clusters of so many along x (hw/cluster.cuh); the grid is a multiple of that.
+#define HW_CLUSTER_KERNEL(threads, blocks) \
+  extern "C" __global__ void __cluster_dims__(blocks, 1, 1) __launch_bounds__(threads, 1)
 #define HW_GRID_CONSTANT const __grid_constant__
 #define HW_UNROLL _Pragma("unroll")
 #define HW_NO_UNROLL _Pragma("unroll 1")

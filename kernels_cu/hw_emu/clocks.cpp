@@ -46,14 +46,15 @@ struct Clocks {
   Clock now[32];
   Plane planes[32];
   // For every kilobyte, the warps whose planes have something there.
-  u32 readers[256] = {}, groupers[256] = {};
+  static constexpr u32 kRegions = 256 * kMaxCluster;  // of 1 KB
+  u32 readers[kRegions] = {}, groupers[kRegions] = {};
   std::vector<u32> landed;  // for every 16 bytes, the tag of the copy that wrote them; 0: others have since
   std::vector<AsyncReads> groups;
   // Epochs at which each thread executed fence_proxy_async. Each fence begins an epoch of its warp.
   std::vector<u32> fences[1024];
 
   void begin(u32 shared_bytes, i32 warps) {
-    for (u32 i = 0; i < 256; i++) {
+    for (u32 i = 0; i < kRegions; i++) {
       for (u32 w = 0; w < 32; w++) {
         if (readers[i] >> w & 1) std::fill_n(planes[w].reads.begin() + i * 512, 512, 0);
         if (groupers[i] >> w & 1) std::fill_n(planes[w].groups.begin() + i * 64, 64, 0);

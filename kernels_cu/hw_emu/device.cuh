@@ -5,15 +5,16 @@
 
 #define HW_DEVICE inline __attribute__((always_inline))
 #define HW_KERNEL(threads) extern "C" void
+#define HW_CLUSTER_KERNEL(threads, blocks) extern "C" void
 #define HW_GRID_CONSTANT const
 #define HW_UNROLL
 #define HW_NO_UNROLL
 
 namespace hw {
 
-HW_DEVICE i32 thread_idx() { return emu::this_thread()->index; }
+HW_DEVICE i32 thread_idx() { return emu::this_thread()->index - emu::this_thread()->first; }
 HW_DEVICE i32 lane_idx() { return emu::this_thread()->index & 31; }
-HW_DEVICE i32 warp_idx() { return emu::this_thread()->index >> 5; }
+HW_DEVICE i32 warp_idx() { return thread_idx() >> 5; }
 HW_DEVICE i32 block_idx_x() { return emu::this_thread()->block_idx[0]; }
 HW_DEVICE i32 block_idx_y() { return emu::this_thread()->block_idx[1]; }
 HW_DEVICE i32 block_idx_z() { return emu::this_thread()->block_idx[2]; }
@@ -24,7 +25,7 @@ HW_DEVICE i32 grid_dim_z() { return emu::this_thread()->grid_dim[2]; }
 HW_DEVICE void sync_threads(Site site = Site::here()) { cuflash_emu_sync_threads(site); }
 HW_DEVICE void sync_warp(Site site = Site::here()) { cuflash_emu_sync_warp(site); }
 
-HW_DEVICE u32 smem_base() { return emu::kSharedBase; }
+HW_DEVICE u32 smem_base() { return emu::this_thread()->shared; }
 
 template <class T>
 HW_DEVICE T load_shared(u32 address, Site site = Site::here()) {

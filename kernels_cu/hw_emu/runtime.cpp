@@ -117,6 +117,7 @@ struct CuflashEmuLaunch {
   i32 os_threads;
   i32 clocked;      // warps meet at mbarriers or named barriers
   u64 event_limit;  // of one block; 0: events are not recorded
+  i32 cluster;      // blocks that run as one
 };
 
 struct CuflashEmuEvent;
@@ -129,6 +130,9 @@ struct CuflashEmuResult {
   u64 dropped;  // events beyond the limit
 };
 }
+
+// From one block's shared memory in a cluster to the next one's.
+u32 shared_stride(const CuflashEmuLaunch& launch) { return (launch.smem_bytes + 1023) & ~1023u; }
 
 // ---- Shared memory's shadow ----
 // A tag is (interval << 6 | warp); the interval counts block barriers. 0: never. Signed 16 bits, so that eight are
@@ -156,7 +160,9 @@ struct alignas(64) Chunk {  // 16 bytes of shared memory
   Trace reader[4];
 };
 
-enum State : u8 { kRunning, kAtCollective, kAtBarrier, kExited, kParted, kAtMbarrier, kAtNamed, kAtRegisters };
+enum State : u8 {
+  kRunning, kAtCollective, kAtBarrier, kAtCluster, kExited, kParted, kAtMbarrier, kAtNamed, kAtRegisters
+};
 
 struct Block;
 struct Warp;
@@ -260,6 +266,16 @@ struct Files {
   }
 };
 
+constexpr i32 kMaxCluster = 2;
+
+// Where all threads of a block, or of a cluster, meet.
+struct Meeting {
+  i32 come, met;
+  Fiber* first;
+  Site site;
+};
+
+// A block, or the blocks of a cluster, which run as one: their threads and their shared memories one after the other.
 struct Block {
   const CuflashEmuLaunch* launch;
   Files* files;
@@ -282,9 +298,10 @@ struct Block {
   int16_t interval_tag;
 
   i32 warps;
-  i32 alive, at_barrier, barriers_met;
-  Fiber* first_at_barrier;
-  Site barrier_site;
+  i32 alive;
+  i32 alive_of[kMaxCluster];      // of each of its blocks
+  Meeting at_barrier[kMaxCluster];  // likewise
+  Meeting at_cluster;
   u64 steps_left;
 
   const CuflashEmuBuffer* recent_buffer;
@@ -513,7 +530,11 @@ std::string place(Block* b, Trace trace) {
   return format("%s:%u", name, trace >> 10 & 0x3fff);
 }
 
-std::string who(u32 thread) { return format("thread %u (warp %u, lane %u)", thread, thread / 32, thread % 32); }
+std::string who(u32 thread) {
+  const u32 threads = static_cast<u32>(this_block->launch->threads), own = thread % threads;
+  const std::string text = format("thread %u (warp %u, lane %u)", own, own / 32, own % 32);
+  return this_block->launch->cluster > 1 ? text + format(" of the cluster's block %u", thread / threads) : text;
+}
 std::string who(const Fiber* f) { return who(static_cast<u32>(f->index)); }
 
 NEVER_INLINE u32 new_file(Block* b, const char* file) {
@@ -556,6 +577,7 @@ std::string positions(Block* b) {
       const u8 state = warp.state[lane];
       std::string text = state == kExited     ? "have exited"
                          : state == kAtBarrier    ? "wait at sync_threads, " + place(f->site)
+                         : state == kAtCluster    ? "wait at cluster_sync, " + place(f->site)
                          : state == kAtCollective ? format("wait at %s, ", warp.what) + place(warp.site)
                          : state == kParted       ? format("came to %s, ", f->what) + place(f->site)
                          : state >= kAtMbarrier   ? waits_for(b, f)
@@ -577,7 +599,7 @@ std::string positions(Block* b) {
     std::vector<i32> exited, barred;
     for (i32 lane = 0; lane < 32; lane++) {
       if (warp.state[lane] == kExited) exited.push_back(lane);
-      if (warp.state[lane] == kAtBarrier) barred.push_back(lane);
+      if (warp.state[lane] == kAtBarrier || warp.state[lane] == kAtCluster) barred.push_back(lane);
     }
     if (exited.empty() && barred.empty()) continue;
     const std::string head = format("%s at %s needs all 32 lanes of warp %d", warp.what, place(warp.site).c_str(), w);
@@ -736,10 +758,13 @@ ALWAYS_INLINE bool meet(Fiber* f, const char* what, Site site) {
   return false;
 }
 
+void end_of_block(Block* b, Fiber* f);
+
 void thread_end(Fiber* f) {
   Block* b = f->block;
   f->warp->state[f->lane] = kExited;
   b->alive--;
+  if (--b->alive_of[f->rank] == 0 && b->launch->cluster > 1 && b->sm90) end_of_block(b, f);
   leave(f);
   abort();  // nobody resumes a thread that has exited
 }
@@ -809,19 +834,19 @@ std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at sha
   const std::string me = format("%s of %u bytes by ", what, bytes) + who(f) + " at " + place(site);
   if (address % bytes)
     fail(b, "misaligned: " + me + format(": the shared address %u is no multiple of %u", address, bytes));
-  if (address < emu::kSharedBase)
+  if (address < f->shared)
     fail(b, "out of bounds: " + me + format(": the address %u lies before smem_base()", address));
   fail(b, "out of bounds: " + me + format(": smem_base() + %u, but the block has %u bytes of shared memory",
-                                          address - emu::kSharedBase, size));
+                                          address - f->shared, size));
 }
 
 // The offset of a checked address.
 ALWAYS_INLINE u32 shared_offset(Fiber* f, u32 address, u32 bytes, const char* what, Site site) {
-  const u32 offset = address - emu::kSharedBase;
+  const u32 offset = address - f->shared;
   const u32 size = f->block->launch->smem_bytes;
   if (UNLIKELY(address % bytes != 0 || offset >= size || size - offset < bytes))
     fail_shared_address(f, address, bytes, what, site);
-  return offset;
+  return address - emu::kSharedBase;
 }
 
 ALWAYS_INLINE int16_t tag_of(const Fiber* f) {
@@ -1218,16 +1243,55 @@ bool run_warps(Block* b) {
   return ran;
 }
 
-// The block begins, all its threads wait at the block barrier, and all have exited.
+void come_to(Fiber* f, Meeting& meeting, State state, const char* what, Site site) {
+  Block* b = f->block;
+  Warp* w = f->warp;
+  f->site = site;
+  if (LIKELY(w->arrived == 0)) w->site = site;
+  step(f, site);
+  w->state[f->lane] = state;
+  note_lane(f, what, site, 0, meeting.met);
+  if (meeting.come++ == 0) {
+    meeting.first = f;
+    meeting.site = site;
+  } else if (UNLIKELY(!same(meeting.site, site))) {
+    const std::string is = format(" at %s (", what);
+    fail(b, "divergence: threads of the block meet at different barriers: " + who(meeting.first) + " is" + is +
+                place(meeting.site) + "), " + who(f) + is + place(site) + ")" + positions(b));
+  }
+  leave(f);
+}
+
+// The block begins, all threads of warps [first, end) meet, and all have exited.
 void begin_sm90(Arena* arena);
-void meet_sm90(Block* b);
+void meet_sm90(Block* b, i32 first, i32 end);
 void end_sm90(Block* b);
 
-// Runs one block; its report is in block.error, empty if there is nothing to report.
+// Lets those go who wait at a meeting that everybody has come to: all threads of warps [first, end). False: not all have.
+bool open_meeting(Block* b, Meeting& meeting, i32 alive, State state, const char* what, i32 first, i32 end) {
+  if (alive == 0 || meeting.come != alive) return false;
+  meeting.come = 0;
+  b->counters.barriers++;
+  for (i32 w = first; w < end; w++)
+    for (i32 lane = 0; lane < 32; lane++) {
+      if (b->warp[w].state[lane] != state) continue;
+      b->warp[w].state[lane] = kRunning;
+      note_lane(b->warp[w].fibers[lane], what, meeting.site, 0, meeting.met, true);
+    }
+  meeting.met++;
+  if (b->clocks)
+    meet_sm90(b, first, end);
+  else
+    next_interval(b);
+  return true;
+}
+
+// Runs one block, or cluster; its report is in block.error, empty if there is nothing to report.
 void run_block(Arena* arena, u64 linear) {
   Block* b = &arena->block;
   const CuflashEmuLaunch& launch = *b->launch;
   const u64 gx = static_cast<u64>(launch.grid[0]), gy = static_cast<u64>(launch.grid[1]);
+  linear *= static_cast<u64>(launch.cluster);
   b->index[0] = static_cast<i32>(linear % gx);
   b->index[1] = static_cast<i32>(linear / gx % gy);
   b->index[2] = static_cast<i32>(linear / gx / gy);
@@ -1236,18 +1300,24 @@ void run_block(Arena* arena, u64 linear) {
   b->used = 0;
   b->interval = kFirstInterval;
   b->interval_tag = static_cast<int16_t>(kFirstInterval << 6);
-  b->warps = launch.threads / 32;
-  b->alive = launch.threads;
-  b->at_barrier = b->barriers_met = 0;
+  const i32 threads = launch.threads * launch.cluster;
+  b->warps = threads / 32;
+  b->alive = threads;
+  for (i32 rank = 0; rank < launch.cluster; rank++) b->alive_of[rank] = launch.threads, b->at_barrier[rank] = Meeting();
+  b->at_cluster = Meeting();
   b->steps_left = launch.step_limit;
   b->recent_buffer = nullptr;
   b->fault_signal = 0;
 
-  for (i32 i = 0; i < launch.threads; i++) {
+  for (i32 i = 0; i < threads; i++) {
     Fiber* f = arena->fiber(i);
     Warp* w = &b->warp[i / 32];
     f->index = i;
+    f->rank = i / launch.threads;
+    f->first = f->rank * launch.threads;
+    f->shared = emu::kSharedBase + static_cast<u32>(f->rank) * shared_stride(launch);
     memcpy(f->block_idx, b->index, sizeof(f->block_idx));
+    f->block_idx[0] += f->rank;
     memcpy(f->grid_dim, launch.grid, sizeof(f->grid_dim));
     f->warp = w;
     f->block = b;
@@ -1279,25 +1349,14 @@ void run_block(Arena* arena, u64 linear) {
   this_block = b;
   if (_setjmp(b->escape) == 0) {
     for (;;) {
-      const bool ran = run_warps(b);
+      bool ran = run_warps(b);  // a warp may have let another run
       if (b->alive == 0) break;
-      if (b->at_barrier != b->alive) {
-        if (!ran) fail_stuck(b);
-        continue;  // a warp may have let another run
-      }
-      b->at_barrier = 0;
-      b->counters.barriers++;
-      for (i32 w = 0; w < b->warps; w++)
-        for (i32 lane = 0; lane < 32; lane++) {
-          if (b->warp[w].state[lane] != kAtBarrier) continue;
-          b->warp[w].state[lane] = kRunning;
-          note_lane(b->warp[w].fibers[lane], "sync_threads", b->barrier_site, 0, b->barriers_met, true);
-        }
-      b->barriers_met++;
-      if (b->clocks)
-        meet_sm90(b);
-      else
-        next_interval(b);
+      const i32 warps = launch.threads / 32;
+      for (i32 rank = 0; rank < launch.cluster; rank++)
+        ran |= open_meeting(b, b->at_barrier[rank], b->alive_of[rank], kAtBarrier, "sync_threads", rank * warps,
+                            (rank + 1) * warps);
+      ran |= open_meeting(b, b->at_cluster, b->alive, kAtCluster, "cluster_sync", 0, b->warps);
+      if (!ran) fail_stuck(b);
     }
     if (b->clocks) end_sm90(b);
   } else if (b->fault_signal) {
@@ -1404,7 +1463,7 @@ struct Run {
     b->counters = Counters();
     b->counters.read.assign(static_cast<size_t>(launch->buffer_count), 0);
     b->counters.written = b->counters.read;
-    if (!arena->reserve(launch->threads, launch->smem_bytes)) {
+    if (!arena->reserve(launch->threads * launch->cluster, shared_stride(*launch) * static_cast<u32>(launch->cluster))) {
       std::lock_guard<std::mutex> lock(mutex);
       report = "fault: the machine has no memory for the block's stacks";
       failed = 0;
@@ -1479,22 +1538,12 @@ extern "C" {
 
 void cuflash_emu_sync_threads(Site site) {
   Fiber* f = this_fiber();
-  Block* b = f->block;
-  Warp* w = f->warp;
-  f->site = site;
-  if (LIKELY(w->arrived == 0)) w->site = site;
-  step(f, site);
-  w->state[f->lane] = kAtBarrier;
-  note_lane(f, "sync_threads", site, 0, b->barriers_met);
-  if (b->at_barrier++ == 0) {
-    b->first_at_barrier = f;
-    b->barrier_site = site;
-  } else if (UNLIKELY(!same(b->barrier_site, site))) {
-    fail(b, "divergence: threads of the block meet at different barriers: " + who(b->first_at_barrier) +
-                " is at sync_threads (" + place(b->barrier_site) + "), " + who(f) + " at sync_threads (" + place(site) +
-                ")" + positions(b));
-  }
-  leave(f);
+  come_to(f, f->block->at_barrier[f->rank], kAtBarrier, "sync_threads", site);
+}
+
+void cuflash_emu_cluster_sync(Site site) {
+  Fiber* f = this_fiber();
+  come_to(f, f->block->at_cluster, kAtCluster, "cluster_sync", site);
 }
 
 void cuflash_emu_sync_warp(Site site) { meet(this_fiber(), "sync_warp", site); }
@@ -1725,6 +1774,7 @@ void cuflash_emu_launch(const CuflashEmuLaunch* launch, CuflashEmuResult* result
   run.counters.written = run.counters.read;
   run.blocks = 1;
   for (i32 blocks : launch->grid) run.blocks *= static_cast<u64>(blocks);
+  run.blocks /= static_cast<u64>(launch->cluster);
   // Every block once, in an order of the seed's: steps of a stride that shares no divisor with their number.
   Random random{mix(launch->seed)};
   run.start = random.next() % run.blocks;

@@ -20,7 +20,10 @@ namespace emu {
 
 // The part of a thread's record that kernels read.
 struct Thread {
-  i32 index;  // in the block
+  i32 index;  // in the block; the blocks of a cluster run as one, whose threads are theirs one after the other
+  i32 rank;   // of its block in the cluster
+  i32 first;  // its block's first thread
+  u32 shared;  // where its block's shared memory begins
   i32 block_idx[3];
   i32 grid_dim[3];
 };
@@ -49,6 +52,7 @@ constexpr u32 kWgmmaAccumulate = 16;
 extern "C" {
 void cuflash_emu_sync_threads(hw::Site site);
 void cuflash_emu_sync_warp(hw::Site site);
+void cuflash_emu_cluster_sync(hw::Site site);
 
 // The value of lane `source` (0..31) of those that met here; `name` is the instruction's, for reports.
 u32 cuflash_emu_shuffle(u32 value, i32 source, const char* name, hw::Site site);
@@ -77,6 +81,7 @@ void cuflash_emu_mma_m16n8k8_tf32(float* d, const u32* a, u32 b0, u32 b1, hw::Si
 void cuflash_emu_mbarrier_init(u32 address, u32 count, hw::Site site);
 void cuflash_emu_fence_mbarrier_init(hw::Site site);
 void cuflash_emu_mbarrier_arrive(u32 address, hw::Site site);
+void cuflash_emu_mbarrier_arrive_at(u32 address, i32 rank, hw::Site site);
 void cuflash_emu_mbarrier_arrive_expect_tx(u32 address, u32 bytes, hw::Site site);
 void cuflash_emu_mbarrier_wait(u32 address, u32 parity, hw::Site site);
 void cuflash_emu_named_sync(i32 id, i32 threads, hw::Site site);
@@ -85,7 +90,8 @@ void cuflash_emu_fence_proxy_async(hw::Site site);
 bool cuflash_emu_elect_one(hw::Site site);
 void cuflash_emu_set_registers(i32 count, bool more, hw::Site site);
 
-void cuflash_emu_tma_load(u32 destination, const void* map, u32 mbarrier, i32 rank, const i32* coordinates,
+// blocks: bit r is the block of rank r in the cluster; 0: the thread's own.
+void cuflash_emu_tma_load(u32 destination, const void* map, u32 mbarrier, u32 blocks, i32 rank, const i32* coordinates,
                           hw::Site site);
 void cuflash_emu_tma_store(const void* map, u32 source, i32 rank, const i32* coordinates, hw::Site site);
 void cuflash_emu_bulk_commit(hw::Site site);

@@ -36,13 +36,14 @@ struct TensorLoad {
   i32 at[5];
   u32 destination, bytes;
   Trace trace;
+  bool own;  // of the mbarrier's block
 };
 
 struct Mbarrier {
   u32 offset, agent;
   i32 count, pending;
   i64 bytes = 0;      // expected and not landed
-  i64 flying = 0;     // of copies that have been issued and not landed
+  i64 flying = 0;     // of copies that its own block has issued and that have not landed
   u32 completed = 0;  // phases
   Clock arriving, done;
   Trace made;
@@ -113,14 +114,15 @@ struct GroupStep {
 struct Sm90 {
   std::vector<Mbarrier*> mbarriers;
   std::vector<u8> mbarrier_at;  // by offset / 8: an index + 1
-  NamedBarrier named[16];
+  NamedBarrier named[16 * kMaxCluster];
   std::vector<BulkStores> bulk;
   std::vector<Waiting> waits;
   WarpProducts products[32];
   std::vector<GroupStep> steps[8];  // of a warpgroup, as its first warp met them
   u32 steps_done[32];
   i32 registers[32];
-  i32 free_registers;
+  i32 free_registers[kMaxCluster];
+  std::vector<std::pair<u32, Trace>> arrivals[kMaxCluster];  // from other blocks: the tag of each, and whose it is
   std::vector<std::pair<Warp*, i32>> wants_registers;
   u8 elected[32];
 
@@ -138,16 +140,19 @@ void begin_sm90(Arena* arena) {
   if (!arena->clocks) arena->clocks = new Clocks(), arena->sm90 = new Sm90();
   b->clocks = arena->clocks;
   b->sm90 = arena->sm90;
-  b->clocks->begin(b->launch->smem_bytes, b->warps);
+  const u32 shared = shared_stride(*b->launch) * static_cast<u32>(b->launch->cluster);
+  const size_t threads = static_cast<size_t>(b->warps) * 32;
+  b->clocks->begin(shared, b->warps);
   Sm90& s = *b->sm90;
   s.clear();
-  s.mbarrier_at.assign(b->launch->smem_bytes / 8 + 1, 0);
+  s.mbarrier_at.assign(shared / 8 + 1, 0);
   for (NamedBarrier& named : s.named) named = NamedBarrier();
-  s.bulk.assign(static_cast<size_t>(b->launch->threads), BulkStores());
-  s.waits.assign(static_cast<size_t>(b->launch->threads), Waiting{});
+  s.bulk.assign(threads, BulkStores());
+  s.waits.assign(threads, Waiting{});
   for (auto& steps : s.steps) steps.clear();
   const i32 entry = std::min(256, 65536 / b->launch->threads / 8 * 8);
-  s.free_registers = 0;
+  for (i32& free : s.free_registers) free = 0;
+  for (auto& arrivals : s.arrivals) arrivals.clear();
   s.wants_registers.clear();
   for (i32 w = 0; w < b->warps; w++) {
     s.products[w] = WarpProducts();
@@ -157,11 +162,11 @@ void begin_sm90(Arena* arena) {
   }
 }
 
-// All threads that are left wait at the block barrier: what any did lies before what any will do.
-void meet_sm90(Block* b) {
+// All threads that are left of these warps meet: what any did lies before what any will do.
+void meet_sm90(Block* b, i32 first, i32 end) {
   Clock all;
-  for (i32 w = 0; w < b->warps; w++) b->clocks->release(static_cast<u32>(w), all);
-  for (i32 w = 0; w < b->warps; w++) b->clocks->now[w].join(all);
+  for (i32 w = first; w < end; w++) b->clocks->release(static_cast<u32>(w), all);
+  for (i32 w = first; w < end; w++) b->clocks->now[w].join(all);
 }
 
 [[noreturn]] NEVER_INLINE void fail_protocol(Fiber* f, Site site, const std::string& what) {
@@ -172,7 +177,9 @@ void meet_sm90(Block* b) {
 // ---- mbarriers ----
 
 std::string name_of(Block* b, const Mbarrier* m) {
-  return format("the mbarrier at smem_base() + %u (made at ", m->offset) + place(b, m->made) + ")";
+  const u32 offset = m->offset % shared_stride(*b->launch), rank = m->offset / shared_stride(*b->launch);
+  const std::string whose = b->launch->cluster > 1 ? format(" of the cluster's block %u", rank) : "";
+  return format("the mbarrier at smem_base() + %u", offset) + whose + " (made at " + place(b, m->made) + ")";
 }
 
 std::string missing_of(const Mbarrier* m) {
@@ -181,11 +188,19 @@ std::string missing_of(const Mbarrier* m) {
   return text + " are missing";
 }
 
-Mbarrier* find_mbarrier(Fiber* f, u32 address, const char* what, Site site) {
+// rank: of the cluster's block whose it is, where `address` is one of the thread's own; -1: the own block.
+Mbarrier* find_mbarrier(Fiber* f, u32 address, const char* what, Site site, i32 rank = -1) {
   Block* b = f->block;
   Sm90& s = *b->sm90;
   step(f, site);
-  const u32 offset = shared_offset(f, address, 8, what, site);
+  u32 offset = shared_offset(f, address, 8, what, site);
+  if (rank >= 0) {
+    if (UNLIKELY(rank >= b->launch->cluster))
+      fail_protocol(f, site, format("%s: block %d of a cluster of %d", what, rank, b->launch->cluster));
+    if (UNLIKELY(b->alive_of[rank] == 0))
+      fail_protocol(f, site, format("%s: the cluster's block %d has ended: cluster_sync before its end", what, rank));
+    offset += static_cast<u32>(rank - f->rank) * shared_stride(*b->launch);
+  }
   const u8 index = s.mbarrier_at[offset / 8];
   if (UNLIKELY(!index)) {
     std::string known;
@@ -238,14 +253,16 @@ void try_complete(Fiber* f, Mbarrier* m, bool wanted, Site site) {
   if (m->bytes == 0) complete_phase(b, m);
 }
 
-void arrive(Fiber* f, u32 address, u32 bytes, const char* what, Site site) {
+void arrive(Fiber* f, u32 address, u32 bytes, const char* what, Site site, i32 rank = -1) {
   Block* b = f->block;
-  Mbarrier* m = find_mbarrier(f, address, what, site);
+  Mbarrier* m = find_mbarrier(f, address, what, site, rank);
   if (UNLIKELY(m->pending == 0))
     fail_protocol(f, site,
                   format("%s: one arrival more than the %d of ", what, m->count) + name_of(b, m) +
                       ", whose bytes have not all landed");
   note_lane(f, what, site, static_cast<i32>(m->offset), static_cast<i32>(m->completed));
+  if (rank >= 0 && rank != f->rank)
+    b->sm90->arrivals[rank].push_back({clocked_tag(f), trace_of(b, site) | static_cast<u32>(f->index)});
   b->clocks->release(warp_of(f), m->arriving);
   m->bytes += bytes;
   m->pending--;
@@ -326,7 +343,7 @@ void land_load(Block* b, Mbarrier* m, const TensorLoad& load) {
   const u32 tag = (m->completed + 1) << kAgentBits | m->agent;
   clocked_write(b, load.destination, load.bytes, tag, load.trace);
   m->bytes -= load.bytes;
-  m->flying -= load.bytes;
+  if (load.own) m->flying -= load.bytes;
 }
 
 void count_tensor(Fiber* f, const MapBytes& map, const i32 (&at)[5], bool write, const char* what, Site site) {
@@ -349,6 +366,39 @@ Copied extent(Block* b, const MapBytes& map, const i32 (&at)[5]) {
     all.end = std::max(all.end, address + to * map.element_bytes);
   });
   return all;
+}
+
+// To the block of that rank in the cluster; -1: the thread's own.
+void load_to(Fiber* f, u32 destination, const MapBytes& map, u32 mbarrier, i32 to, const i32 (&at)[5], Site site) {
+  Block* b = f->block;
+  Mbarrier* m = find_mbarrier(f, mbarrier, "tma_load", site, to);
+  if (UNLIKELY(!m->visible))
+    fail(b, "proxy: the tma_load of " + who(f) + " at " + place(site) + " uses " + name_of(b, m) +
+                ": the thread that made it must call fence_mbarrier_init before the barrier that orders them");
+  TensorLoad load = {map, {}, 0, box_bytes(map), trace_of(b, site) | static_cast<u32>(f->index), true};
+  memcpy(load.at, at, sizeof(load.at));
+  check_box_place(f, map, destination, "tma_load", site);
+  if (UNLIKELY(destination < f->shared || destination - f->shared + load.bytes > b->launch->smem_bytes))
+    fail_shared_address(f, destination, load.bytes, "tma_load", site);
+  const i32 rank = to < 0 ? f->rank : to;
+  load.destination = destination - emu::kSharedBase + static_cast<u32>(rank - f->rank) * shared_stride(*b->launch);
+  note_lane(f, "tma_load", site, static_cast<i32>(m->offset), static_cast<i32>(m->completed), false,
+            extent(b, map, load.at));
+  clocked_check_write(f, load.destination, load.bytes, Use::kAsyncWrite, "tma_load", site);
+  // What another block sends may come before it is announced: the phase waits for the announcement.
+  load.own = rank == f->rank;
+  if (load.own) m->flying += load.bytes;
+  if (UNLIKELY(load.own && m->pending && m->flying > m->bytes))
+    fail_protocol(f, site, format("tma_load: its %u bytes have not been announced to ", load.bytes) + name_of(b, m) +
+                               ": mbarrier_arrive_expect_tx comes first");
+  if (b->launch->early_landing) {
+    land_load(b, m, load);
+    try_complete(f, m, false, site);
+    return;
+  }
+  clocked_write(b, load.destination, load.bytes, kCopyInFlight, load.trace);
+  m->loads.push_back(load);
+  if (!m->waiting.empty()) try_complete(f, m, true, site);
 }
 
 void run_store(Block* b, const BulkStore& store) {
@@ -412,7 +462,7 @@ void named_barrier(Fiber* f, i32 id, i32 threads, bool sync, const char* what, S
     fail_protocol(
         f, site,
         format("%s: %d threads are no whole warps of the block's %d threads", what, threads, b->launch->threads));
-  NamedBarrier& named = b->sm90->named[id];
+  NamedBarrier& named = b->sm90->named[16 * f->rank + id];
   if (named.arrived && named.threads != threads)
     fail_protocol(f, site,
                   format("%s: %d threads at barrier %d, but %d at ", what, threads, id, named.threads) +
@@ -461,8 +511,9 @@ void warpgroup_step(Fiber* f, const char* what, Site site, u64 x = 0, u64 y = 0)
 
 bool take_registers(Block* b, u32 warp, i32 count) {
   Sm90& s = *b->sm90;
-  if (s.free_registers < count - s.registers[warp]) return false;
-  s.free_registers -= count - s.registers[warp];
+  i32& free = s.free_registers[b->warp[warp].fibers[0]->rank];
+  if (free < count - s.registers[warp]) return false;
+  free -= count - s.registers[warp];
   s.registers[warp] = count;
   return true;
 }
@@ -475,9 +526,11 @@ struct Operand {
   u32 start, leading, stride, units;  // units: 16-byte units in a row of the swizzle, 1 for none
 };
 
-Operand operand_of(u64 bits) {
+// A descriptor has 18 bits of an address, of the block's own shared memory, which begins at `shared`.
+Operand operand_of(u64 bits, u32 shared) {
   const u32 mode = static_cast<u32>(bits >> 62);  // 1: 128 bytes, 2: 64, 3: 32
-  return {static_cast<u32>(bits & 0x3fff) << 4, static_cast<u32>(bits >> 16 & 0x3fff) << 4,
+  const u32 start = shared + (((static_cast<u32>(bits & 0x3fff) << 4) - shared) & 0x3ffff);
+  return {start, static_cast<u32>(bits >> 16 & 0x3fff) << 4,
           static_cast<u32>(bits >> 32 & 0x3fff) << 4, mode ? 16u >> mode : 1};
 }
 
@@ -486,7 +539,7 @@ Operand operand_of(u64 bits) {
 }
 
 Operand read_descriptor(Fiber* f, u64 bits, bool transposed, char name, Site site) {
-  const Operand o = operand_of(bits);
+  const Operand o = operand_of(bits, f->shared);
   if (UNLIKELY(bits & 0x3ff1c000c000c000ull)) fail_descriptor(f, bits, name, site, "has bits set that mean nothing");
   if (UNLIKELY(bits >> 49 & 7))
     fail_descriptor(f, bits, name, site, "has a base offset: operands begin where their swizzle's pattern does");
@@ -542,7 +595,8 @@ ALWAYS_INLINE void multiply_columns(const float (&a)[16][16], const float (&b)[1
 // This warp's 16 rows of the product.
 template <class Decode>
 void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
-  const Operand oa = operand_of(p.a), ob = operand_of(p.b);
+  const u32 shared = b->warp[warp].fibers[0]->shared;
+  const Operand oa = operand_of(p.a, shared), ob = operand_of(p.b, shared);
   const u32 n = static_cast<u32>(p.n), first = warp % 4 * 16;
   alignas(32) float a[16][16];
   alignas(32) float bk[16][256];
@@ -739,11 +793,23 @@ std::string waits_for(Block* b, const Fiber* f) {
     return "wait at mbarrier_wait, " + at + format(", with parity %u for ", waiting.parity) +
            name_of(b, waiting.mbarrier) + ", " + missing_of(waiting.mbarrier);
   if (state == kAtNamed) {
-    const NamedBarrier& named = b->sm90->named[waiting.parity];
+    const NamedBarrier& named = b->sm90->named[16 * f->rank + static_cast<i32>(waiting.parity)];
     return "wait at named_sync, " + at +
            format(", for barrier %u: %d of %d threads have come", waiting.parity, named.arrived, named.threads);
   }
-  return "wait at register_alloc, " + at + format(" (%d registers a thread are free)", b->sm90->free_registers);
+  return "wait at register_alloc, " + at + format(" (%d registers a thread are free)", b->sm90->free_registers[f->rank]);
+}
+
+// The last thread of a cluster's block ends.
+void end_of_block(Block* b, Fiber* f) {
+  Clock all;
+  const i32 warps = b->launch->threads / 32;
+  for (i32 w = f->rank * warps; w < (f->rank + 1) * warps; w++) all.join(b->clocks->now[w]);
+  for (const auto& [tag, trace] : b->sm90->arrivals[f->rank])
+    if (!ordered(all, tag))
+      fail(b, format("protocol: block %d of the cluster ends, and nothing orders before that the mbarrier_arrive_at of ",
+                     f->rank) +
+                  who(trace & 1023) + " at " + place(b, trace) + ", which needs it: cluster_sync before the end");
 }
 
 void end_sm90(Block* b) {
@@ -816,6 +882,12 @@ void cuflash_emu_fence_mbarrier_init(Site site) {
 }
 
 void cuflash_emu_mbarrier_arrive(u32 address, Site site) { arrive(this_fiber(), address, 0, "mbarrier_arrive", site); }
+
+void cuflash_emu_mbarrier_arrive_at(u32 address, i32 rank, Site site) {
+  Fiber* f = this_fiber();
+  if (rank < 0) fail_protocol(f, site, format("mbarrier_arrive_at: %d is no block of the cluster", rank));
+  arrive(f, address, 0, "mbarrier_arrive_at", site, rank);
+}
 
 void cuflash_emu_mbarrier_arrive_expect_tx(u32 address, u32 bytes, Site site) {
   arrive(this_fiber(), address, bytes, "mbarrier_arrive_expect_tx", site);
@@ -891,37 +963,18 @@ void cuflash_emu_set_registers(i32 count, bool more, Site site) {
   }
 }
 
-void cuflash_emu_tma_load(u32 destination, const void* map_pointer, u32 mbarrier, i32 rank, const i32* coordinates,
-                          Site site) {
+void cuflash_emu_tma_load(u32 destination, const void* map_pointer, u32 mbarrier, u32 blocks, i32 rank,
+                          const i32* coordinates, Site site) {
   Fiber* f = this_fiber();
-  Block* b = f->block;
   const MapBytes& map = read_map(f, map_pointer, rank, "tma_load", site);
-  Mbarrier* m = find_mbarrier(f, mbarrier, "tma_load", site);
-  if (UNLIKELY(!m->visible))
-    fail(b, "proxy: the tma_load of " + who(f) + " at " + place(site) + " uses " + name_of(b, m) +
-                ": the thread that made it must call fence_mbarrier_init before the barrier that orders them");
-  TensorLoad load = {map, {}, 0, box_bytes(map), trace_of(b, site) | static_cast<u32>(f->index)};
-  for (i32 i = 0; i < rank; i++) load.at[i] = coordinates[i];
-  check_box_place(f, map, destination, "tma_load", site);
-  const u32 offset = load.destination = destination - emu::kSharedBase;
-  if (UNLIKELY(destination < emu::kSharedBase || offset + load.bytes > b->launch->smem_bytes))
-    fail_shared_address(f, destination, load.bytes, "tma_load", site);
-  count_tensor(f, map, load.at, false, "tma_load", site);
-  note_lane(f, "tma_load", site, static_cast<i32>(m->offset), static_cast<i32>(m->completed), false,
-            extent(b, map, load.at));
-  clocked_check_write(f, offset, load.bytes, Use::kAsyncWrite, "tma_load", site);
-  m->flying += load.bytes;
-  if (UNLIKELY(m->pending && m->flying > m->bytes))
-    fail_protocol(f, site, format("tma_load: its %u bytes have not been announced to ", load.bytes) + name_of(b, m) +
-                               ": mbarrier_arrive_expect_tx comes first");
-  if (b->launch->early_landing) {
-    land_load(b, m, load);
-    try_complete(f, m, false, site);
-    return;
-  }
-  clocked_write(b, offset, load.bytes, kCopyInFlight, load.trace);
-  m->loads.push_back(load);
-  if (!m->waiting.empty()) try_complete(f, m, true, site);
+  i32 at[5] = {};
+  for (i32 i = 0; i < rank; i++) at[i] = coordinates[i];
+  count_tensor(f, map, at, false, "tma_load", site);
+  if (blocks == 0) return load_to(f, destination, map, mbarrier, -1, at, site);
+  if (UNLIKELY(blocks >> f->block->launch->cluster))
+    fail_protocol(f, site, format("tma_load_to: the blocks 0x%x of a cluster of %d", blocks, f->block->launch->cluster));
+  for (i32 to = 0; to < f->block->launch->cluster; to++)
+    if (blocks >> to & 1) load_to(f, destination, map, mbarrier, to, at, site);
 }
 
 void cuflash_emu_tma_store(const void* map_pointer, u32 source, i32 rank, const i32* coordinates, Site site) {

@@ -20,22 +20,22 @@ HW_DEVICE void prefetch_tensor_map(const TensorMap& map, Site site = Site::here(
 HW_DEVICE void tma_load(u32 destination, const TensorMap& map, u32 mbarrier, CachePolicy policy, i32 c0, i32 c1,
                         Site site = Site::here()) {
   const i32 at[] = {c0, c1};
-  cuflash_emu_tma_load(destination, &map, mbarrier, 2, at, site);
+  cuflash_emu_tma_load(destination, &map, mbarrier, 0, 2, at, site);
 }
 HW_DEVICE void tma_load(u32 destination, const TensorMap& map, u32 mbarrier, CachePolicy policy, i32 c0, i32 c1, i32 c2,
                         Site site = Site::here()) {
   const i32 at[] = {c0, c1, c2};
-  cuflash_emu_tma_load(destination, &map, mbarrier, 3, at, site);
+  cuflash_emu_tma_load(destination, &map, mbarrier, 0, 3, at, site);
 }
 HW_DEVICE void tma_load(u32 destination, const TensorMap& map, u32 mbarrier, CachePolicy policy, i32 c0, i32 c1, i32 c2,
                         i32 c3, Site site = Site::here()) {
   const i32 at[] = {c0, c1, c2, c3};
-  cuflash_emu_tma_load(destination, &map, mbarrier, 4, at, site);
+  cuflash_emu_tma_load(destination, &map, mbarrier, 0, 4, at, site);
 }
 HW_DEVICE void tma_load(u32 destination, const TensorMap& map, u32 mbarrier, CachePolicy policy, i32 c0, i32 c1, i32 c2,
                         i32 c3, i32 c4, Site site = Site::here()) {
   const i32 at[] = {c0, c1, c2, c3, c4};
-  cuflash_emu_tma_load(destination, &map, mbarrier, 5, at, site);
+  cuflash_emu_tma_load(destination, &map, mbarrier, 0, 5, at, site);
 }
 
 HW_DEVICE void tma_store(const TensorMap& map, u32 source, i32 c0, i32 c1, Site site = Site::here()) {

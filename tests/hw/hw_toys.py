@@ -59,7 +59,7 @@ TAIL = """
   }
 };
 
-HW_KERNEL(THREADS) cuflash_toy(HW_GRID_CONSTANT ToyParams params) { Toy{params}.run(params); }
+KERNEL cuflash_toy(HW_GRID_CONSTANT ToyParams params) { Toy{params}.run(params); }
 """
 
 
@@ -75,10 +75,14 @@ class Toy:
         smem_bytes: int = 0,
         includes: tuple[str, ...] = (),
         sm90: bool = False,
+        cluster: int = 1,
     ) -> None:
         head = (SM90 if sm90 else "") + HEAD.replace("MAPS", "  TensorMap maps[4];\n" if sm90 else "")
         # Launch bounds are what register_dealloc and register_alloc start from.
-        tail = TAIL.replace("THREADS", "384" if sm90 else "1024")
+        bounds = 384 if sm90 else 1024
+        tail = TAIL.replace(
+            "KERNEL", f"HW_CLUSTER_KERNEL({bounds}, {cluster})" if cluster > 1 else f"HW_KERNEL({bounds})"
+        )
         self.text = "".join(f"#include <{name}>\n" for name in includes) + head + body + tail
         self.sm90 = sm90
         self.file = folder / "toy.cu"

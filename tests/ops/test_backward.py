@@ -320,7 +320,10 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         None,
     ),
     "rows that keep nothing left in": ((Edit("backward_delta.cu", "lse == -kInfinity ? kInfinity : ", ""),), None),
-    "gradient stored past the end": ((Edit("tile/store.cuh", "if (row < owned) {", "if (row <= owned) {"),), None),
+    "gradient stored past the end": (
+        (Edit("tile/store.cuh", "if (row < owned) write(", "if (row <= owned) write("),),
+        None,
+    ),
     "partial sums of one warp only": (
         (Edit(KERNEL, "* (V::kThreads / 32) + hw::warp_idx()", "* (V::kThreads / 32)"),),
         None,
@@ -346,7 +349,7 @@ ATOMIC_BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
     "dq of the wrong rows": ((Edit(KERNEL, "% Plan::kDqRowTiles * 16;", "% Plan::kDqRowTiles * 0;"),), None),
     "dq of the first head alone": ((Edit(KERNEL, "line = head * p.dq_blocks", "line = p.dq_blocks"),), None),
     "dq of another sequence": (
-        (Edit(KERNEL, "slot_begin<16>(p.cu_seqlens_q, p.q_len, sequence) + (first", "(first"),),
+        (Edit(KERNEL, "slot_begin(p.cu_seqlens_q, p.q_len, sequence, 16) + (first", "(first"),),
         None,
     ),
     "one warp's part of dq left out": ((Edit(KERNEL, "part = hw::warp_idx();", "part = hw::warp_idx() + 1;"),), None),

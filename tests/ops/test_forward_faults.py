@@ -92,7 +92,7 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         None,
     ),
     "row stored past the end": (
-        (Edit("tile/store.cuh", "if (row < owned) {", "if (row <= owned) {"),),
+        (Edit("tile/store.cuh", "if (row < owned) write(", "if (row <= owned) write("),),
         None,
     ),
     "a lane leaves the others": (

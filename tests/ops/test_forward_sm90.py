@@ -184,6 +184,83 @@ def test_when_there_is_a_block_for_each_multiprocessor(three_processors):
             )
 
 
+CLUSTERED = {
+    "even tiles": (500, 300, 2, 1, {"persistent": False}),
+    "persistent": (768, 200, 3, 3, {"persistent": True}),
+    "packed heads": (41, 140, 8, 1, {"pack_heads": True}),
+    "no keys": (384, 0, 1, 1, {}),
+}
+
+
+@pytest.mark.parametrize("name", CLUSTERED)
+def test_two_blocks_share_their_keys(three_processors, seed, name):
+    """The bits are those of blocks by themselves, and each key comes from memory once for two query tiles."""
+    length, keys, heads, heads_kv, options = CLUSTERED[name]
+    rows = -(-length // 384) * 384 if "pack_heads" not in options else length
+    rng = np.random.default_rng(seed)
+    q, k, v = (
+        rng.standard_normal((2, n, h, 64)).astype(np.float16)
+        for n, h in ((rows, heads), (keys, heads_kv), (keys, heads_kv))
+    )
+    found, read = [], []
+    for cluster, landing in ((1, "late"), (2, "late"), (2, "early")):
+        with (
+            using("emulator", "sm_90a"),
+            cuflash.emulator.schedule(seed=seed, landing=landing),
+            cuflash.emulator.counting() as counters,
+        ):
+            result = cuflash.attention(q, k, v, aux=("lse",), kernel_options=options | {"cluster": cluster})
+        found.append(result.out.tobytes() + result.lse.tobytes())
+        read.append(counters.global_bytes_read.get("k", 0))
+    assert found[0] == found[1] == found[2]
+    assert read[1] == read[2] == read[0] / 2
+
+
+def test_clusters_are_refused_where_keys_differ():
+    q = np.zeros((1, 384, 1, 64), np.float16)
+    starts = np.array([0, 384], np.int32)
+    with using("emulator", "sm_90a"):
+        for keywords in (
+            {"causal": True},
+            {"mask_mod": mods.causal()},
+            {"seqused_k": np.array([3], np.int32)},
+            {"window_size": (3, 3)},
+        ):
+            with pytest.raises(cuflash.errors.UnsupportedError, match="cluster=2 is for dense"):
+                cuflash.attention(q, q, q, kernel_options={"cluster": 2}, **keywords)
+        with pytest.raises(cuflash.errors.UnsupportedError, match="not 1"):
+            cuflash.attention(q[:, :100], q, q, kernel_options={"cluster": 2})
+        with pytest.raises(cuflash.errors.UnsupportedError, match="dense"):
+            cuflash.attention(*[q[0]] * 3, cu_seqlens_q=starts, cu_seqlens_k=starts, kernel_options={"cluster": 2})
+
+
+CLUSTER_BUGS = {
+    "stages not given back to the other block": (
+        Edit(KERNEL, "hw::mbarrier_arrive_at(mbarrier, lane);",
+             "hw::mbarrier_arrive_at(mbarrier, hw::cluster_rank());")),
+    "half of the arrivals awaited": (
+        Edit(KERNEL, "hw::mbarrier_init(k_empty(i), V::kCluster * Plan::kConsumerWarps);",
+             "hw::mbarrier_init(k_empty(i), Plan::kConsumerWarps);")),
+    "a block ends before the other": Edit(KERNEL, "if constexpr (V::kCluster > 1) hw::cluster_sync();", ""),
+    "barriers used before both have made them": (
+        Edit(KERNEL, "  } else {\n    hw::cluster_sync();\n  }", "  } else {\n    hw::sync_threads();\n  }")),
+    "both bring the same half": Edit(KERNEL, "const i32 part = hw::cluster_rank() * kRows;", "const i32 part = 0;"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CLUSTER_BUGS)
+def test_planted_bug_of_clusters_is_caught(edited, name):
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((6, n, 1, 64)).astype(np.float16) for n in (384, 300, 300))
+    expected = cuflash.attention(q, k, v)
+    edited(CLUSTER_BUGS[name])
+    with pytest.raises((EmulatorError, AssertionError)):
+        for n in range(8):
+            with using("emulator", "sm_90a"), cuflash.emulator.schedule(seed=n, landing="early" if n % 2 else "late"):
+                result = cuflash.attention(q, k, v, kernel_options={"cluster": 2})
+            np.testing.assert_allclose(result.astype(float), expected.astype(float), atol=4e-3)
+
+
 @pytest.mark.parametrize("group", [2, 3, 7, 8])
 def test_heads_that_share_keys_in_one_tile(seed, group):
     """The bits are those of each head by itself; 3 and 7 heads leave rows of a warpgroup over."""
@@ -280,13 +357,13 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
         None),
     "the end not said": (Edit(KERNEL, "hw::mbarrier_arrive(barriers.q_full(q_stage));", ""), DEADLOCK),
     "K not given back": (
-        Edit(KERNEL, "      // arrive   k empty -> the producer\n      arrive(barriers.k_empty(barriers.stage(tile)));"
-             "\n      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
+        Edit(KERNEL, "      // arrive   k empty -> the producer\n"
+             "      give_back(barriers.k_empty(barriers.stage(tile)));\n      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
              "      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE"), DEADLOCK),
-    "V not given back": (Edit(KERNEL, "arrive(barriers.v_empty(barriers.stage(before)));", ""), DEADLOCK),
+    "V not given back": (Edit(KERNEL, "give_back(barriers.v_empty(barriers.stage(before)));", ""), DEADLOCK),
     "Q not given back": (Edit(KERNEL, "arrive(barriers.q_empty(q_stage));", ""), DEADLOCK),
     "K given back before it is read": (
-        Edit(KERNEL, "      hw::wgmma_wait<1>();\n", "      arrive(barriers.k_empty(barriers.stage(tile)));\n"
+        Edit(KERNEL, "      hw::wgmma_wait<1>();\n", "      give_back(barriers.k_empty(barriers.stage(tile)));\n"
              "      hw::wgmma_wait<1>();\n"), None),
     "scores used before they are there": (Edit(KERNEL, "      hw::wgmma_wait<1>();\n", ""), None),
     "O used before it is there": (
@@ -311,7 +388,7 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
     "a warp's lanes do not meet before Q is given back": (
         Edit(KERNEL, "  hw::fence_proxy_async();\n  hw::sync_warp();", "  hw::fence_proxy_async();"), "proxy"),
     "barriers used before they are made": (
-        Edit(KERNEL, "  // sync   barriers made <-> all warps\n  hw::sync_threads();", ""), None),
+        Edit(KERNEL, "(V::kCluster == 1) {\n    hw::sync_threads();\n", "(V::kCluster == 1) {\n"), None),
     "rows of no query not cleared": (
         Edit(KERNEL, "if constexpr (Plan::kSharesTiles) clear_rows_of_none<V>(p, smem);", ""), "uninitialised"),
     "rows of no query not fenced": (
@@ -422,6 +499,16 @@ def test_machine_code_of_pages(d):
     assert loop.shortest <= length
     plain = forward.choose_sm90_variant(dtypes.bfloat16, d, d)
     assert variant.tile.block_k == plain.tile.block_k, "sums are taken in the same order"
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("d", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 96, 192, 256))])
+def test_machine_code_of_clusters(d):
+    """Within the table, too."""
+    products, exponentials, length, _ = GATES[d, d]
+    loop = loop_of(dataclasses.replace(forward.choose_sm90_variant(dtypes.bfloat16, d, d), cluster=2))
+    inside, everywhere = loop.in_window("MUFU.EX2")
+    assert loop.counts["HGMMA"] == products and inside == everywhere >= exponentials and loop.shortest <= length
 
 
 @needs_nvrtc
