@@ -358,7 +358,8 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
     "the end not said": (Edit(KERNEL, "hw::mbarrier_arrive(barriers.q_full(q_stage));", ""), DEADLOCK),
     "K not given back": (
         Edit(KERNEL, "      // arrive   k empty -> the producer\n"
-             "      give_back(barriers.k_empty(barriers.stage(tile)));\n      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
+             "      give_back(barriers.k_empty(barriers.stage(tile)));\n"
+             "      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE",
              "      softmax.weigh(s, rescale);\n      drop(s, word);\n      // NOTE"), DEADLOCK),
     "V not given back": (Edit(KERNEL, "give_back(barriers.v_empty(barriers.stage(before)));", ""), DEADLOCK),
     "Q not given back": (Edit(KERNEL, "arrive(barriers.q_empty(q_stage));", ""), DEADLOCK),
