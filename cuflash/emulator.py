@@ -193,7 +193,7 @@ class Event:
     end: int = 0
 
 
-@dataclass
+@dataclass(repr=False)
 class Trace:
     """The events of the launches traced: launch by launch, block by block, in the order in which they happened;
     those of a warp in the order of its program.
@@ -205,6 +205,10 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     dropped: int = 0
     launches: int = 0
+
+    def __repr__(self) -> str:
+        kernels = ", ".join(dict.fromkeys(e.kernel for e in self.events))
+        return f"Trace({len(self.events):,} events, of {kernels or 'no kernel'})"
 
 
 _tracing: list[tuple[Trace, int]] = []

@@ -195,7 +195,7 @@ def test_longer_copies_make_longer_waits():
 def test_a_timeline_is_drawn():
     found = workbench.timeline(traced())
     axes = workbench.plot_timeline(found).axes[0]
-    assert len(axes.patches) == len(found.bars)
+    assert len(axes.patches) == len(found.bars) and f"{len(found.bars)} bars in {len(found.rows)} rows" in repr(found)
     names = [label.get_text() for label in axes.get_yticklabels()]
     assert [name.split(",")[0] for name in names] == found.rows
     assert names[:3] == ["warp 0, producer", "warp 4, consumer", "products of warp 4"]
@@ -235,6 +235,10 @@ def test_what_is_refused():
     for refused, message in (
         (lambda: workbench.plot_mask([3, 0]), r"q_len=\[3, 0\]"),
         (lambda: workbench.plot_mask(5000), "at most 4096"),
+        (lambda: workbench.plot_mask(8, tile=(0, 8)), r"tile=\(0, 8\)"),
+        (lambda: workbench.plot_visits(x, x, x, head=1), r"head=1 is not among .*: \[\(0, 0\)\]"),
+        (lambda: workbench.plot_bytes([]), "moved is empty"),
+        (lambda: workbench.plot_timeline(workbench.Timeline("k", (0, 0, 0)), ticks=(5, 1)), r"ticks=\(5, 1\)"),
         (lambda: workbench.visits(x.tolist(), x, x), "q is a list, must be a NumPy array"),
         (lambda: workbench.bytes_moved([100]), "lengths has 100, must be multiples of 128"),
         (lambda: workbench.bytes_moved([128], ["mine"]), "ways has 'mine', must be among three kernels"),

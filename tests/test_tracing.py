@@ -32,6 +32,7 @@ def test_everything_a_warp_does_is_there():
     assert traced[3].tobytes() == untraced[3].tobytes()
     assert (trace.launches, trace.dropped) == (1, 0)
     events = trace.events
+    assert repr(trace) == f"Trace({len(events):,} events, of emu_speed)"
     assert {e.kernel for e in events} == {"emu_speed"} and {e.lanes for e in events} == {32}
     whats = Counter((e.what, e.passed) for e in events)
     assert whats["mma_m16n8k16", False] == counters.matrix_instructions["mma_m16n8k16_bf16"]

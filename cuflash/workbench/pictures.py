@@ -109,6 +109,7 @@ def plot_mask(
         max(sum(q_lens), sum(k_lens)) <= 4096,
         f"q_len={q_len!r}, k_len={k_len!r} must come to at most 4096 queries and keys: pairs are drawn one by one",
     )
+    require(min(tile) > 0, f"tile={tile!r} must be queries and keys of one, each at least 1")
     mask = _mask_of(mask_mod, causal, window_size)
     shape = sum(q_lens) / sum(k_lens)
     plt, figure, axes = _subplots(5, 5 * min(2.0, max(0.5, shape)))
@@ -229,7 +230,10 @@ def plot_visits(
     >>> [text.get_text() for text in plot_visits(x, x, x, causal=True).axes[0].texts]
     ['1', '2', '3', '4', '1', '2']
     """
-    shown = [x for x in visits(q, k, v, arch=arch, **keywords) if (x.sequence, x.head) == (sequence, head)]
+    found = visits(q, k, v, arch=arch, **keywords)
+    shown = [x for x in found if (x.sequence, x.head) == (sequence, head)]
+    there = sorted({(x.sequence, x.head) for x in found})
+    require(bool(shown), f"sequence={sequence}, head={head} is not among those that blocks visit: {there}")
     plt, figure, axes = _subplots(5, 5 * min(2.0, max(0.5, q.shape[-3] / k.shape[-3])))
     most = max((len(x.keys) for x in shown), default=1)
     # So that two digits fit into a tile, whose width is its share of four inches.
@@ -270,13 +274,16 @@ class Bar:
     after: int | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Timeline:
     """What the warps of one block do, each at its own pace, and when others let them go on. Made by `timeline`."""
 
     kernel: str
     block: tuple[int, int, int]
     bars: list[Bar] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"Timeline({self.kernel!r}, block {self.block}, {len(self.bars)} bars in {len(self.rows)} rows)"
 
     @property
     def rows(self) -> list[str]:
@@ -539,6 +546,7 @@ def plot_timeline(
     unknown = [row for row in shown if row not in found.rows]
     require(not unknown, f"rows={unknown} are not in the timeline, whose rows are {', '.join(found.rows)}")
     place = {row: i for i, row in enumerate(shown)}
+    require(ticks is None or ticks[0] < ticks[1], f"ticks={ticks!r} must be the begin and the end of a part")
     first, last = ticks or (0, max((bar.end for bar in found.bars), default=1))
     bars = [bar for bar in found.bars if bar.row in place and bar.end > first and bar.begin < last]
     products = list(dict.fromkeys(bar.label for bar in found.bars if bar.kind == "product"))
@@ -690,6 +698,7 @@ def plot_bytes(moved: Sequence[Traffic] | None = None) -> Figure:
     ['128', '256']
     """
     moved = bytes_moved() if moved is None else moved
+    require(bool(moved), "moved is empty: pass what bytes_moved returns")
     ways, lengths = (list(dict.fromkeys(getattr(x, name) for x in moved)) for name in ("way", "length"))
     _, figure, axes = _subplots(1.5 + 1.2 * len(lengths) * len(ways) ** 0.5, 4)
     width = 0.8 / len(ways)

@@ -59,7 +59,7 @@ def _table(title: str, *columns: str, rows: Iterable[Sequence[Any]], right: Sequ
         table.add_column(column, justify="right" if at in right else "left", no_wrap=column != "which is")
     for row in rows:
         table.add_row(*[x if isinstance(x, Text) else Text(_shown(x)) for x in row])
-    return Group(Text(title, "bold"), table, *([Text(note, "italic")] if note else []))
+    return Group(Text(title, "bold"), *([table] if table.row_count else []), *([Text(note, "italic")] if note else []))
 
 
 def _shown(x: Any) -> str:
