@@ -524,6 +524,8 @@ class ForwardPlan:
         )
         if self._group_heads > 1:
             self.why += f"; the {self._group_heads} query heads of a key head share tiles, and count as one"
+        if problem.options.cluster == 2:
+            self.why += "; blocks in pairs, each loads half of the keys of both"
         self.workspace_bytes = 0
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)

@@ -212,6 +212,8 @@ def test_two_blocks_share_their_keys(three_processors, seed, name):
             result = cuflash.attention(q, k, v, aux=("lse",), kernel_options=options | {"cluster": cluster})
         found.append(result.out.tobytes() + result.lse.tobytes())
         read.append(counters.global_bytes_read.get("k", 0))
+    with using("emulator", "sm_90a"):
+        assert "in pairs" in str(cuflash.explain(q, k, v, kernel_options=options | {"cluster": 2}))
     assert found[0] == found[1] == found[2]
     assert read[1] == read[2] == read[0] / 2
 
