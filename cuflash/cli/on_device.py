@@ -330,12 +330,12 @@ def _forget_plans() -> None:
 
 
 def time_tile(
-    target: arch.Arch, d: int, tile: Tile, now: Tile, causal: bool, persistent: bool | None
+    target: arch.Arch, d: int, tile: Tile, now: Tile, causal: bool, options: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """TFLOP/s of a tile; and that its result is that of the tile in use."""
+    """TFLOP/s of a tile, with kernel_options; and that its result is that of the tile in use."""
     xp = benchmarks("timing").CudaClock().xp
-    q, k, v = _normal(xp, xp.random.default_rng(1), (3, 1, 500, 2, d))
-    options = None if persistent is None else {"persistent": persistent}
+    length = 2 * tile.block_q if options and "cluster" in options else 500  # pairs of tiles, or one with a tail
+    q, k, v = _normal(xp, xp.random.default_rng(1), (3, 1, length, 2, d))
     expected = to_host(api.attention(q, k, v, causal=causal)).astype(np.float32)
     with tile_of(target, d, tile):
         found = to_host(api.attention(q, k, v, causal=causal, kernel_options=options)).astype(np.float32)
@@ -349,13 +349,21 @@ def time_tile(
 def tune() -> Iterator[Item]:
     target = frameworks.cupy.arch_of(frameworks.cupy.current_device())
     tried = [dataclasses.replace(_variant(target, d), tile=tile) for d, tile, _ in candidates(target)]
+    if target.name == "sm_90a":
+        tried += [
+            dataclasses.replace(_variant(target, d), cluster=2) for d, tile, now in candidates(target) if tile == now
+        ]
     yield "compiling", lambda: compile_ahead([forward.kernel_spec(variant) for variant in tried], target)
     for d, tile, now in candidates(target):
         for causal in (False, True):
             name = f"d {d}{', causal' if causal else ''}: {tile.block_q} x {tile.block_k}, {tile.warps} warps"
-            for persistent in (True, False) if target.name == "sm_90a" and tile == now else (None,):
-                what = {True: ", persistent", False: ", a block a tile", None: ""}[persistent]
-                yield name + what, lambda *a, x=(target, d, tile, now, causal, persistent): time_tile(*x)
+            ways: dict[str, dict[str, Any] | None] = {"": None}
+            if target.name == "sm_90a" and tile == now:
+                ways = {", persistent": {"persistent": True}, ", a block a tile": {"persistent": False}}
+                if not causal and -(-LENGTH // tile.block_q) % 2 == 0:
+                    ways[", clusters of two"] = {"cluster": 2}
+            for what, options in ways.items():
+                yield name + what, lambda *a, x=(target, d, tile, now, causal, options): time_tile(*x)
 
 
 # --- for compute-sanitizer --------------------------------------------------------------------------------------------
