@@ -462,7 +462,7 @@ def test_tiles_are_timed_and_checked(monkeypatch, on_the_emulator, capsys) -> No
 CASES = {case.what: case for case in on_device.compared()}
 
 
-@pytest.mark.parametrize("what", ["one tile", "a tail of keys", "packed"])
+@pytest.mark.parametrize("what", ["one tile", "a tail of keys", "packed", "clusters of two"])
 def test_both_kernels_of_hopper_are_compared(what) -> None:
     """On the emulator."""
     with using("emulator", "sm_90a"):

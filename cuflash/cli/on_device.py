@@ -123,6 +123,7 @@ def compared() -> list[Compared]:
         Compared(
             "dropout", (500,), (500,), (2, 2), (128, 128), keywords=(("dropout_p", 0.2), ("seed", 5), ("offset", 1))
         ),
+        Compared("clusters of two", (768,), (500,), (2, 2), (128, 128), keywords=(("kernel_options", {"cluster": 2}),)),
     ]  # fmt: skip
 
 
@@ -142,12 +143,13 @@ def compare(case: Compared, move: Callable[[np.ndarray], Any] = lambda x: x) -> 
     """
     host, keywords = case.arrays(), case.given()
     device = [move(x) for x in host]
+    asked = keywords.pop("kernel_options", None)
     given = {name: move(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
     explained = api.explain(*device, **given)
     if explained.kernel != "forward_sm90":
         raise Wrong(f"{explained.kernel} was asked, not forward_sm90")
     found = {}
-    for name, options in (("forward_sm90", None), ("again", None), ("forward_sm80", {"kernel": "sm_80"})):
+    for name, options in (("forward_sm90", asked), ("again", asked), ("forward_sm80", {"kernel": "sm_80"})):
         result = api.attention(*device, **given, aux=("lse",), kernel_options=options)
         found[name] = [to_host(x).astype(np.float64) for x in (result.out, result.lse)]
     right = [x.astype(np.float64) for x in _right(host, keywords)]
