@@ -122,6 +122,7 @@ def test_a_mistake_in_attention_shows(broken):
     assert relative_difference(train(packed_loss, 5, **broken)) > 1e-3
 
 
+@pytest.mark.slow  # notebooks/05_training shows it
 def test_bfloat16_teaches_alike_over_three_seeds():
     """Single steps differ in the third digit, for the two round in different places; what is learnt does not."""
     ours, theirs = (
