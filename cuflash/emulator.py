@@ -157,14 +157,15 @@ class Event:
     """What a warp did at one place. Where it may have to wait there are two: it comes, and it goes on (`passed`).
 
     kernel   the kernel's name, and `launch`, which of the trace's launches: 0, 1, ...
-    block    (x, y, z)
-    warp     of the block, and `lanes`, how many of its lanes did it
-    what     sync_threads, mbarrier_init, mbarrier_arrive, mbarrier_arrive_expect_tx, mbarrier_wait, named_sync,
-             named_arrive, tma_load, tma_store, bulk_commit, bulk_wait, cp_async_16, cp_async_4, cp_async_commit,
-             cp_async_wait, wgmma, wgmma_commit, wgmma_wait, mma_m16n8k16, mma_m16n8k8_tf32, shfl, shfl_xor and so on,
-             register_alloc, register_dealloc, exit. Loads and stores by threads are not among them
+    block    (x, y, z); of a cluster, whose blocks run as one, the first
+    warp     of the block, those of a cluster's blocks one after the other, and `lanes`, how many of its lanes did it
+    what     sync_threads, cluster_sync, mbarrier_init, mbarrier_arrive, mbarrier_arrive_at, mbarrier_arrive_expect_tx,
+             mbarrier_wait, named_sync, named_arrive, tma_load, tma_store, bulk_commit, bulk_wait, cp_async_16,
+             cp_async_4, cp_async_commit, cp_async_wait, wgmma, wgmma_commit, wgmma_wait, mma_m16n8k16,
+             mma_m16n8k8_tf32, shfl, shfl_xor and so on, register_alloc, register_dealloc, exit. Loads and
+             stores by threads are not among them
     object   an mbarrier's offset in shared memory (of tma_load: the one its bytes are counted by), a named barrier's
-             number, 0 for sync_threads; -1: none
+             number, 0 for sync_threads and cluster_sync; -1: none
     phase    of the mbarrier or barrier: its number, from 0 (-1: a wait that never waits). Of asynchronous copies and
              products their group; of a wait for groups the last that it waits for
     tick     steps the block had taken: accesses to memory and meetings of its threads, one warp after the other. An
