@@ -25,7 +25,7 @@ from cuflash import reference  # noqa: E402
 
 @pytest.fixture
 def installed():
-    with install(replace=True):
+    with install(force=True):
         torch.manual_seed(0)
         yield
 
@@ -121,8 +121,8 @@ def test_the_import_system_finds_what_is_installed(installed):
 
 def test_uninstall_leaves_nothing(none_there):
     before = dict(sys.modules)
-    install(replace=True)
-    install(replace=True)  # once more: nothing changes
+    install(force=True)
+    install(force=True)  # once more: nothing changes
     assert set(ours()) > {"flash_attn", "flash_attn.modules.mha"}
     kept = sys.modules["flash_attn"]
     with install():  # nor at the end of a block inside of another
@@ -132,7 +132,7 @@ def test_uninstall_leaves_nothing(none_there):
     uninstall()
     assert not ours()
     assert {name: module for name, module in before.items() if sys.modules.get(name) is not module} == {}
-    with pytest.raises(RuntimeError, match="as it was raised"), install(replace=True):
+    with pytest.raises(RuntimeError, match="as it was raised"), install(force=True):
         raise RuntimeError("as it was raised")
     assert not ours()
 
@@ -140,10 +140,10 @@ def test_uninstall_leaves_nothing(none_there):
 def test_an_imported_flash_attn_is_refused_or_hidden(none_there):
     theirs = {name: types.ModuleType(name) for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.losses")}
     sys.modules.update(theirs)
-    with pytest.raises(ArgumentError, match=r"another flash_attn is imported .*replace=True"):
+    with pytest.raises(ArgumentError, match=r"another flash_attn is imported .*force=True"):
         install()
     assert ours() == theirs
-    with install(replace=True):
+    with install(force=True):
         assert sys.modules["flash_attn"].__version__ == VERSION
         assert "flash_attn.losses" not in sys.modules
     assert ours() == theirs
@@ -153,17 +153,17 @@ def test_an_installed_flash_attn_is_refused_or_hidden(none_there, monkeypatch, t
     (tmp_path / "flash_attn").mkdir()
     (tmp_path / "flash_attn" / "__init__.py").write_text("__version__ = '1.0.9'\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ArgumentError, match=r"another flash_attn is installed .*__init__.py.*replace=True"):
+    with pytest.raises(ArgumentError, match=r"another flash_attn is installed .*__init__.py.*force=True"):
         install()
     assert not ours()
-    with install(replace=True):
+    with install(force=True):
         assert importlib.import_module("flash_attn").__version__ == VERSION
     assert importlib.import_module("flash_attn").__version__ == "1.0.9"
 
 
-def test_a_wrong_replace_is_refused():
-    with pytest.raises(ArgumentError, match="replace='yes' must be True or False"):
-        install(replace="yes")  # type: ignore[arg-type]
+def test_a_wrong_force_is_refused():
+    with pytest.raises(ArgumentError, match="force='yes' must be True or False"):
+        install(force="yes")  # type: ignore[arg-type]
 
 
 def test_a_fresh_process_imports_pytorch_with_install_and_not_before(tmp_path):
@@ -180,8 +180,12 @@ def test_a_fresh_process_imports_pytorch_with_install_and_not_before(tmp_path):
         sys.exit("skip: flash-attn is installed")
     cuflash.integrations.flash_attn.install()
     from flash_attn.layers.rotary import RotaryEmbedding
-    assert not [d for d in metadata.distributions() if (d.name or "").replace("-", "_") == "flash_attn"]
+    for name in ("flash_attn", "flash-attn", "Flash_Attn"):
+        assert metadata.version(name) == sys.modules["flash_attn"].__version__
+    assert [d.name for d in metadata.distributions()].count("flash_attn") == 1
+    assert metadata.version("numpy") and not metadata.files("flash_attn")
     cuflash.integrations.flash_attn.uninstall()
+    assert not [d for d in metadata.distributions() if (d.name or "").replace("-", "_") == "flash_attn"]
     try:
         import flash_attn
     except ImportError:
@@ -197,7 +201,7 @@ def test_without_pytorch_install_says_so(none_there, monkeypatch):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
     with pytest.raises(UnsupportedError, match="PyTorch is not installed"):
-        install(replace=True)
+        install(force=True)
 
 
 # bert_padding ---------------------------------------------------------------------------------------------------------

@@ -1,13 +1,18 @@
-"""`install()` and `uninstall()`: entries of `sys.modules` under flash-attn's names, and nothing else of the process."""
+"""`install()` and `uninstall()`: entries of `sys.modules` under flash-attn's names, and a distribution for
+`importlib.metadata`; nothing else of the process."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.abc
 import importlib.util
+import re
 import sys
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from importlib import metadata
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -76,26 +81,25 @@ _placed: dict[str, ModuleType] = {}  # our entries of sys.modules; empty where n
 _hidden: dict[str, Any] = {}  # the entries under flash-attn's names that were there before
 
 
-def install(*, replace: bool = False) -> AbstractContextManager[Any]:
+def install(*, force: bool = False) -> AbstractContextManager[Any]:
     """Make `import flash_attn`, and the import of its submodules, find cuflash's functions. Imports PyTorch.
 
     Until `uninstall()`, or as a context manager until the block ends. A second call changes nothing, and neither does
     the end of its block. Names that other code imported stay with that code.
 
-    `flash_attn.__version__` is "2.8.3", and `importlib.util.find_spec("flash_attn")` finds it. `importlib.metadata`
-    lists what pip installed, and is left alone: a library that asks it for flash-attn's version gets
-    PackageNotFoundError, and takes flash-attn for missing.
+    `flash_attn.__version__` is "2.8.3"; `importlib.util.find_spec("flash_attn")` finds the module, and
+    `importlib.metadata.version("flash_attn")` answers the same version.
 
-    Raises `ArgumentError` where another flash_attn is installed or imported, unless `replace` is True: that one is then
+    Raises `ArgumentError` where another flash_attn is installed or imported, unless `force` is True: that one is then
     hidden until `uninstall()`. Raises `UnsupportedError` without PyTorch.
     """
-    if not isinstance(replace, bool):
-        raise ArgumentError(f"replace={replace!r} must be True or False: True hides another flash_attn")
+    if not isinstance(force, bool):
+        raise ArgumentError(f"force={force!r} must be True or False: True hides another flash_attn")
     if _placed:
         return nullcontext()
-    if not replace and (found := _another()):
+    if not force and (found := _another()):
         raise ArgumentError(
-            f"another flash_attn is {found}, which install() would hide: pass replace=True to hide it until "
+            f"another flash_attn is {found}, which install() would hide: pass force=True to hide it until "
             "uninstall(), or import cuflash's functions by their own names"
         )
     modules = _made()
@@ -105,16 +109,20 @@ def install(*, replace: bool = False) -> AbstractContextManager[Any]:
     sys.modules.update(modules)
     _hidden.update(before)
     _placed.update(modules)
+    sys.meta_path.insert(0, _DISTRIBUTIONS)
     until_exit = ExitStack()
     until_exit.callback(uninstall)
     return until_exit
 
 
 def uninstall() -> None:
-    """Undo `install()`: the entries of `sys.modules` under flash-attn's names are again what they were before it.
+    """Undo `install()`: the entries of `sys.modules` under flash-attn's names are again what they were before it, and
+    `importlib.metadata` lists again what pip installed.
 
     Does nothing where nothing is installed.
     """
+    if _DISTRIBUTIONS in sys.meta_path:
+        sys.meta_path.remove(_DISTRIBUTIONS)
     for name, module in _placed.items():
         if sys.modules.get(name) is module:
             del sys.modules[name]
@@ -162,6 +170,31 @@ def _made() -> dict[str, ModuleType]:
             setattr(made[parent], last, module)
         made[name] = module
     return made
+
+
+class _Distribution(metadata.Distribution):
+    """What `importlib.metadata` says of flash-attn while it is installed here: its name and version, and no files."""
+
+    def read_text(self, filename: str) -> str | None:
+        return f"Metadata-Version: 2.1\nName: {_ROOT}\nVersion: {VERSION}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        return Path(__file__).with_name(str(path))
+
+
+class _Distributions(metadata.DistributionFinder):
+    """Finds that one distribution, before those of the path; modules are found in `sys.modules`."""
+
+    def find_spec(self, *args: Any) -> None:
+        return None
+
+    def find_distributions(self, context: Any = None) -> Iterable[metadata.Distribution]:
+        asked = None if context is None else context.name
+        named = asked is None or re.sub(r"[-_.]+", "_", asked).lower() == _ROOT
+        return [_Distribution()] if named else []
+
+
+_DISTRIBUTIONS = _Distributions()
 
 
 class _Loader(importlib.abc.Loader):
