@@ -4,8 +4,10 @@ start."""
 from importlib.util import find_spec
 
 _MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
+_ON_TORCH = ("bert_padding", "interface", "mha", "rotary", "tensors")
 collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
 if find_spec("torch") is None:
+    collect_ignore += [f"cuflash/integrations/flash_attn/{name}.py" for name in _ON_TORCH]
     collect_ignore += ["notebooks/05_training.ipynb", "notebooks/06_inference.ipynb"]
 collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own
 collect_ignore_glob = ["notebooks/*.py"]  # the notebooks once more, which looking for doctests would run
