@@ -101,7 +101,7 @@ HW_DEVICE void for_each_page(const Params& p, i32 sequence, i32 begin, i32 keys,
 }
 
 // By a warp, of such a tile every row on its own, by cp.async (the caller commits and waits), into chunks of kRows rows
-// (tile/descriptor.cuh). source: page 0's row 0; row_bytes: of a row, at most kHeadDim elements. Rows behind the last key
+// (tile/descriptor.cuh). source: page 0's row 0; row_bytes: of a row, a multiple of 16, at most kHeadDim elements. Rows behind the last key
 // become zeros. NOTE: unrolled, it needs more registers than its warp has in forward_sm90.cu, and where that warp spills the
 // compiler finds other registers for the consumers, too, who then spill as well.
 template <class Chunk, i32 kHeadDim, i32 kRows, class Params>
@@ -125,7 +125,7 @@ HW_DEVICE void gather_rows(const Params& p, i32 sequence, u32 to, const u8* sour
       for (i32 chunk = 0; chunk < kHeadDim / Chunk::kElements; ++chunk) {
         const i32 left = found < 0 ? 0 : row_bytes - chunk * Chunk::kBytes - unit * 16;
         hw::cp_async_16(to + static_cast<u32>(chunk * kRows * Chunk::kBytes) + Chunk::unit_at(first + own, unit),
-                        from + chunk * Chunk::kBytes, max_of(0, min_of(left, 16)));
+                        from + chunk * Chunk::kBytes, left > 0 ? 16 : 0);
       }
     }
   }

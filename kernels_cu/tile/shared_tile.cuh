@@ -96,8 +96,8 @@ HW_DEVICE u32x4 read_unit(const u8* from, i32 left) {
 }
 
 // Copies tiles of kRows rows from global memory: one thread's share of it, its place worked out once. Rows past the end
-// and bytes past a row's end become zeros and are not read. kLoadBytes is what source and stride are aligned to: 16 and 4
-// go by cp.async (the caller commits and waits), 2 through registers. kRolled: a row's units one after the other, which
+// and bytes past a row's end become zeros and are not read. kLoadBytes divides source, stride and the bytes of a row: 16 and
+// 4 go by cp.async (the caller commits and waits), 2 through registers. kRolled: a row's units one after the other, which
 // takes fewer registers.
 template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes, bool kRolled = false>
 struct RowLoader {
@@ -153,10 +153,11 @@ struct RowLoader {
 
   HW_DEVICE static void copy_unit(u32 to, const u8* from, i32 left) {
     if constexpr (kLoadBytes == 16) {
-      hw::cp_async_16(to, from, max_of(0, min_of(left, 16)));
+      // NOTE: all or nothing. How many bytes, where it were any number, would have the source's address worked out anew.
+      hw::cp_async_16(to, from, left > 0 ? 16 : 0);
     } else if constexpr (kLoadBytes == 4) {
       HW_UNROLL
-      for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, max_of(0, min_of(left - 4 * i, 4)));
+      for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, left > 4 * i ? 4 : 0);
     } else {
       hw::store_shared(to, read_unit<kLoadBytes>(from, left));
     }

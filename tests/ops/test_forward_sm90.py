@@ -114,7 +114,7 @@ def test_which_calls_it_does_not_take():
         assert cuflash.explain(q, q, q).kernel == "forward_sm90"
         calls: tuple[tuple[np.ndarray, dict[str, Any], str], ...] = (
             (wide, {}, "float32"),
-            (odd, {}, "multiples of 16 bytes"),
+            (odd, {}, "rows that are multiples of 16 bytes"),
             (np.broadcast_to(q[:, :1], q.shape), {}, "not positive"),
             (q, {"kernel_options": {"kernel": "sm_80"}}, "kernel_options"),
         )
