@@ -1116,9 +1116,7 @@ def _problem_strides(strides: tuple[int, ...], packed: bool) -> tuple[int, int, 
     return (0, strides[0], strides[1]) if packed else (strides[0], strides[1], strides[2])
 
 
-def _load_bytes(
-    alignment: int, itemsize: int, strides: Sequence[tuple[int, ...]], head_dims: Sequence[int]
-) -> int:
+def _load_bytes(alignment: int, itemsize: int, strides: Sequence[tuple[int, ...]], head_dims: Sequence[int]) -> int:
     """The widest load, 16, 4 or 2 bytes, that every row of every array is aligned to, and a whole number of.
 
     `alignment` has the low bits of the pointers or-ed together; `strides` and `head_dims` are in elements.

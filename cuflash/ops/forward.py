@@ -435,6 +435,7 @@ def kernel_spec(variant: ForwardVariant | ForwardSm90Variant) -> module.KernelSp
             variant=variant,
             threads=32 * variant.tile.warps,
             smem_bytes=variant.smem_bytes,
+            registers=(variant.registers[0],) + (variant.registers[1],) * (variant.tile.warps // 4 - 1),
         )
     return module.KernelSpec(
         source="forward_sm80.cu",

@@ -20,7 +20,7 @@ from needs import needs_nvrtc
 
 import cuflash
 from cuflash import arch, dtypes, mods
-from cuflash.errors import EmulatorError
+from cuflash.errors import CompileError, EmulatorError
 from cuflash.jit import module, sass, source
 from cuflash.jit.source import Edit
 from cuflash.ops import forward
@@ -575,6 +575,20 @@ def test_machine_code_with_mods(d, what):
         assert forward.predicted(variant, loop).tensor_use >= GATES[d, d][3] / 100
 
 
+@needs_nvrtc
+def test_a_kernel_that_begins_with_other_registers_is_refused():
+    """Where it is loaded: fewer than its warps share out, and the first block would wait for ever."""
+    spec = forward.kernel_spec(forward.choose_sm90_variant(dtypes.bfloat16, 64, 64))
+    assert spec.registers == (32, 160, 160, 160)
+    bounds = "HW_KERNEL(Variant::kThreads) cuflash_forward_sm90("
+    fewer = dataclasses.replace(spec, edits=(Edit(KERNEL, bounds, bounds.replace("Variant::kThreads", "640")),))
+    with pytest.raises(CompileError, match=r"begins with \d+ registers.* 32 \+ 160 \+ 160 \+ 160 = 512: it would hang"):
+        module.load(fewer, TARGET, "cuda", 0)
+    for registers in ((32, 168, 168, 168), (136, 136), (96, 120)):
+        with pytest.raises(CompileError, match="begins with 128"):
+            module.load(dataclasses.replace(spec, registers=registers), TARGET, "cuda", 0)
+
+
 def test_every_tile_fits():
     for d in forward.HEAD_DIM_CLASSES:
         for d_v in forward.HEAD_DIM_CLASSES:
@@ -586,6 +600,7 @@ def test_every_tile_fits():
                 warpgroups = variant.tile.warps // 4
                 # What ptxas gives every thread at first is what the block has; in blocks of 8.
                 assert producer + (warpgroups - 1) * consumer <= warpgroups * (65536 // (128 * warpgroups) // 8 * 8)
+                assert forward.kernel_spec(variant).registers == (producer, *[consumer] * (warpgroups - 1))
 
 
 def test_alone_packed_or_dense_the_same_bits():

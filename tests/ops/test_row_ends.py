@@ -1,5 +1,5 @@
-"""Rows that are no whole number of 16 bytes, in arrays where each begins at a multiple of 16: what lies behind a row's end
-is NaN, and neither reaches a result nor is written."""
+"""Rows that are no whole number of 16 bytes, in arrays where each begins at a multiple of 16: what lies behind their
+ends is NaN, and neither reaches a result nor is written."""
 
 from __future__ import annotations
 
