@@ -143,10 +143,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
   // Q
   if (n >= first_k_tile) {
-    // NOTE: unrolled, float32 with head dim 192 spills on compute capability 10.0.
-    constexpr bool kRolled = Plan::QTile::kRowBytes >= 768;
-    const RowLoader<typename Plan::QTile, V::kBlockQ, Plan::kThreads, V::kLoadBytes, kRolled> q_loader(q_smem, q,
-                                                                                                       p.q_stride_row);
+    const RowLoader<typename Plan::QTile, V::kBlockQ, Plan::kThreads, V::kLoadBytes> q_loader(q_smem, q, p.q_stride_row);
     q_loader.load(q_first, seq.q_len, row_bytes, p.q_stride_row);
     k_loader.load(n * V::kBlockK, seq.k_len, row_bytes, p.k_stride_row);
     hw::cp_async_commit();
