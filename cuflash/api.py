@@ -1069,7 +1069,7 @@ def _plan(
         for name, steps in strides.items()
     }
     fields |= {
-        "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()]),
+        "load_bytes": _load_bytes(alignment, itemsize, [*strides.values()], [views[n].shape[-1] for n in "qv"]),
         "seqused_q": "seqused_q" in views,
         "seqused_k": "seqused_k" in views,
         "alibi": None if slopes is None else ("head" if slopes.ndim == 1 else "batch"),
@@ -1116,15 +1116,14 @@ def _problem_strides(strides: tuple[int, ...], packed: bool) -> tuple[int, int, 
     return (0, strides[0], strides[1]) if packed else (strides[0], strides[1], strides[2])
 
 
-def _load_bytes(alignment: int, itemsize: int, strides: Sequence[tuple[int, ...]]) -> int:
-    """The widest load, 16, 4 or 2 bytes, that every row of every array is aligned to.
+def _load_bytes(alignment: int, itemsize: int, strides: Sequence[tuple[int, ...]], head_dims: Sequence[int]) -> int:
+    """The widest load, 16, 4 or 2 bytes, that every row of every array is aligned to, and a whole number of.
 
-    `alignment` has the low bits of the pointers or-ed together.
+    `alignment` has the low bits of the pointers or-ed together; `strides` and `head_dims` are in elements.
     """
     bits = alignment
-    for steps in strides:
-        for step in steps[:-1]:
-            bits |= step * itemsize
+    for step in (*head_dims, *(step for steps in strides for step in steps[:-1])):
+        bits |= step * itemsize
     return 16 if bits % 16 == 0 else 4 if bits % 4 == 0 else 2
 
 
@@ -1384,8 +1383,8 @@ def _reasons(problem: Any) -> list[str]:
     width = problem.load_bytes
     if width < 16:
         reasons.append(
-            f"loads of {width} bytes: an address or stride of q, k, v or out is no multiple of 16; head dims that "
-            "are multiples of 8 (float32: 4) in contiguous arrays load faster"
+            f"loads of {width} bytes: an address, stride or row of q, k, v or out is no multiple of 16; head dims "
+            "that are multiples of 8 (float32: 4) in contiguous arrays load faster"
         )
     return reasons
 
@@ -1498,7 +1497,7 @@ def warmup(
         return
     element = _dtype_named(dtype)
     head_dim_v = head_dim_v or head_dim
-    load_bytes = _load_bytes(0, element.itemsize, [(head_dim, 1), (head_dim_v, 1)])
+    load_bytes = _load_bytes(0, element.itemsize, [], [head_dim, head_dim_v])
     rows, values = (head_dim, head_dim, head_dim), (head_dim_v, head_dim_v, head_dim_v)
     mods, wanted = _mods_of_features(features)
     fields = dict(

@@ -408,7 +408,9 @@ def _append_plan(views: Views, arch: Any, alignment: int, options: CacheOptions,
         head_dim=q.shape[-1],
         head_dim_v=v_cache.shape[-1],
         q_rotated_strides=api._problem_strides(contiguous, packed),
-        load_bytes=api._load_bytes(alignment, q.dtype.itemsize, [*strides, contiguous]),
+        load_bytes=api._load_bytes(
+            alignment, q.dtype.itemsize, [*strides, contiguous], [q.shape[-1], v_cache.shape[-1]]
+        ),
         page_size=k_cache.shape[1],
         max_pages=pages,
         page_table_stride=views["block_table"].strides[0] if "block_table" in views else 1,

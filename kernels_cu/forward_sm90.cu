@@ -526,8 +526,10 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   const auto rescale_out = [&](const float (&rescale)[S::kRows]) {
     o.for_each([&](float& x, i32 row, i32) { x *= rescale[row]; });
   };
-  // From q.k of the tile to its scores; -inf where masked.
+  // From q.k of the tile to its scores, -inf where masked; gives K's stage back as soon as nothing of it is read.
   const auto score_tile = [&](S& s, u32 word, u32 tile) {
+    // arrive   k empty -> the producer
+    if constexpr (M::kStagedK == 0) give_back(barriers.k_empty(barriers.stage(tile)));
     const i32 k_first = static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
     const auto center_of = [&](i32 i) { return diagonal - k_first + TileRow<V>(p, warp_row + S::row_of(i)).query; };
     const auto head_of = [&](i32 i) { return head * p.group_heads + TileRow<V>(p, warp_row + S::row_of(i)).head; };
@@ -547,8 +549,12 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
         mask_scores_of(s, center_of, p.window_left, p.window_right, seq.k_len - k_first);
       }
     }
-    // All lanes have read the terms when one of them says so. (That they have read the word its shuffle sees to.)
-    if constexpr (M::kStagedK > 0) hw::sync_warp();
+    if constexpr (M::kStagedK > 0) {
+      // All lanes have read the terms when one of them says so. (That they have read the word its shuffle sees to.)
+      hw::sync_warp();
+      // arrive   k empty -> the producer
+      give_back(barriers.k_empty(barriers.stage(tile)));
+    }
   };
   const auto drop = [&](S& s, u32 word) {
     if constexpr (V::kDropout) {
@@ -569,9 +575,8 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::wgmma_fence();
       issue_scores(s, tile);
       hw::wgmma_wait<0>();
+      hw::wgmma_pin(accumulators(s));
       score_tile(s, word, tile);
-      // arrive   k empty -> the producer
-      give_back(barriers.k_empty(barriers.stage(tile)));
       softmax.weigh(s, rescale);
       drop(s, word);
       weights.round(s);
@@ -602,20 +607,22 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       if constexpr (kRescaleUnderS) rescale_out(rescale);
       // wait   v full <- the producer
       hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));
+      hw::wgmma_pin(accumulators(o));
+      hw::wgmma_pin(weights.x);
       hw::wgmma_fence();
       issue_out(weights, before);
       // arrive   turn -> the warpgroup after
       if constexpr (V::kTurns) hw::named_arrive(2 + (consumer + 1) % Plan::kConsumers, 256);
       hw::wgmma_wait<1>();
+      hw::wgmma_pin(accumulators(s));
       score_tile(s, word, tile);
-      // arrive   k empty -> the producer
-      give_back(barriers.k_empty(barriers.stage(tile)));
       softmax.weigh(s, rescale);
       drop(s, word);
       // NOTE: the compiler would move the softmax behind the wait below, where no product runs any more. It does not move
       // a store to shared memory, and the sums need all weights.
       hw::store_shared(smem + static_cast<u32>(Plan::kPins + 8 * warp_row + 4 * lane), softmax.sum[0] + softmax.sum[1]);
       hw::wgmma_wait<0>();
+      hw::wgmma_pin(accumulators(o));
       // arrive   v empty -> the producer
       give_back(barriers.v_empty(barriers.stage(before)));
       weights.round(s);
@@ -626,9 +633,12 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
     if constexpr (kRescaleUnderS) rescale_out(rescale);
     // wait   v full <- the producer
     hw::mbarrier_wait(barriers.v_full(barriers.stage(tile)), barriers.parity(tile));
+    hw::wgmma_pin(accumulators(o));
+    hw::wgmma_pin(weights.x);
     hw::wgmma_fence();
     issue_out(weights, tile);
     hw::wgmma_wait<0>();
+    hw::wgmma_pin(accumulators(o));
     // arrive   v empty -> the producer
     give_back(barriers.v_empty(barriers.stage(tile)));
     progress.k_tiles = tile + 1;
@@ -653,13 +663,26 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   return true;
 }
 
+// The tensor maps that its copies will use; where rows of pages are gathered there are none of k and v.
+template <class V>
+HW_DEVICE void prefetch_maps(const ForwardSm90Params& p) {
+  hw::prefetch_tensor_map(p.q_map);
+  if (!V::kPaged || p.page_rows > 0) {
+    hw::prefetch_tensor_map(p.k_map);
+    hw::prefetch_tensor_map(p.v_map);
+  }
+}
+
 // All of a block's tiles, in its roles.
 template <class V>
 HW_DEVICE void compute_tiles(const ForwardSm90Params& p) {
   using Plan = ForwardPlan<V>;
   const u32 smem = hw::smem_base();
   const i32 warpgroup = hw::shfl(hw::warp_idx() / 4, 0);
-  if (hw::thread_idx() == 0) Barriers<V>(smem).template init<Mods>();
+  if (hw::thread_idx() == 0) {
+    prefetch_maps<V>(p);
+    Barriers<V>(smem).template init<Mods>();
+  }
   if constexpr (Plan::kSharesTiles) clear_rows_of_none<V>(p, smem);
   // sync   barriers made <-> all warps, of the cluster too
   if constexpr (V::kCluster == 1) {

@@ -131,19 +131,22 @@ def test_loads_are_as_wide_as_the_addresses_allow(offset, load_bytes, rng):
 
 
 @pytest.mark.parametrize(
-    "dtype, itemsize, strides, expected",
+    "dtype, itemsize, strides, head_dim, expected",
     [
-        ("float16", 2, (8, 64, 1), 16),
-        ("float16", 2, (8, 20, 1), 4),
-        ("float16", 2, (0, 7, 1), 2),
-        ("float32", 4, (0, 7, 1), 4),
-        ("float32", 4, (4, 8, 1), 16),
-        ("bfloat16", 2, (66, 2, 1), 4),
+        ("float16", 2, (8, 64, 1), 64, 16),
+        ("float16", 2, (8, 20, 1), 64, 4),
+        ("float16", 2, (0, 7, 1), 64, 2),
+        ("float32", 4, (0, 7, 1), 64, 4),
+        ("float32", 4, (4, 8, 1), 64, 16),
+        ("bfloat16", 2, (66, 2, 1), 64, 4),
+        ("float16", 2, (8, 64, 1), 20, 4),  # a row ends inside of 16 bytes, though each begins at a multiple
+        ("float16", 2, (8, 64, 1), 9, 2),
+        ("float32", 4, (4, 64, 1), 21, 4),
     ],
 )
-def test_load_width_of_strides(dtype, itemsize, strides, expected):
+def test_load_width_of_strides_and_rows(dtype, itemsize, strides, head_dim, expected):
     assert dtypes.BY_NAME[dtype].itemsize == itemsize
-    assert api._load_bytes(0, itemsize, [(64, 64, 1), strides]) == expected
+    assert api._load_bytes(0, itemsize, [(64, 64, 1), strides], [64, head_dim]) == expected
 
 
 def test_params_name_every_stride_and_number(rng):

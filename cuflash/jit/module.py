@@ -41,6 +41,7 @@ class KernelSpec:
     threads     of a block
     smem_bytes  dynamic shared memory of a block
     edits       changes to the text, see `source.Edit`
+    registers   a thread of each warpgroup takes for itself (setmaxnreg), one number for each; () where none does
     """
 
     source: str
@@ -50,11 +51,12 @@ class KernelSpec:
     threads: int
     smem_bytes: int
     edits: tuple[source.Edit, ...] = ()
+    registers: tuple[int, ...] = ()
 
     @functools.cached_property
     def _hash(self) -> int:
         parts = (self.source, self.entry, self.params, self.variant, self.threads, self.smem_bytes, self.edits)
-        return hash(parts)
+        return hash((*parts, self.registers))
 
     def __hash__(self) -> int:
         return self._hash  # asked for at every launch, and slow to find
@@ -122,7 +124,8 @@ class Compiled:
 def compile(spec: KernelSpec, arch: Arch) -> Compiled:
     """The cubin of a spec, from the cache or compiled. Needs NVRTC, but neither a GPU nor a driver.
 
-    Raises CompileError if the text does not compile, or asks a block for more shared memory than `arch` has.
+    Raises CompileError if the text does not compile, or asks a block for more shared memory than `arch` has, or begins
+    with fewer registers than its warps share out among them.
     """
     start = time.perf_counter()
     text = spec.text("cuda")
@@ -144,9 +147,25 @@ def compile(spec: KernelSpec, arch: Arch) -> Compiled:
             f"{spec.name} asks for {asked} bytes of shared memory a block, {arch} has {arch.smem_bytes}: "
             "smaller tiles or fewer stages"
         )
+    _require_registers(spec, compiled.resources.registers)
     _dump(spec, arch.name, key, text, cubin.data)
     _tell(spec, arch.name, start, cached=not entry.built)
     return compiled
+
+
+def _require_registers(spec: KernelSpec, used: int) -> None:
+    """A block has as many registers as it begins with, `used` a thread: warps that take more than others have given up
+    wait for ever. What a warpgroup begins with is less than it takes, or more than it keeps."""
+    if not spec.registers:
+        return
+    begins = -(-used // 8) * 8  # they come eight a thread
+    has, takes = begins * len(spec.registers), sum(spec.registers)
+    if has < takes or not min(spec.registers) <= begins <= max(spec.registers):
+        raise CompileError(
+            f"{spec.name} begins with {begins} registers a thread, {has} for its {len(spec.registers)} warpgroups, "
+            f"which take {' + '.join(map(str, spec.registers))} = {takes}: it would hang. That is this NVRTC's doing: "
+            "install another (pip install -U nvidia-cuda-nvrtc), or pass kernel_options={'kernel': 'sm_80'}"
+        )
 
 
 def _compile_emulated(spec: KernelSpec) -> tuple[Path, str]:

@@ -7,7 +7,8 @@ kernels and tiles by and to see what binds them, not a measurement. No GPU is as
 
 Two things are computed. Totals: what the instructions of a tile take of each unit, at the rates below. And a simulation
 of one of the four sub-partitions, where one warp of each consumer warpgroup goes round the loop: who issues when, who
-waits for whose turn, which products are under way. The tensor cores are never busier than either allows.
+waits for whose turn, which products are under way; the mean over several distances between their starts. The tensor
+cores are never busier than either allows.
 
 Left out: that loads come late, the L2 cache, the clock falling under load, and masked tiles. Published kernels of this
 kind reach 0.8 to 0.9 of the bound at head dims up to 128, and about all of it at 256.
@@ -15,7 +16,9 @@ kind reach 0.8 to 0.9 of the bound at head dims up to 128, and about all of it a
 
 from __future__ import annotations
 
+import math
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +41,9 @@ _BEGINNINGS = {
 # Whose first operand is not a register that they write.
 _WRITE_NOTHING = ("STS", "BAR", "SYNCS", "BRA", "ISETP", "FSETP", "PLOP", "R2UR", "STG", "STSM", "FENCE")
 _REGISTER = re.compile(r"\bR(\d+)\b")
-_ROUNDS, _SETTLED, _SKEW = 30, 10, 200  # trips round the loop; those not counted; clocks between starts
+_ROUNDS, _SETTLED = 20, 8  # trips round the loop; those not counted
+# Clocks between two warps' starts. Who is first where both want the same is chance, and may stay so: hence several.
+_SKEWS = range(200, 2001, 300)
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ def predict(path: Sequence[str], *, consumers: int, copied_bytes: int) -> TileTi
         mufu=float(consumers * PIPES["mufu"][0] * sum(s.kind == "mufu" for s in steps)),
         shared=(consumers * sum(s.shared_bytes for s in steps) + copied_bytes) / SHARED_BYTES,
         issue=consumers * len(steps),
-        simulated=_simulate(steps, consumers),
+        simulated=statistics.fmean(_simulate(steps, consumers, skew) for skew in _SKEWS),
     )
 
 
@@ -123,8 +128,9 @@ def _step(instruction: str) -> _Step:
     return _Step(kind, sum(registers[first:], ()), sum(registers[:first], ()))
 
 
-def _simulate(steps: Sequence[_Step], consumers: int) -> float:
-    """Clocks in which each warp goes round the loop once, on average, when it has settled.
+def _simulate(steps: Sequence[_Step], consumers: int, skew: int) -> float:
+    """Clocks in which each warp goes round the loop once, on average, when it has settled. Each starts `skew` clocks
+    behind the one before.
 
     Each clock one warp issues one instruction: the one that issued last if it can, else the next that can.
     """
@@ -141,7 +147,7 @@ def _simulate(steps: Sequence[_Step], consumers: int) -> float:
     def when(w: int) -> float:
         """The clock from which on warp w can issue, as far as it depends on no other warp's turn."""
         step = steps[at[w]]
-        start = float(w * _SKEW)
+        start = float(w * skew)
         if step.kind == "product":
             under_way = [q for q in queue if q > now]
             return max(start, under_way[-QUEUE]) if len(under_way) >= QUEUE else start
@@ -155,10 +161,10 @@ def _simulate(steps: Sequence[_Step], consumers: int) -> float:
         return max([start, free[step.kind], *(ready[w][r] for r in (*step.reads, *step.writes))])
 
     while len(marks) < _ROUNDS:
-        times = {w: when(w) for w in ((latest + j) % consumers for j in range(consumers))}
-        w = next((w for w, t in times.items() if t <= now), None)
+        order = [(latest + j) % consumers for j in range(consumers)]
+        w = next((w for w in order if when(w) <= now), None)
         if w is None:
-            now = float(-(-min(times.values()) // 1))
+            now = float(math.ceil(min(map(when, order))))
             continue
         step, latest = steps[at[w]], w
         if step.kind == "product":

@@ -25,7 +25,7 @@ class AppendProblem:
     new_rows, q_rows  dense: of every sequence; packed: in all. new_rows 0: nothing is appended
     page_size    of the cache, [pages, page_size, heads_kv, d]; of one in one piece the room of a sequence
     max_pages    entries of a sequence in page_table, int32 [batch, max_pages]; 1 where page b is sequence b's
-    load_bytes   16, 4 or 2: what bases and strides of all arrays are aligned to
+    load_bytes   16, 4 or 2: what divides bases, strides and rows of all arrays
     rotary_dim   0: nothing is rotated, and there is no q
     advance      whether query i is rotated to its sequence's start + i, or all to the start
     tables       dtype of cos and sin; their strides count elements, from row to row

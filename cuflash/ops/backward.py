@@ -40,7 +40,7 @@ from .forward import Strides
 class BackwardProblem:
     """A backward call without its pointers: the fields of `ForwardProblem`, and those of the gradients.
 
-    load_bytes       16, 4 or 2: what bases and strides of q, k, v, out, dout, dq, dk and dv are all aligned to
+    load_bytes       16, 4 or 2: what divides bases, strides and rows of q, k, v, out, dout, dq, dk and dv, all of them
     dlse             the gradient of lse is given (contiguous, as lse itself)
     dsink, dslopes   are wanted
     dcaptured        (slot, size) of the captured arrays whose gradients are
@@ -110,7 +110,7 @@ TILES: dict[tuple[int, int], Tile] = {
     (4, 192): Tile(32, 16, 2, slices=2),  # 84 KB and 4
     (4, 256): Tile(16, 16, 1, slices=4),  # 80 KB and 2
 }
-# The same where rows are not aligned to 16 bytes and these would spill.
+# The same where loads are narrower than 16 bytes and these would spill.
 NARROW_TILES: dict[tuple[int, int], Tile] = {
     (2, 128): Tile(128, 16, 8),  # 76 KB and 8; 128 x 32 spills on compute capability 10.0
     (2, 256): Tile(64, 16, 4, slices=4),  # 88 KB and 4; two slices spill there with NVRTC 13.0

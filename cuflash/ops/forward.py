@@ -62,7 +62,7 @@ class ForwardProblem:
     num_pages        of k and v
     max_pages        entries of a sequence in page_table, int32 [batch, max_pages]
     page_table_stride  elements from one sequence's entries to the next's
-    load_bytes       16, 4 or 2: what bases and strides of q, k, v and out are all aligned to
+    load_bytes       16, 4 or 2: what divides bases, strides and rows of q, k, v and out, all of them
     window           (left, right) keys visible on either side of the diagonal, -1: all; causal is right <= 0
     alibi            None, "head" (slopes [heads_q]) or "batch" ([batch, heads_q]), contiguous
     sink             None, "float32" or "element" (the dtype of q), contiguous
@@ -142,7 +142,7 @@ TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
 DROPOUT_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (2, 192): both(Tile(128, 32, 8)),  # 72 KB; 128 x 64 spills on compute capability 10.0
 }
-# The same where rows are not aligned to 16 bytes.
+# The same where loads are narrower than 16 bytes.
 NARROW_TILES: dict[tuple[int, int], tuple[Tile, Tile]] = {
     (4, 256): both(Tile(32, 16, 2)),  # 64 KB; 64 x 16 spills on compute capability 12.0
 }
@@ -329,7 +329,7 @@ def why_not_sm90(p: ForwardProblem, arch: Arch) -> str:
     if p.dtype.itemsize != 2:
         return f"wgmma does not multiply {p.dtype.name} to its accuracy"
     if p.load_bytes < 16:
-        return "tensor copies want bases and strides that are multiples of 16 bytes"
+        return "tensor copies want bases, strides and rows that are multiples of 16 bytes"
     for name in ("q",) if p.page_size else ("q", "k", "v"):
         stride = unfit_stride(p, name)
         if stride is not None:
@@ -435,6 +435,7 @@ def kernel_spec(variant: ForwardVariant | ForwardSm90Variant) -> module.KernelSp
             variant=variant,
             threads=32 * variant.tile.warps,
             smem_bytes=variant.smem_bytes,
+            registers=(variant.registers[0],) + (variant.registers[1],) * (variant.tile.warps // 4 - 1),
         )
     return module.KernelSpec(
         source="forward_sm80.cu",

@@ -21,13 +21,15 @@ HW_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// One arrival at the mbarrier that has this address in the block of that rank.
+// One arrival at the mbarrier that has this address in the block of that rank. Behind it lie the thread's reads: memory
+// that it has read may be filled again. What it has written, the other block need not see.
+// NOTE: with .release.cluster, under which it would, the compiler makes all memory wait (MEMBAR.ALL.GPU).
 HW_DEVICE void mbarrier_arrive_at(u32 mbarrier, i32 rank) {
   asm volatile(
       "{\n"
       ".reg .b32 there;\n"
       "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
       "}" ::"r"(mbarrier),
       "r"(rank)
       : "memory");

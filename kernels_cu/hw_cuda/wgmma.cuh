@@ -1,10 +1,12 @@
 // Matrix products of a warpgroup: wgmma, m64nNk16 of 16-bit floats, summed in float32. Compute capability 9.0a.
 // All four warps come, converged. (PTX ISA, "wgmma.mma_async")
 //
+//   hw::wgmma_pin(d);                                             // where the products add to it
 //   hw::wgmma_fence();                                            // accumulators and registers are ready
 //   hw::wgmma_ss<Element, hw::Major::kK, hw::Major::kK>(d, a, b, false);   // d = a b, and more of them
 //   hw::wgmma_commit();                                           // they are a group
-//   hw::wgmma_wait<0>();                                          // d may be used, the operands' memory overwritten
+//   hw::wgmma_wait<0>();                                          // the operands' memory may be overwritten
+//   hw::wgmma_pin(d);                                             // d may be used
 //
 // d: the 64 x N accumulators, N / 2 a thread, N = 8, 16, ... 256; thread 32 w + 4 g + t of the warpgroup holds
 //   d[4 j], d[4 j + 1] = D[16 w + g][8 j + 2 t], D[..][8 j + 2 t + 1]    d[4 j + 2], d[4 j + 3] = the same of row + 8
@@ -80,7 +82,22 @@ HW_DEVICE u64 wgmma_descriptor(u32 low, u32 high) {
   return descriptor;
 }
 
-// Before the first product, and after threads have touched accumulators or registers that a product then uses.
+// Of registers that threads touch before a wgmma_fence and a product uses behind it, or behind a wgmma_wait after a product:
+// what stands before this in the text is done before it, what stands behind it after it. Fence and wait alone order
+// memory; the compiler may move arithmetic across them. It is no instruction.
+template <i32 kCount>
+HW_DEVICE void wgmma_pin(float (&registers)[kCount]) {
+  HW_UNROLL
+  for (i32 i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <i32 kRows, i32 kCount>
+HW_DEVICE void wgmma_pin(u32 (&registers)[kRows][kCount]) {
+  HW_UNROLL
+  for (i32 i = 0; i < kRows * kCount; ++i) asm volatile("" : "+r"(registers[i / kCount][i % kCount])::"memory");
+}
+
+// Before the first product, and after threads have touched accumulators or registers that a product then uses, which
+// they pin (wgmma_pin).
 HW_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 // Closes a group: all products since the last commit.

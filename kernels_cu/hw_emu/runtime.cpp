@@ -131,7 +131,7 @@ struct CuflashEmuResult {
 };
 }
 
-// From one block's shared memory in a cluster to the next one's.
+// From one block's shared memory in a cluster to the next one's, in Block::memory. (Addresses differ by kClusterStride.)
 u32 shared_stride(const CuflashEmuLaunch& launch) { return (launch.smem_bytes + 1023) & ~1023u; }
 
 // ---- Shared memory's shadow ----
@@ -190,6 +190,7 @@ struct Fiber : emu::Thread {
   Warp* warp;
   Block* block;
   u32 lane;
+  u32 base;          // of its block's shared memory in Block::memory
   Site site;         // of the barrier it waits at, or of its fault
   const char* what;  // the instruction there
   CopyQueue copies;
@@ -840,13 +841,13 @@ std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at sha
                                           address - f->shared, size));
 }
 
-// The offset of a checked address.
+// The offset in Block::memory of a checked address.
 ALWAYS_INLINE u32 shared_offset(Fiber* f, u32 address, u32 bytes, const char* what, Site site) {
   const u32 offset = address - f->shared;
   const u32 size = f->block->launch->smem_bytes;
   if (UNLIKELY(address % bytes != 0 || offset >= size || size - offset < bytes))
     fail_shared_address(f, address, bytes, what, site);
-  return address - emu::kSharedBase;
+  return f->base + offset;
 }
 
 ALWAYS_INLINE int16_t tag_of(const Fiber* f) {
@@ -1315,7 +1316,8 @@ void run_block(Arena* arena, u64 linear) {
     f->index = i;
     f->rank = i / launch.threads;
     f->first = f->rank * launch.threads;
-    f->shared = emu::kSharedBase + static_cast<u32>(f->rank) * shared_stride(launch);
+    f->shared = emu::kSharedBase + static_cast<u32>(f->rank) * emu::kClusterStride;
+    f->base = static_cast<u32>(f->rank) * shared_stride(launch);
     memcpy(f->block_idx, b->index, sizeof(f->block_idx));
     f->block_idx[0] += f->rank;
     memcpy(f->grid_dim, launch.grid, sizeof(f->grid_dim));

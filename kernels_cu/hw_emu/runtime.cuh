@@ -40,8 +40,9 @@ inline __attribute__((always_inline)) Thread* this_thread() {
   return reinterpret_cast<Thread*>((here & ~(kStackBytes - 1)) + (here / kStackBytes % kColours) * kColourBytes);
 }
 
-// The first address of dynamic shared memory. Not 0, so that an address nobody set is caught.
-constexpr u32 kSharedBase = 1024;
+// The first address of dynamic shared memory, and how far from it that of the next block in a cluster is: as on the
+// hardware, where an address has more bits in a cluster than a matrix descriptor has place for.
+constexpr u32 kSharedBase = 1024, kClusterStride = 1 << 24;
 
 // Flags of cuflash_emu_wgmma.
 constexpr u32 kWgmmaHalf = 1, kWgmmaFromRegisters = 2, kWgmmaTransposeA = 4, kWgmmaTransposeB = 8;

@@ -321,12 +321,16 @@ ALWAYS_INLINE u32 box_place(const MapBytes& map, u32 base, u32 byte) {
   return swizzled(emu::kSharedBase + base + byte, 1u << map.swizzle) - emu::kSharedBase;
 }
 
-void check_box_place(Fiber* f, const MapBytes& map, u32 address, const char* what, Site site) {
+// The offset in Block::memory of a box at this address of the thread's own block.
+u32 box_offset(Fiber* f, const MapBytes& map, u32 address, const char* what, Site site) {
   const u32 alignment = map.swizzle ? 128u << map.swizzle : 128u;
   if (UNLIKELY(address % alignment != 0))
     fail(f->block, format("misaligned: %s by ", what) + who(f) + " at " + place(site) +
                        format(": the shared address %u is no multiple of %u", address, alignment) +
                        (map.swizzle ? ", over which the pattern of the map's swizzle runs" : ""));
+  const u32 bytes = box_bytes(map), size = f->block->launch->smem_bytes, offset = address - f->shared;
+  if (UNLIKELY(offset >= size || size - offset < bytes)) fail_shared_address(f, address, bytes, what, site);
+  return f->base + offset;
 }
 
 void land_load(Block* b, Mbarrier* m, const TensorLoad& load) {
@@ -377,11 +381,9 @@ void load_to(Fiber* f, u32 destination, const MapBytes& map, u32 mbarrier, i32 t
                 ": the thread that made it must call fence_mbarrier_init before the barrier that orders them");
   TensorLoad load = {map, {}, 0, box_bytes(map), trace_of(b, site) | static_cast<u32>(f->index), true};
   memcpy(load.at, at, sizeof(load.at));
-  check_box_place(f, map, destination, "tma_load", site);
-  if (UNLIKELY(destination < f->shared || destination - f->shared + load.bytes > b->launch->smem_bytes))
-    fail_shared_address(f, destination, load.bytes, "tma_load", site);
   const i32 rank = to < 0 ? f->rank : to;
-  load.destination = destination - emu::kSharedBase + static_cast<u32>(rank - f->rank) * shared_stride(*b->launch);
+  load.destination = box_offset(f, map, destination, "tma_load", site) +
+                     static_cast<u32>(rank - f->rank) * shared_stride(*b->launch);
   note_lane(f, "tma_load", site, static_cast<i32>(m->offset), static_cast<i32>(m->completed), false,
             extent(b, map, load.at));
   clocked_check_write(f, load.destination, load.bytes, Use::kAsyncWrite, "tma_load", site);
@@ -526,7 +528,7 @@ struct Operand {
   u32 start, leading, stride, units;  // units: 16-byte units in a row of the swizzle, 1 for none
 };
 
-// A descriptor has 18 bits of an address, of the block's own shared memory, which begins at `shared`.
+// A descriptor has 18 bits of an address of the block's own shared memory, which begins at `shared`.
 Operand operand_of(u64 bits, u32 shared) {
   const u32 mode = static_cast<u32>(bits >> 62);  // 1: 128 bytes, 2: 64, 3: 32
   const u32 start = shared + (((static_cast<u32>(bits & 0x3fff) << 4) - shared) & 0x3ffff);
@@ -575,7 +577,7 @@ ALWAYS_INLINE void decode16(const u8* from, float* to) {
   *reinterpret_cast<f32x8*>(to) = Decode::value(__builtin_convertvector(halves, vu32x8));
 }
 
-const u8* unit_at(Block* b, u32 address) { return b->memory + (address - emu::kSharedBase); }
+const u8* unit_at(const Fiber* f, u32 address) { return f->block->memory + f->base + (address - f->shared); }
 
 // As many columns of c [16][n] as a vector has. (A template forgets a vector type's alignment: hence memcpy.)
 template <i32 kColumns>
@@ -595,8 +597,8 @@ ALWAYS_INLINE void multiply_columns(const float (&a)[16][16], const float (&b)[1
 // This warp's 16 rows of the product.
 template <class Decode>
 void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
-  const u32 shared = b->warp[warp].fibers[0]->shared;
-  const Operand oa = operand_of(p.a, shared), ob = operand_of(p.b, shared);
+  const Fiber* f = b->warp[warp].fibers[0];
+  const Operand oa = operand_of(p.a, f->shared), ob = operand_of(p.b, f->shared);
   const u32 n = static_cast<u32>(p.n), first = warp % 4 * 16;
   alignas(32) float a[16][16];
   alignas(32) float bk[16][256];
@@ -609,13 +611,13 @@ void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
   } else if (!p.a_transposed) {
     for (u32 r = 0; r < 16; r++)
       for (u32 j = 0; j < 2; j++) {
-        decode16<Decode>(unit_at(b, unit_address(oa, false, first + r, j)), &a[r][8 * j]);
+        decode16<Decode>(unit_at(f, unit_address(oa, false, first + r, j)), &a[r][8 * j]);
       }
   } else {
     for (u32 k = 0; k < 16; k++)
       for (u32 j = 0; j < 2; j++) {
         float row[8];
-        decode16<Decode>(unit_at(b, unit_address(oa, true, first / 8 + j, k)), row);
+        decode16<Decode>(unit_at(f, unit_address(oa, true, first / 8 + j, k)), row);
         for (u32 i = 0; i < 8; i++) a[8 * j + i][k] = row[i];
       }
   }
@@ -623,7 +625,7 @@ void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
     for (u32 col = 0; col < n; col += 8)
       for (u32 j = 0; j < 2; j++) {
         vu32x4 r[8];
-        for (u32 i = 0; i < 8; i++) memcpy(&r[i], unit_at(b, unit_address(ob, false, col + i, j)), 16);
+        for (u32 i = 0; i < 8; i++) memcpy(&r[i], unit_at(f, unit_address(ob, false, col + i, j)), 16);
         transpose4(r[0], r[1], r[2], r[3]);
         transpose4(r[4], r[5], r[6], r[7]);
         for (u32 i = 0; i < 4; i++) {
@@ -637,7 +639,7 @@ void multiply_product(Block* b, u32 warp, const Product& p, float* c) {
   } else {
     for (u32 k = 0; k < 16; k++)
       for (u32 i = 0; i < n / 8; i++) {
-        decode16<Decode>(unit_at(b, unit_address(ob, true, i, k)), &bk[k][8 * i]);
+        decode16<Decode>(unit_at(f, unit_address(ob, true, i, k)), &bk[k][8 * i]);
       }
   }
   if (!p.accumulate) memset(c, 0, 16 * n * sizeof(float));
@@ -984,10 +986,7 @@ void cuflash_emu_tma_store(const void* map_pointer, u32 source, i32 rank, const 
   BulkStores& bulk = b->sm90->bulk[static_cast<size_t>(f->index)];
   BulkStore store = {map, {}, 0, bulk.group, new_reads(f, "tma_store", site), site};
   for (i32 i = 0; i < rank; i++) store.at[i] = coordinates[i];
-  check_box_place(f, map, source, "tma_store", site);
-  store.source = source - emu::kSharedBase;
-  if (UNLIKELY(source < emu::kSharedBase || store.source + box_bytes(map) > b->launch->smem_bytes))
-    fail_shared_address(f, source, box_bytes(map), "tma_store", site);
+  store.source = box_offset(f, map, source, "tma_store", site);
   count_tensor(f, map, store.at, true, "tma_store", site);
   note_lane(f, "tma_store", site, -1, static_cast<i32>(bulk.group), false, extent(b, map, store.at));
   const u32 row_bytes = map.box[0] * map.element_bytes;

@@ -12,6 +12,11 @@ enum class Major { kK, kMn };
 
 HW_DEVICE u64 wgmma_descriptor(u32 low, u32 high) { return static_cast<u64>(high) << 32 | low; }
 
+template <i32 kCount>
+HW_DEVICE void wgmma_pin(float (&registers)[kCount]) {}
+template <i32 kRows, i32 kCount>
+HW_DEVICE void wgmma_pin(u32 (&registers)[kRows][kCount]) {}
+
 HW_DEVICE void wgmma_fence(Site site = Site::here()) { cuflash_emu_wgmma_fence(site); }
 
 HW_DEVICE void wgmma_commit(Site site = Site::here()) { cuflash_emu_wgmma_commit(site); }

@@ -38,9 +38,9 @@ HW_DEVICE i32 row_in_page(const Params& p, i32 slot) {
 
 // A RowLoader whose rows are found by the page table of one sequence; `load` is called alike. What is not a thread's own
 // stays in the params, which cost no register.
-template <class Params, class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes>
+template <class Params, class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes, bool kWhole>
 struct PagedRowLoader {
-  using Rows = RowLoader<Tile, kRows, kThreads, kLoadBytes>;
+  using Rows = RowLoader<Tile, kRows, kThreads, kLoadBytes, false, kWhole>;
   static constexpr i32 kSteps = kRows / Rows::kRowStep;
   static_assert(Rows::kRowStep % 8 == 0, "a thread's rows have the same key");
 
@@ -101,7 +101,7 @@ HW_DEVICE void for_each_page(const Params& p, i32 sequence, i32 begin, i32 keys,
 }
 
 // By a warp, of such a tile every row on its own, by cp.async (the caller commits and waits), into chunks of kRows rows
-// (tile/descriptor.cuh). source: page 0's row 0; row_bytes: of a row, at most kHeadDim elements. Rows behind the last key
+// (tile/descriptor.cuh). source: page 0's row 0; row_bytes: of a row, a multiple of 16, at most kHeadDim elements. Rows behind the last key
 // become zeros. NOTE: unrolled, it needs more registers than its warp has in forward_sm90.cu, and where that warp spills the
 // compiler finds other registers for the consumers, too, who then spill as well.
 template <class Chunk, i32 kHeadDim, i32 kRows, class Params>
@@ -125,7 +125,7 @@ HW_DEVICE void gather_rows(const Params& p, i32 sequence, u32 to, const u8* sour
       for (i32 chunk = 0; chunk < kHeadDim / Chunk::kElements; ++chunk) {
         const i32 left = found < 0 ? 0 : row_bytes - chunk * Chunk::kBytes - unit * 16;
         hw::cp_async_16(to + static_cast<u32>(chunk * kRows * Chunk::kBytes) + Chunk::unit_at(first + own, unit),
-                        from + chunk * Chunk::kBytes, max_of(0, min_of(left, 16)));
+                        from + chunk * Chunk::kBytes, left > 0 ? 16 : 0);
       }
     }
   }
@@ -137,10 +137,12 @@ template <class V, class Tile, bool kRolled = false, class Params>
 HW_DEVICE auto key_loader(const Params& p, const Sequence& seq, i32 sequence, u32 tile, const void* array,
                           i64 stride_batch, i64 stride_row, i64 head_offset) {
   const u8* head = static_cast<const u8*>(array) + head_offset;
+  constexpr bool kWhole = Tile::kRowBytes < 768;  // wider tiles spill on compute capability 10.0
   if constexpr (V::kPaged) {
-    return PagedRowLoader<Params, Tile, V::kBlockK, V::kThreads, V::kLoadBytes>(p, sequence, tile, head, stride_batch);
+    return PagedRowLoader<Params, Tile, V::kBlockK, V::kThreads, V::kLoadBytes, kWhole>(p, sequence, tile, head,
+                                                                                                stride_batch);
   } else {
-    return RowLoader<Tile, V::kBlockK, V::kThreads, V::kLoadBytes, kRolled>(
+    return RowLoader<Tile, V::kBlockK, V::kThreads, V::kLoadBytes, kRolled, kWhole>(
         tile, at_row(head, seq, stride_batch, seq.k_begin, stride_row), stride_row);
   }
 }

@@ -96,10 +96,11 @@ HW_DEVICE u32x4 read_unit(const u8* from, i32 left) {
 }
 
 // Copies tiles of kRows rows from global memory: one thread's share of it, its place worked out once. Rows past the end
-// and bytes past a row's end become zeros and are not read. kLoadBytes is what source and stride are aligned to: 16 and 4
-// go by cp.async (the caller commits and waits), 2 through registers. kRolled: a row's units one after the other, which
-// takes fewer registers.
-template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes, bool kRolled = false>
+// and bytes past a row's end become zeros and are not read. kLoadBytes divides source, stride and the bytes of a row: 16 and
+// 4 go by cp.async (the caller commits and waits), 2 through registers. kRolled: a row's units one after the other, which
+// takes fewer registers. kWhole: what is copied at once is there or not, not in part; the address then stands as it is, where
+// the compiler else works it out anew for each copy, but a few more registers are needed.
+template <class Tile, i32 kRows, i32 kThreads, i32 kLoadBytes, bool kRolled = false, bool kWhole = false>
 struct RowLoader {
   static constexpr i32 kGroup = Tile::kPeriod;  // threads that share a row
   static constexpr i32 kRowStep = min_of(kThreads / kGroup, kRows);  // where rows are few, threads are left over
@@ -151,12 +152,14 @@ struct RowLoader {
     return to ^ (Tile::key(first_row()) ^ Tile::key(first_row() + step * kRowStep)) << 4;
   }
 
+  HW_DEVICE static i32 bytes_of(i32 left, i32 all) { return kWhole ? (left > 0 ? all : 0) : max_of(0, min_of(left, all)); }
+
   HW_DEVICE static void copy_unit(u32 to, const u8* from, i32 left) {
     if constexpr (kLoadBytes == 16) {
-      hw::cp_async_16(to, from, max_of(0, min_of(left, 16)));
+      hw::cp_async_16(to, from, bytes_of(left, 16));
     } else if constexpr (kLoadBytes == 4) {
       HW_UNROLL
-      for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, max_of(0, min_of(left - 4 * i, 4)));
+      for (i32 i = 0; i < 4; ++i) hw::cp_async_4(to + 4 * i, from + 4 * i, bytes_of(left - 4 * i, 4));
     } else {
       hw::store_shared(to, read_unit<kLoadBytes>(from, left));
     }

@@ -1,7 +1,9 @@
-"""hw/cluster.cuh: two blocks that run together, copies to both, arrivals at each other's mbarriers."""
+"""hw/cluster.cuh: two blocks that run together, copies to both, arrivals at each other's mbarriers; what each does
+in its own memory, which begins at another address."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -10,6 +12,8 @@ from hw_toys import BACKENDS, aligned, at_aligned
 
 from cuflash import emulator
 from cuflash.errors import EmulatorError
+from cuflash.jit import module
+from cuflash.jit.source import Edit
 
 # Each block brings every other 8 rows of `a`, to both: 16 rows a round, through one stage. Warp 0 loads, warp 1 reads.
 BODY = """
@@ -105,3 +109,66 @@ def test_clusters_fill_the_grid(toy):
     kernel = toy("hw::cluster_sync();", threads=64, sm90=True, cluster=2, includes=("hw/cluster.cuh",))
     with pytest.raises(EmulatorError, match="clusters of 2 blocks must divide"):
         kernel.run("emulator", grid=(3, 1, 1))
+
+
+# In each block the product of its own a [64, 16] and b [16, 32], which lies in two chunks; and a, by a tensor copy.
+PRODUCT = """
+    using Rows = Chunk<32>;
+    const u32 from_b = smem + 2048;
+    const i32 block = hw::block_idx_x();
+    for (i32 i = thread; i < 128; i += 128)
+      hw::store_shared(smem + Rows::unit_at(i / 2, i % 2), hw::load_global(a<u32x4>() + 128 * block + i));
+    for (i32 i = thread; i < 64; i += 128)
+      hw::store_shared(from_b + 512 * (i % 4 / 2) + Rows::unit_at(i / 4, i % 2),
+                       hw::load_global(b<u32x4>() + 64 * block + i));
+    hw::fence_proxy_async();
+    hw::sync_threads();
+    float d[16];
+    hw::wgmma_fence();
+    hw::wgmma_ss<hw::Half, hw::Major::kK, hw::Major::kMn>(
+        d, Rows::descriptor(Rows::k_major(smem)), Rows::descriptor(Rows::mn_major(from_b, 16)), false);
+    hw::wgmma_commit();
+    hw::wgmma_wait<0>();
+    hw::wgmma_pin(d);
+    for (i32 i = 0; i < 16; ++i) hw::store_global(out<float>() + 16 * (128 * block + thread) + i, d[i]);
+    if (thread == 0) {
+      hw::tma_store(p.maps[0], smem, 0, 64 * block);
+      hw::bulk_commit();
+      hw::bulk_wait_read<0>();
+    }
+"""
+
+
+def run_product(toy, backend: str, rng) -> None:
+    kernel = toy(PRODUCT, threads=128, smem_bytes=3072, sm90=True, cluster=2, includes=("hw/cluster.cuh",))
+    a, b = (at_aligned(rng.integers(-8, 9, shape).astype(np.float16)) for shape in ((2, 64, 16), (2, 16, 32)))
+    out = aligned(2 * 64 * 32 + 64 * 16, np.float32)
+    describe = ("float16", (16, 128), (32,), (16, 64), 32)
+    kernel.run(backend, a=a, b=b, out=out, grid=(2, 1, 1), maps=[("out", 2 * 64 * 32 * 4, *describe)])
+    thread, i = np.indices((128, 16))
+    row, column = thread // 32 * 16 + thread % 32 // 4 + i % 4 // 2 * 8, i // 4 * 8 + thread % 4 * 2 + i % 2
+    np.testing.assert_array_equal(out[: 2 * 64 * 32].reshape(2, 128, 16), (a.astype(np.float32) @ b)[:, row, column])
+    np.testing.assert_array_equal(out[2 * 64 * 32 :].view(np.float16).reshape(a.shape), a)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_products_and_stores_of_each_blocks_own_memory(toy, rng, backend):
+    run_product(toy, backend, rng)
+
+
+def test_shared_memory_begins_where_it_does_on_the_hardware(toy):
+    """At the rank << 24, of which a descriptor has no bit."""
+    kernel = toy(
+        "if (thread == 0) hw::store_global(out<u32>() + hw::block_idx_x(), smem);",
+        threads=64, smem_bytes=1024, sm90=True, cluster=2, includes=("hw/cluster.cuh",),
+    )  # fmt: skip
+    found = kernel.run("emulator", out=np.zeros(4, np.uint32), grid=(4, 1, 1))
+    np.testing.assert_array_equal(found, [1024, 1024 + (1 << 24)] * 2)
+
+
+def test_a_descriptor_with_bits_of_the_blocks_place_is_caught(toy, rng):
+    """They would stand where the distance of b's chunks does."""
+    edit = Edit("tile/descriptor.cuh", "return start(address) + (static_cast", "return (address >> 4) | (static_cast")
+    with module.editing(lambda spec: dataclasses.replace(spec, edits=(edit,))):
+        with pytest.raises((EmulatorError, AssertionError)):
+            run_product(toy, "emulator", rng)

@@ -315,10 +315,13 @@ CALL = """
         if (m == INDEX) {
           float d[COUNT];
           for (i32 i = 0; i < COUNT; ++i) d[i] = hw::load_global(out<float>() + COUNT * thread + i);
+          hw::wgmma_pin(d);
+          hw::wgmma_pin(r);
           hw::wgmma_fence();
           for (i32 k = 0; k < 2; ++k) PRODUCT;
           hw::wgmma_commit();
           hw::wgmma_wait<0>();
+          hw::wgmma_pin(d);
           for (i32 i = 0; i < COUNT; ++i) hw::store_global(out<float>() + COUNT * thread + i, d[i]);
         }
 """

@@ -72,3 +72,14 @@ def test_a_softmax_before_the_wait_is_hidden():
     hidden = predict(*products, *exponentials, wait(0), consumers=1)
     behind = predict(*products, wait(0), *exponentials, consumers=1)
     assert hidden.tensor_use > 0.9 > 0.6 > behind.tensor_use
+
+
+def test_who_is_first_by_chance_is_averaged():
+    """Two warps that get into each other's way or not, by when each began, and stay so."""
+    exponentials, additions = ([f"{x} R{i}, R{i}" for i in range(n)] for x, n in (("MUFU.EX2", 30), ("FADD", 60)))
+    products = [*[SCORES] * 7, SCORES + ", gsb0", *[OUT] * 3, OUT + ", gsb0"]
+    loop = (*products, wait(1), *exponentials, wait(0), *additions)
+    steps = [sm_model._step(x) for x in (*loop, BACK)]
+    each = [sm_model._simulate(steps, 2, skew) for skew in sm_model._SKEWS]
+    assert len(each) == 7 and max(each) > 1.02 * min(each)
+    assert predict(*loop).simulated == pytest.approx(sum(each) / 7)

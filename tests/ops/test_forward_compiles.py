@@ -12,7 +12,7 @@ from recorded import recording
 
 import cuflash
 from cuflash import arch, dtypes
-from cuflash.jit import module, nvrtc
+from cuflash.jit import module, nvrtc, sass
 from cuflash.ops import forward
 
 # Which of the representative variants each architecture compiles in a usual run, and of which the machine code is read.
@@ -45,6 +45,15 @@ def test_instructions(name, index):
     found = counts(checked(spec, name))
     assert found["HMMA"] > 0 and found["LDSM"] > 0
     assert (found["LDGSTS"] > 0) == (spec.variant.load_bytes >= 4)
+
+
+@pytest.mark.parametrize("d, length", [(64, 680), (128, 908), (256, 535)])
+@needs_nvrtc
+def test_length_of_the_key_loop(d, length):
+    """Instructions for a tile that nothing is masked of. Copies take their addresses as they are."""
+    spec = forward.kernel_spec(forward.choose_variant(dtypes.bfloat16, d, d, 16, arch.named("sm_80")))
+    found = sass.functions(sass.disassemble(checked(spec, "sm_80").path))[spec.entry]
+    assert found.loops[0].shortest <= length
 
 
 def test_every_tile_fits_its_chip():
