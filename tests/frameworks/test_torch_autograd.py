@@ -485,21 +485,40 @@ def test_vmap_and_vmap_of_grad(dims, sinks):
     assert_close(got, gradients(total, [mapped[i] for i in wanting]), 1e-5)
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
-def test_compiled_transforms_are_right_or_refused(transform):
+def of_all(x):
+    return cuflash.attention(x, x, x, causal=True)
+
+
+def loss_of(x):
+    return of_all(x).square().sum()
+
+
+TRANSFORMED = {
+    "grad": lambda x: torch.func.grad(loss_of)(x[0]),
+    "vjp": lambda x: torch.func.vjp(of_all, x[0])[1](x[1])[0],
+    "jacrev": lambda x: torch.func.jacrev(lambda q: of_all(q)[:, :, 0, 0])(x[0]),
+    "vmap": lambda x: torch.func.vmap(of_all)(x),
+    "vmap of grad": lambda x: torch.func.vmap(torch.func.grad(loss_of))(x),
+    "grad of vmap": lambda x: torch.func.grad(lambda x: torch.func.vmap(loss_of)(x).sum())(x),
+    "grad with a mod": lambda x: torch.func.vmap(torch.func.grad(lambda q: of_mod(q).square().sum()))(x),
+}
+
+
+def of_mod(x, halved=cuflash.mod(lambda score, b, h, q_idx, kv_idx: score / 2)):  # noqa: B008
+    return cuflash.attention(x, x, x, score_mod=halved)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=[*TRANSFORMED])
+def test_compiled_transforms_in_one_graph(transformed, backend):
     x = torch.randn(3, 1, 5, 2, 8)
+    assert torch.equal(torch.compile(transformed, fullgraph=True, backend=backend)(x), transformed(x))
 
-    def call(x):
-        out = cuflash.attention(x, x, x, causal=True)
-        return out if transform is torch.func.vmap else out.square().sum()
 
-    x = x if transform is torch.func.vmap else x[0]
-    if transform is torch.func.vmap:
-        got = torch.compile(transform(call), fullgraph=True, backend="aot_eager")(x)
-        assert torch.equal(got, transform(call)(x))
-    else:  # PyTorch's compiler follows torch.func.grad through no custom operator
-        with pytest.raises(torch._dynamo.exc.TorchRuntimeError):
-            torch.compile(transform(call), fullgraph=True, backend="aot_eager")(x)
+def test_jacrev_is_the_gradient_of_each_result():
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    got = torch.func.jacrev(lambda q: of_all(q)[0, :, 1, 3])(q.detach())
+    assert_close(got, torch.stack([torch.autograd.grad(x, q, retain_graph=True)[0] for x in of_all(q)[0, :, 1, 3]]))
 
 
 def test_vmap_of_packed_calls():
@@ -652,8 +671,10 @@ def test_forward_mode_is_refused_in_torch_func(inner):
         y = x if x.ndim == 4 else x[0]
         return cuflash.attention(y, y, y).sum()
 
-    with pytest.raises(UnsupportedError, match="forward-mode"):
-        torch.func.jvp(inner(call), (x,), (x,))
+    pushed = lambda x: torch.func.jvp(inner(call), (x,), (x,))  # noqa: E731
+    for way in (pushed, torch.compile(pushed, backend="eager")):
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            way(x)
 
 
 def test_forward_mode_is_refused_in_autograd():
