@@ -165,11 +165,11 @@ def attention(
                 )  # fmt: skip
         else:
             bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
     captured = () if bound is None else bound.arrays
     operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
     if operation is not None:
-        if page_table is not None:
+        if page_table is not None and framework is not frameworks.torch:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
         if kernel_options:
             raise UnsupportedError(f"kernel_options: {_UNSUPPORTED_OPERATION['kernel_options']}")
@@ -183,7 +183,7 @@ def attention(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=validate.hint("max_seqlen_q", max_seqlen_q),
             max_seqlen_k=validate.hint("max_seqlen_k", max_seqlen_k),
-            seqused_q=seqused_q, seqused_k=seqused_k,
+            seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table,
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
             alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
@@ -202,7 +202,7 @@ def attention(
 
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
-    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
+    unused = dict.fromkeys(("kernel_options", "out"))
     return _bind(q, k, v, causal=False, aux=aux, **unused, **{"bound": None, **keywords}).run()
 
 
@@ -317,7 +317,7 @@ def _backward_below(
     **keywords: Any,
 ) -> AttentionGrads:
     """`attention_backward` below a framework's operation. `grads`: the arrays beside q, k, v and sink that want one."""
-    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
+    unused = dict.fromkeys(("kernel_options", "out"))
     backward = _Backward(given, {}, deterministic, grads)
     return _bind(
         q, k, v, causal=False, aux=(), backward=backward, **unused, **{"bound": None, **keywords}
@@ -895,9 +895,8 @@ _MODS = ("score_mod", "mask_mod", "block_mask")
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
     "page_table": (
-        "keys in pages get no gradient, and no compiler follows them: call outside of autograd, torch.func, "
-        "torch.compile and jax.jit, in PyTorch under torch.no_grad(), or gather the pages of each sequence, "
-        "k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
+        "JAX has keys in pages in host memory and outside of its transformations alone: gather the pages of each "
+        "sequence, k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
     ),
     "dropout_mask": (
         "it is no result to differentiate: call attention once more without gradients, in PyTorch under "

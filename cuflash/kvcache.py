@@ -95,7 +95,8 @@ def flash_attn_with_kvcache(
     jax.jit they take the memory of the old ones where those are donated; else each call copies the cache.
     torch.compile keeps the call, and its writes, in the graph; there mods are those that `cuflash.mod` traced outside.
 
-    Raises `UnsupportedError` for gradients, vmap, and qv, descales and attention_chunk; the message says what to use
+    There is no gradient: in PyTorch its backward raises `UnsupportedError`, and new keys enter the cache without the
+    graph behind them. So do gradients in JAX, vmap, and qv, descales and attention_chunk; the message says what to use
     instead. A refused call has written nothing: it is checked before that all lengths, pages and positions lie within
     the cache and its tables, and that no two new keys go to one place. Of arrays on a device that is known to the
     device alone, and checked where `config.check` asks for it; lengths in lists and NumPy arrays always are. A first
@@ -156,7 +157,8 @@ def flash_attn_with_kvcache(
                 )  # fmt: skip
         else:
             bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
-    operation = framework.cache_operation(*arrays.values())
+    captured = () if bound is None else bound.arrays
+    operation = framework.cache_operation(*arrays.values(), *captured)
     if operation is None:
         out, *others = _append_and_attend(arrays, indices, options, length, bound)
     else:

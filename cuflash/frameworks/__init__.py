@@ -55,7 +55,7 @@ class Framework(Protocol):
         ...
 
     def cache_operation(self, *arrays: Any) -> Callable[..., Any] | None:
-        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` where one is wanted.
+        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` once one is computed.
 
         It takes (arrays, indices, options, length, bound): arrays and index arrays by name; `CacheOptions`; the number
         of keys where `cache_seqlens` is one; mods, as `operation` does. It gives out, lse where it is wanted, and the

@@ -75,8 +75,8 @@ class Static:
 
 def attention(
     q: Any, k: Any, v: Any, *, alibi_slopes: Any, sink: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any,
-    seqused_k: Any, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0, bound: Any = None,
-    **keywords: Any,
+    seqused_k: Any, page_table: None = None, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0,
+    bound: Any = None, **keywords: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`cuflash.attention` of JAX arrays -> (out, lse, max_logit); gradients flow through out and lse."""
     floats = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}

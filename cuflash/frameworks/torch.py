@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -64,25 +64,11 @@ def operation(q: Any, *others: Any) -> Callable[..., Any] | None:
 
 def cache_operation(q: Any, *others: Any) -> Callable[..., Any] | None:
     torch = _torch()
-    if torch.is_grad_enabled():
-        for x in (q, *others):
-            if getattr(x, "requires_grad", False):
-                _refuse_cache()
-    if not torch.compiler.is_compiling():
-        if not _watched(torch, q, others):
-            return None
-        if torch._C._len_torch_dispatch_stack() == 0:  # not fake tensors, tracing
-            _refuse_cache()
-    from . import torch_autograd
+    if torch.compiler.is_compiling() or _watched(torch, q, others):
+        from . import torch_autograd
 
-    return torch_autograd.attention_to_cache
-
-
-def _refuse_cache() -> NoReturn:
-    raise UnsupportedError(
-        "flash_attn_with_kvcache has no gradient, and autograd, autocast and torch.func do not follow it: call it "
-        "outside of them, under torch.no_grad(); to train, call cuflash.attention"
-    )
+        return torch_autograd.attention_to_cache
+    return None
 
 
 def compiling() -> bool:

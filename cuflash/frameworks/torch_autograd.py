@@ -10,6 +10,7 @@ Importing this module imports PyTorch; only `torch.py` does so, once a tensor as
 
 from __future__ import annotations
 
+import functools
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ _TENSORS = (
     "cu_seqlens_k",
     "seqused_q",
     "seqused_k",
+    "page_table",
     "alibi_slopes",
     "sink",
     "seed",
@@ -49,15 +51,16 @@ _NUMBERS = (
 )  # fmt: skip
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float? scale, SymInt left, SymInt right, float softcap, float dropout_p, SymInt seed_number, "
-    "SymInt offset_number, bool deterministic, SymInt? split_size"
+    "Tensor? page_table, Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, "
+    "SymInt? max_seqlen_k, float? scale, SymInt left, SymInt right, float softcap, float dropout_p, "
+    "SymInt seed_number, SymInt offset_number, bool deterministic, SymInt? split_size"
 )
 # Calls with mods are operators of their own, so that others carry nothing along. What they have besides: the mods, as
 # `trace.text` writes them; the numbers they captured; which results are wanted; the arrays, as a list.
 _MODS_SCHEMA = "str mods, float[] scalars"
 _WITH_MODS = len(_TENSORS) + len(_NUMBERS)
-_SLOPES, _SINK, _DROPOUT = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink"), _NUMBERS.index("dropout_p")
+_PAGES, _SLOPES, _SINK = (_TENSORS.index(name) for name in ("page_table", "alibi_slopes", "sink"))
+_LENGTHS, _DROPOUT = _TENSORS[3 : _PAGES + 1], _NUMBERS.index("dropout_p")
 
 
 def attention(
@@ -71,6 +74,7 @@ def attention(
     max_seqlen_k: int | None,
     seqused_q: Any,
     seqused_k: Any,
+    page_table: Any,
     scale: float | None,
     window_size: tuple[int, int],
     softcap: float,
@@ -93,7 +97,8 @@ def attention(
             )
     kind = q.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
+        # Pages, which outlive the call, are never copied: queries are cast to their dtype.
+        low = torch.get_autocast_dtype(kind) if page_table is None else k.dtype
         q, k, v = (x.to(low) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v))
         if sink is not None and sink.dtype not in (torch.float32, low):
             sink = sink.to(torch.float32)
@@ -109,8 +114,8 @@ def attention(
         q, k, v,
         _lengths("cu_seqlens_q", cu_seqlens_q, q), _lengths("cu_seqlens_k", cu_seqlens_k, q),
         _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
-        alibi_slopes, sink, seed, offset, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
-        dropout_p, seed_number, offset_number,
+        _lengths("page_table", page_table, q), alibi_slopes, sink, seed, offset,
+        max_seqlen_q, max_seqlen_k, scale, *window_size, softcap, dropout_p, seed_number, offset_number,
         deterministic or torch.are_deterministic_algorithms_enabled(), split_size,
     )  # fmt: skip
     if bound is not None:
@@ -193,7 +198,7 @@ def _random_number(name: str, x: Any) -> tuple[Any, int]:
 def _keywords(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """The keywords of `attention` from the operators' arguments after q, k and v."""
     named: dict[str, Any] = dict(zip((*_TENSORS[3:], *_NUMBERS), arguments, strict=True))
-    for name in _TENSORS[3:7]:
+    for name in _LENGTHS:
         x = named[name]
         if x is not None and x.device.type == "cpu":
             named[name] = x.numpy()  # host values may stand beside device arrays in this form
@@ -339,7 +344,7 @@ for _name, _signature, _kernel, _shapes in (
     torch.library.register_fake(f"cuflash::{_name}", _shapes, lib=_library)
 
 
-# `flash_attn_with_kvcache`: two operators, of which one says that it writes to the caches. No gradient.
+# `flash_attn_with_kvcache`: two operators, of which one says that it writes to the caches.
 
 _CACHE_ARRAYS = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sink")
 _CACHE_INDICES = (
@@ -365,6 +370,13 @@ def attention_to_cache(
                 f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
                 "convert with torch.from_dlpack, which copies nothing"
             )
+    if "k" in arrays and torch.is_grad_enabled():
+        for name in ("k_cache", "v_cache"):
+            if arrays[name].requires_grad:
+                raise UnsupportedError(
+                    f"{name}.requires_grad is True, and the call writes to it: keys in a cache have no gradient; pass "
+                    f"{name}.detach(), which is the same memory"
+                )
     mods, scalars, captured = "", [], []
     if bound is not None:
         mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)
@@ -477,6 +489,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     out, lse, max_logit = outputs
     ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
+    ctx.paged = inputs[_PAGES] is not None
+    if ctx.paged:
+        return _keep_shapes(ctx, inputs, outputs)
     ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)], *inputs[_WITH_MODS + 3 :])
     ctx.numbers, ctx.mods = inputs[len(_TENSORS) : _WITH_MODS], inputs[_WITH_MODS : _WITH_MODS + 2]
 
@@ -485,6 +500,8 @@ def _differentiate(ctx: Any, needed: tuple[bool, ...], dout: Any, dlse: Any, _: 
     """A gradient, or None, for each argument of `attention`."""
     if dout is None and dlse is None:
         return (None,) * len(needed)
+    if ctx.paged:
+        return _refuse_gradient(_NO_PAGED_GRADIENT, ctx, needed, dout, dlse)
     out, lse, *tensors = ctx.saved_tensors
     given = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, *tensors[: len(_TENSORS)], *ctx.numbers)
     captured = tensors[len(_TENSORS) :]
@@ -513,9 +530,46 @@ def _refuse_second(*_: Any) -> NoReturn:
     )
 
 
+# Keys in a cache have no gradient. A call with gradients on is none the worse for it: what raises is its backward, by
+# an operator, so that a compiler which makes the backward before anybody wants it only writes it down.
+_library.define("no_gradient(Tensor grad, SymInt[] shape, ScalarType dtype, str why) -> Tensor", tags=_TAGS)
+_NO_CACHE_GRADIENT = (
+    "flash_attn_with_kvcache has no gradient, and this asks for one: call it under torch.no_grad(), or pass "
+    "q.detach(); to train, call cuflash.attention"
+)
+_NO_PAGED_GRADIENT = (
+    "page_table: keys in pages have no gradient, and this asks for one: call attention under torch.no_grad(), or "
+    "gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
+)
+
+
+def _no_gradient_kernel(grad: Any, shape: Any, dtype: Any, why: str) -> NoReturn:
+    raise UnsupportedError(why)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("no_gradient", _no_gradient_kernel, _key)
+torch.library.register_fake(
+    "cuflash::no_gradient", lambda grad, shape, dtype, why: grad.new_empty(shape, dtype=dtype), lib=_library
+)
+
+
+def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """What a gradient would look like. Nothing is kept alive for it."""
+    ctx.shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in inputs]
+
+
+def _refuse_gradient(why: str, ctx: Any, needed: tuple[bool, ...], *grads: Any) -> tuple[Any, ...]:
+    grad = next(x for x in grads if x is not None)
+    operator = torch.ops.cuflash.no_gradient.default
+    return tuple(operator(grad, *like, why) if own else None for own, like in zip(needed, ctx.shapes, strict=True))
+
+
 for _name in ("attention", "attention_mods"):
     _differentiable(_name, _keep, _differentiate)
     _differentiable(f"{_name}_backward", _keep_nothing, _refuse_second)
+for _name in ("attention_append", "attention_to_cache"):
+    _differentiable(_name, _keep_shapes, functools.partial(_refuse_gradient, _NO_CACHE_GRADIENT))
 
 
 # Vectorising: a batch of calls is one call with a larger batch --------------------------------------------------------
@@ -523,9 +577,15 @@ for _name in ("attention", "attention_mods"):
 
 def _attention_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
-    # Packed, or dropout, which counts sequences within a call, or a sink each.
+    # Packed, in pages, or dropout, which counts sequences within a call, or a sink each.
     apart = _apart(arguments[_WITH_MODS:], in_dims[_WITH_MODS:], 3)
-    if tensors[3] is not None or numbers[_DROPOUT] or in_dims[_SINK] is not None or apart:
+    if (
+        tensors[3] is not None
+        or tensors[_PAGES] is not None
+        or numbers[_DROPOUT]
+        or in_dims[_SINK] is not None
+        or apart
+    ):
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[0], in_dims[0])
     folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
@@ -537,7 +597,13 @@ def _backward_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments
     results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
     # Packed, or dropout, or dsink, which is a sum over each call's batch.
     apart = _apart(arguments[4 + _WITH_MODS :], in_dims[4 + _WITH_MODS :], 4)
-    if tensors[3] is not None or numbers[_DROPOUT] or tensors[_SINK] is not None or apart:
+    if (
+        tensors[3] is not None
+        or tensors[_PAGES] is not None
+        or numbers[_DROPOUT]
+        or tensors[_SINK] is not None
+        or apart
+    ):
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[4], in_dims[4])
     slopes = tensors[_SLOPES]
@@ -633,3 +699,14 @@ def _vectorised(name: str, of_many: Callable[..., Any]) -> None:
 for _name in ("attention", "attention_mods"):
     _vectorised(_name, _attention_of_many)
     _vectorised(f"{_name}_backward", _backward_of_many)
+
+
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise UnsupportedError(
+        "flash_attn_with_kvcache under torch.func.vmap: its first axis is a batch already; call it outside of vmap on "
+        "q.flatten(0, 1)"
+    )
+
+
+for _name in ("attention_append", "attention_to_cache"):
+    torch.library.register_vmap(f"cuflash::{_name}", _refuse_vmap, lib=_library)

@@ -336,7 +336,7 @@ def operands(packed=False, **grads):
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed):
     q, k, v, starts_q, starts_k, sink, slopes = (None if x is None else x.detach() for x in operands(packed))
-    common = (q, k, v, starts_q, starts_k, None, None, slopes, sink, None, None)
+    common = (q, k, v, starts_q, starts_k, None, None, None, slopes, sink, None, None)
     cuflash.attention(q.requires_grad_(), k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)  # defines the operators
     common = (q.detach(), *common[1:])
     numbers = numbers_of("attention")
@@ -697,7 +697,7 @@ def test_forward_mode_is_refused_in_autograd():
         ({"scale": lambda x: math.inf}, ArgumentError, "scale=inf must be finite"),
         ({"window_size": lambda x: (-2, 0)}, ArgumentError, "window_size"),
         ({"aux": lambda x: ("probabilities",)}, ArgumentError, "aux names 'probabilities'"),
-        ({"page_table": lambda x: torch.zeros(1)}, UnsupportedError, "page_table"),
+        ({"page_table": lambda x: torch.zeros(1)}, ArgumentError, "page_table is given and seqused_k is not"),
         ({"seqused_k": lambda x: [1, 99]}, ArgumentError, r"seqused_k\[1\]=99"),
         ({"seqused_k": lambda x: torch.tensor([1, 2])}, ArgumentError, "seqused_k.dtype=int64 must be int32"),
         ({"seqused_k": lambda x: 3}, ArgumentError, "seqused_k is a int"),
