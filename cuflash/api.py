@@ -93,7 +93,7 @@ def attention(
     unit last one; heads_kv divides heads_q; d and d_v from 1 to 256. The result is of the same framework and dtype, on
     the same device, ordered on the caller's current stream.
 
-    max_seqlen_*   hints for the launch; a wrong one costs time and never a row
+    max_seqlen_*   hints for the launch, ints or arrays of one; a wrong one costs time and never a row
     seqused_*      int32 [batch]: only the first rows of each sequence exist
     scale          multiplies q.k; None: 1 / sqrt(d)
     causal         query i sees key j iff j <= i + k_len - q_len: the last query sees the last key
@@ -511,6 +511,9 @@ def _bind(
 ) -> _Call:
     options = _options_of(kernel_options)
     split_size = validate.split_size(split_size)
+    if not (max_seqlen_q is max_seqlen_k is None):  # arrays of one number enter the key below by their value
+        max_seqlen_q = validate.hint("max_seqlen_q", max_seqlen_q)
+        max_seqlen_k = validate.hint("max_seqlen_k", max_seqlen_k)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:

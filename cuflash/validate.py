@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import dtypes
+from . import dtypes, frameworks
 from .array import Device, TensorView, device_name
 from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import Framework
@@ -35,11 +35,11 @@ def layout(views: Views) -> bool:
     if "page_table" in views:
         return _paged_layout(views)
     for given, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
-        require(
-            given not in views or missing in views,
-            f"{given} is given and {missing} is not: the packed layout needs both; for self-attention pass the same "
-            "array twice",
-        )
+        if given in views and missing not in views:
+            raise ArgumentError(
+                f"{given} is given and {missing} is not: the packed layout needs both; "
+                + _as_packed(missing[-1], views[missing[-1]].shape)
+            )
     packed = "cu_seqlens_q" in views
     for name in "qkv":
         shape = views[name].shape
@@ -61,6 +61,19 @@ def layout(views: Views) -> bool:
             )
         require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
     return packed
+
+
+def _as_packed(name: str, shape: tuple[int, ...]) -> str:
+    """How to write a dense array as a packed one."""
+    if len(shape) != 4:
+        return "for self-attention pass the same array twice"
+    batch, rows, heads, head_dim = shape
+    arrays, with_v = (name, "") if name == "q" else ("k and v", ", and v likewise")
+    return (
+        f"{arrays} of shape [batch, length, heads, head_dim] become packed as {name}.reshape(-1, {heads}, {head_dim})"
+        f"{with_v}, with cu_seqlens_{name}=np.arange({batch + 1}, dtype=np.int32) * {rows}, beside which "
+        f"seqused_{name} says how many rows each has"
+    )
 
 
 def _paged_layout(views: Views) -> bool:
@@ -495,14 +508,22 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
 
 
 def hint(name: str, value: Any) -> int | None:
-    """`max_seqlen_*`: a non-negative host int or None."""
+    """`max_seqlen_*`: a non-negative int or None. Of an array with one integer its value, or None where reading it
+    would wait for a device: nothing depends on a hint."""
     if value is None:
         return None
     if not isinstance(value, numbers.Integral):
-        raise ArgumentError(
-            f"{name} is a {type(value).__qualname__} and must be an int or None: reading a device value would wait for "
-            "the device, and the hint is not needed"
+        if not hasattr(value, "shape"):
+            raise ArgumentError(f"{name} is a {type(value).__qualname__} and must be an int or None: pass int({name})")
+        values = frameworks.of(value, name).known(value)
+        if values is None:
+            return None
+        require(
+            values.size == 1 and values.dtype.kind in "iu",
+            f"{name} is an array of shape {values.shape} and dtype {values.dtype}, and must be one integer or None: "
+            f"pass int({name}.max())",
         )
+        value = values.item()
     if int(value) < 0:
         raise ArgumentError(f"{name}={value} must not be negative")
     return int(value)

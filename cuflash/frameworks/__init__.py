@@ -92,6 +92,10 @@ class Framework(Protocol):
         Raises `ArgumentError` where it has none, with what to pass."""
         ...
 
+    def known(self, x: Any) -> np.ndarray | None:
+        """The values of an array in NumPy; None where there are none yet, or reading them would wait for a device."""
+        ...
+
     def upload(self, values: np.ndarray, device: Device) -> TensorView:
         """Copy small host values to a CUDA device, in order with the current stream, without waiting."""
         ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..dtypes import DType
 from ..errors import ArgumentError
@@ -45,6 +47,10 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
 
 def wrap(view: TensorView) -> Any:
     return view.owner
+
+
+def known(x: Any) -> np.ndarray | None:
+    return view(x).as_numpy() if dlpack_device(x) == HOST else None
 
 
 def written(x: Any) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..errors import ArgumentError, UnsupportedError
 from . import cupy as _cupy
@@ -86,6 +88,11 @@ def wrap(view: TensorView) -> Any:
     if view.device == HOST:
         return jax.device_put(view.owner, jax.devices("cpu")[0], may_alias=True)
     return jax.dlpack.from_dlpack(view.owner)
+
+
+def known(x: Any) -> np.ndarray | None:
+    jax = _jax()
+    return None if isinstance(x, jax.core.Tracer) or not _on_one_host(x) else np.asarray(x)
 
 
 def written(x: Any) -> None:

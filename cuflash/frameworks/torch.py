@@ -14,6 +14,13 @@ from ..errors import ArgumentError, UnsupportedError
 
 NAME: str = "PyTorch"
 
+NESTED = (
+    "a nested tensor is not read, but what it is made of: of a jagged x [batch, length, heads, head_dim] pass "
+    "x.values() and, as cu_seqlens_q and cu_seqlens_k, x.offsets().int(); torch.nested.nested_tensor_from_jagged(out, "
+    "x.offsets()) nests the result, and torch.nested.as_nested_tensor([*x.unbind()], layout=torch.jagged) makes others "
+    "jagged"
+)
+
 
 def _torch() -> Any:
     import torch  # at the first tensor, never earlier
@@ -29,6 +36,8 @@ def _dtypes() -> dict[Any, DType]:
 
 def view(x: Any) -> TensorView:
     torch = _torch()
+    if x.is_nested:
+        raise UnsupportedError(NESTED)
     dtype = _dtypes().get(x.dtype)
     if dtype is None:
         raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
@@ -138,6 +147,13 @@ def to_host(x: Any) -> np.ndarray:
     """A copy in NumPy, floats of 16 bits as float32. Waits for the device."""
     x = x.detach()
     return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).cpu().numpy()
+
+
+def known(x: Any) -> np.ndarray | None:
+    torch = _torch()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else to_host(x)
 
 
 def from_host(values: np.ndarray, like: Any) -> Any:

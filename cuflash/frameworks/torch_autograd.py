@@ -23,7 +23,7 @@ from ..trace import text
 from ..trace.expr import leaves
 from ..trace.tracer import Bound
 from . import CacheOptions, calls
-from .torch import _torch, draw_seed
+from .torch import NESTED, _torch, draw_seed
 
 torch: Any = _torch()
 enable_single_level_autograd_function: Any = importlib.import_module(
@@ -89,12 +89,14 @@ def attention(
     bound: Bound | None,
 ) -> tuple[Any, Any, Any]:
     """`cuflash.attention` of tensors -> (out, lse, max_logit); gradients flow through out and lse."""
-    for name, x in (("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
         if x is not None and not isinstance(x, torch.Tensor):
             raise ArgumentError(
                 f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
                 "convert with torch.from_dlpack, which copies nothing"
             )
+        if x is not None and x.is_nested:
+            raise UnsupportedError(f"{name}: {NESTED}")
     kind = q.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
         # Pages, which outlive the call, are never copied: queries are cast to their dtype.

@@ -485,6 +485,40 @@ def test_vmap_and_vmap_of_grad(dims, sinks):
     assert_close(got, gradients(total, [mapped[i] for i in wanting]), 1e-5)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_longest_length_may_be_a_tensor(grads, compiled):
+    x = torch.randn(8, 2, 8).requires_grad_(grads)
+    starts, longest = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor(5)
+
+    def call(x, longest):
+        return cuflash.flash_attn_varlen_func(x, x, x, starts, starts, longest, longest, causal=True)
+
+    got = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(x, longest)
+    assert torch.equal(got, call(x, 5))
+    if not compiled:
+        with pytest.raises(
+            ArgumentError, match=r"max_seqlen_q is an array of shape \(2,\) and dtype int64, and must be"
+        ):
+            call(x, torch.tensor([5, 5]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("grads", [False, True])
+def test_nested_tensors_are_told_what_to_pass(grads):
+    parts = [torch.randn(n, 2, 8) for n in (3, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    starts = x.offsets().int()
+    packed = x.values().requires_grad_(grads)
+    out = cuflash.attention(packed, packed, packed, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    nested = torch.nested.nested_tensor_from_jagged(out, x.offsets())  # as the message says
+    assert_close(nested.unbind(), [cuflash.attention(*[y[None]] * 3)[0] for y in parts])
+    for other in (x, torch.nested.as_nested_tensor(parts)):
+        y = other.detach().requires_grad_(grads)
+        with pytest.raises(UnsupportedError, match=r"q: a nested tensor.*x\.values\(\).*x\.offsets\(\)\.int\(\)"):
+            cuflash.attention(y, y, y)
+
+
 def of_all(x):
     return cuflash.attention(x, x, x, causal=True)
 
