@@ -110,7 +110,8 @@ def attention(
     dropout_p      from 0 up to 1: the share of softmax weights to drop, in steps of 1/256; those kept are multiplied by
                    1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
     seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
-                   in PyTorch seed=None draws both from the device's default generator
+                   in PyTorch seed=None draws both from the device's default generator, and in JAX seed may be a key of
+                   jax.random, of which 32 bits are drawn
     deterministic  makes gradients bitwise reproducible, at the price of seven matrix products instead of five; the
                    forward is so either way
     split_size     for few queries of many keys: cut the keys of each row into pieces of so many, which several blocks
@@ -167,7 +168,7 @@ def attention(
             bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
     lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
     captured = () if bound is None else bound.arrays
-    operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
+    operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, seed, offset, *captured)
     if operation is not None:
         if page_table is not None and framework is not frameworks.torch:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
@@ -570,6 +571,7 @@ def _bind(
             if backward is not None:
                 raise ArgumentError("seed is None: pass the seed and offset that attention had, or was given")
             seed, offset = framework.draw_seed(views["q"].device)
+        seed = framework.seed(seed)
         for name, x in (("seed", seed), ("offset", offset)):
             value = _random_number(name, x, framework)
             if value is None:

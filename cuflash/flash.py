@@ -205,10 +205,8 @@ def flash_attn_varlen_qkvpacked_func(
 
 
 def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any) -> Any:
-    # flash-attn takes an integer tensor of two as a window. Read here, since below a window is part of a cache's key,
-    # and a tensor may change in place.
-    if hasattr(keywords["window_size"], "tolist"):
-        keywords["window_size"] = tuple(np.ravel(keywords["window_size"].tolist()).tolist())
+    # Read here, since below a window is part of a cache's key, and a tensor may change in place.
+    keywords["window_size"] = validate.window_of(keywords["window_size"])
     p = validate.dropout_p(keywords["dropout_p"])
     if p and frameworks.of(q) is not frameworks.torch:
         raise ArgumentError(

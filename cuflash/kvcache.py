@@ -120,8 +120,7 @@ def flash_attn_with_kvcache(
         "block_table and page_table are both given, and are two names of one argument: pass one",
     )
     block_table = page_table if block_table is None else block_table
-    if hasattr(window_size, "tolist"):  # flash-attn takes a tensor of two
-        window_size = tuple(np.ravel(window_size.tolist()).tolist())  # type: ignore[attr-defined]
+    window_size = validate.window_of(window_size)
     length = None
     if isinstance(cache_seqlens, numbers.Integral):
         length, cache_seqlens = int(cache_seqlens), None

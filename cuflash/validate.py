@@ -444,7 +444,7 @@ def number(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise ArgumentError(
             f"{name} is a {type(value).__qualname__} and must be a Python number, for it goes to the kernel by value: "
-            f"pass float({name})"
+            + _plain(name, value, f"float({name})", by_mod=name != "dropout_p")
         )
     try:
         value = float(value)
@@ -452,6 +452,14 @@ def number(name: str, value: Any) -> float:
         value = math.inf
     require(-math.inf < value < math.inf, f"{name}={value} must be finite")  # compilers follow comparisons
     return value
+
+
+def _plain(name: str, value: Any, what: str, by_mod: bool = True) -> str:
+    """What to pass instead of an array where Python needs a number: of one that JAX traces there is none."""
+    if not frameworks.traced(value):
+        return f"pass {what}"
+    captured = ", or pass a score_mod or mask_mod that captures the traced value and does its work" if by_mod else ""
+    return f"JAX traces it, so name it in static_argnames of jax.jit, or compute it outside{captured}"
 
 
 def softcap(value: Any) -> float:
@@ -487,7 +495,10 @@ def random_numbers(views: Views, framework: Framework) -> None:
 def window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for unlimited and causal folded in."""
     if not isinstance(causal, (bool, np.bool_)):
-        raise ArgumentError(f"causal is a {type(causal).__qualname__} and must be True or False: pass bool(causal)")
+        raise ArgumentError(
+            f"causal is a {type(causal).__qualname__} and must be True or False: "
+            + _plain("causal", causal, "bool(causal)")
+        )
     try:
         left, right = window_size
     except (TypeError, ValueError):
@@ -499,12 +510,24 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
     for side in (left, right):
         side = -1 if side is None else side
         if not isinstance(side, numbers.Integral):
-            raise ArgumentError(f"window_size={window_size!r} must hold two ints: pass (int(left), int(right))")
+            raise ArgumentError(
+                f"window_size={window_size!r} must hold two ints: "
+                + _plain("window_size", side, "(int(left), int(right))")
+            )
         if int(side) < -1:  # the message is made only then: a compiler's symbolic int has no repr
             raise ArgumentError(f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
         sides.append(int(side))
     left, right = sides
     return left, 0 if causal else right
+
+
+def window_of(window_size: Any) -> Any:
+    """A window that may be an integer array of two, which flash-attn takes, as a tuple."""
+    if not hasattr(window_size, "tolist"):
+        return window_size
+    if frameworks.traced(window_size):
+        raise ArgumentError(f"window_size={window_size!r} must hold two ints: {_plain('window_size', window_size, '')}")
+    return tuple(np.ravel(window_size.tolist()).tolist())
 
 
 def hint(name: str, value: Any) -> int | None:
@@ -515,7 +538,10 @@ def hint(name: str, value: Any) -> int | None:
     if not isinstance(value, numbers.Integral):
         if not hasattr(value, "shape"):
             raise ArgumentError(f"{name} is a {type(value).__qualname__} and must be an int or None: pass int({name})")
-        values = frameworks.of(value, name).known(value)
+        try:
+            values = frameworks.of(value, name).known(value)
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from error
         if values is None:
             return None
         require(
@@ -534,7 +560,10 @@ def split_size(value: Any) -> int | None:
     if value is None:
         return None
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ArgumentError(f"split_size={value!r} must be a positive int or None: pass a multiple of 64")
+        raise ArgumentError(
+            f"split_size={value!r} must be a positive int or None: "
+            + _plain("split_size", value, "a multiple of 64", by_mod=False)
+        )
     return int(value)
 
 

@@ -51,7 +51,7 @@ WRONG = {
     "softcap infinite": (dense(softcap=float("inf")), r"softcap=inf must be finite"),
     "max_seqlen a text": (packed(max_seqlen_q="4"), r"max_seqlen_q is a str and must be an int or None: pass int\("),
     "max_seqlen an array": (packed(max_seqlen_q=i32(4, 2)), r"max_seqlen_q is an array of shape \(2,\).*int\(max_"),
-    "max_seqlen no integer": (packed(max_seqlen_k=np.array(4.0)), r"max_seqlen_k is an array.*float64, and must be one"),
+    "max_seqlen no integer": (packed(max_seqlen_k=np.array(4.0)), r"max_seqlen_k is an array.*float64, and must be"),
     "max_seqlen negative": (packed(max_seqlen_k=-4), r"max_seqlen_k=-4 must not be negative"),
     "aux a string": (dense(aux="lse"), r"aux='lse' must be a tuple of names: pass aux=\('lse',\)"),
     "aux None": (dense(aux=None), r"aux=None must be a tuple of names: pass \(\) for none"),

@@ -96,6 +96,11 @@ class Framework(Protocol):
         """The values of an array in NumPy; None where there are none yet, or reading them would wait for a device."""
         ...
 
+    def seed(self, x: Any) -> Any:
+        """A seed of dropout: the framework's own kind of random state as an integer array of one element, others as
+        they are."""
+        ...
+
     def upload(self, values: np.ndarray, device: Device) -> TensorView:
         """Copy small host values to a CUDA device, in order with the current stream, without waiting."""
         ...
@@ -127,6 +132,11 @@ def of(array: Any, name: str = "q") -> Framework:
     cls = type(array)
     # The usual types without a cache: torch.compile would look into one, and warn.
     return _BY_ROOT.get(cls.__module__.partition(".")[0]) or _of_type(cls) or _refuse(array, name)
+
+
+def traced(x: Any) -> bool:
+    """Whether x stands for a value that JAX knows once the program runs, and that Python cannot read."""
+    return _of_type(type(x)) is jax and jax.traced(x)
 
 
 @lru_cache(maxsize=256)

@@ -61,6 +61,10 @@ def draw_seed(device: Device) -> NoReturn:
     raise ArgumentError("seed is None, and dropout needs one: pass an int, as seed=int(rng.integers(2**63))")
 
 
+def seed(x: Any) -> Any:
+    return x
+
+
 def upload(values: np.ndarray, device: Device) -> TensorView:
     return of_numpy(values)
 
