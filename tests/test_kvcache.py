@@ -526,7 +526,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "qv": ({"qv": x(2, 3, 4, 16)}, r"qv: concatenate q with qv"),
     "descale": ({"k_descale": x(2, 2)}, r"k_descale: there are no arrays of 8 bits here: leave it None"),
-    "chunk": ({"attention_chunk": 4}, r"attention_chunk: pass mask_mod"),
     "margin": ({"sm_margin": 4}, r"sm_margin: leave it 0"),
 }
 
