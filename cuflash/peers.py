@@ -21,7 +21,7 @@ _REMEDIES = {
     "v_descale": "there are no arrays of 8 bits here: leave it None, and pass wider ones",
     "scheduler_metadata": "nothing is planned beforehand: leave it None",
     "disable_scheduler_metadata": "nothing is planned beforehand: leave it False",
-    "sm_margin": "kernels take every multiprocessor that is free: leave it 0, and give work beside them a stream of a "
+    "sm_margin": "leave it 0, for kernels take every multiprocessor that is free: give work beside them a stream of a "
     "higher priority",
     "num_heads_q": "slice queries, keys and values out of the packed heads, and pass them to flash_attn_func",
     "gather_kv_indices": "gather the keys, k[indices], or say which are seen by mask_mod or block_mask",
