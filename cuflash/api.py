@@ -93,7 +93,7 @@ def attention(
     unit last one; heads_kv divides heads_q; d and d_v from 1 to 256. The result is of the same framework and dtype, on
     the same device, ordered on the caller's current stream.
 
-    max_seqlen_*   hints for the launch; a wrong one costs time and never a row
+    max_seqlen_*   hints for the launch, ints or arrays of one; a wrong one costs time and never a row
     seqused_*      int32 [batch]: only the first rows of each sequence exist
     scale          multiplies q.k; None: 1 / sqrt(d)
     causal         query i sees key j iff j <= i + k_len - q_len: the last query sees the last key
@@ -110,7 +110,8 @@ def attention(
     dropout_p      from 0 up to 1: the share of softmax weights to drop, in steps of 1/256; those kept are multiplied by
                    1 / (1 - dropout_p). Which ones is a function of seed, offset, b, h, q_idx and kv_idx alone
     seed, offset   ints, or integer arrays of one element, of 32 or 64 bits, which the kernel reads. Needed for dropout;
-                   in PyTorch seed=None draws both from the device's default generator
+                   in PyTorch seed=None draws both from the device's default generator, and in JAX seed may be a key of
+                   jax.random, of which 32 bits are drawn
     deterministic  makes gradients bitwise reproducible, at the price of seven matrix products instead of five; the
                    forward is so either way
     split_size     for few queries of many keys: cut the keys of each row into pieces of so many, which several blocks
@@ -165,11 +166,11 @@ def attention(
                 )  # fmt: skip
         else:
             bound = bind_mods(q, k, score_mod, mask_mod, block_mask)
-    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k
+    lengths = cu_seqlens_q, cu_seqlens_k, seqused_q, seqused_k, page_table
     captured = () if bound is None else bound.arrays
-    operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, *captured)
+    operation = framework.operation(q, k, v, alibi_slopes, sink, out, *lengths, seed, offset, *captured)
     if operation is not None:
-        if page_table is not None:
+        if page_table is not None and framework is not frameworks.torch:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
         if kernel_options:
             raise UnsupportedError(f"kernel_options: {_UNSUPPORTED_OPERATION['kernel_options']}")
@@ -183,7 +184,7 @@ def attention(
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=validate.hint("max_seqlen_q", max_seqlen_q),
             max_seqlen_k=validate.hint("max_seqlen_k", max_seqlen_k),
-            seqused_q=seqused_q, seqused_k=seqused_k,
+            seqused_q=seqused_q, seqused_k=seqused_k, page_table=page_table,
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
             alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
@@ -202,7 +203,7 @@ def attention(
 
 def _attention_below(q: Array, k: Array, v: Array, *, aux: tuple[str, ...], **keywords: Any) -> AttentionOutput:
     """`attention` below a framework's operation: on arrays the framework has finished with."""
-    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
+    unused = dict.fromkeys(("kernel_options", "out"))
     return _bind(q, k, v, causal=False, aux=aux, **unused, **{"bound": None, **keywords}).run()
 
 
@@ -317,7 +318,7 @@ def _backward_below(
     **keywords: Any,
 ) -> AttentionGrads:
     """`attention_backward` below a framework's operation. `grads`: the arrays beside q, k, v and sink that want one."""
-    unused = dict.fromkeys(("page_table", "kernel_options", "out"))
+    unused = dict.fromkeys(("kernel_options", "out"))
     backward = _Backward(given, {}, deterministic, grads)
     return _bind(
         q, k, v, causal=False, aux=(), backward=backward, **unused, **{"bound": None, **keywords}
@@ -511,6 +512,9 @@ def _bind(
 ) -> _Call:
     options = _options_of(kernel_options)
     split_size = validate.split_size(split_size)
+    if not (max_seqlen_q is max_seqlen_k is None):  # arrays of one number enter the key below by their value
+        max_seqlen_q = validate.hint("max_seqlen_q", max_seqlen_q)
+        max_seqlen_k = validate.hint("max_seqlen_k", max_seqlen_k)
     framework = frameworks.of(q)
     floats = {"q": q, "k": k, "v": v}
     if alibi_slopes is not None:
@@ -567,6 +571,7 @@ def _bind(
             if backward is not None:
                 raise ArgumentError("seed is None: pass the seed and offset that attention had, or was given")
             seed, offset = framework.draw_seed(views["q"].device)
+        seed = framework.seed(seed)
         for name, x in (("seed", seed), ("offset", offset)):
             value = _random_number(name, x, framework)
             if value is None:
@@ -895,9 +900,8 @@ _MODS = ("score_mod", "mask_mod", "block_mask")
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.
 _UNSUPPORTED_OPERATION = {
     "page_table": (
-        "keys in pages get no gradient, and no compiler follows them: call outside of autograd, torch.func, "
-        "torch.compile and jax.jit, in PyTorch under torch.no_grad(), or gather the pages of each sequence, "
-        "k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
+        "JAX has keys in pages in host memory and outside of its transformations alone: gather the pages of each "
+        "sequence, k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
     ),
     "dropout_mask": (
         "it is no result to differentiate: call attention once more without gradients, in PyTorch under "

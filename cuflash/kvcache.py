@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import api, dtypes, frameworks, reference, validate
+from . import api, dtypes, frameworks, peers, reference, validate
 from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
-from .errors import ArgumentError, UnsupportedError, require
+from .errors import ArgumentError, require
 from .frameworks import CacheOptions, Framework
 from .jit import module
 from .settings import config
@@ -55,6 +55,8 @@ def flash_attn_with_kvcache(
     cu_seqlens_k_new: Array | None = None,
     rotary_seqlens: Array | None = None,
     sink: Array | None = None,
+    learnable_sink: Array | None = None,
+    s_aux: Array | None = None,
     score_mod: Any = None,
     mask_mod: Any = None,
     split_size: int | None = None,
@@ -81,6 +83,8 @@ def flash_attn_with_kvcache(
                      Pairs are neighbours, or with rotary_interleaved=False first half and second half
     cache_batch_idx  int32 [batch]: which sequence of the cache is whose; not with pages
     cache_leftpad    int32 [batch]: rows at the cache's beginning that are no keys
+    sink             [heads_q], as of `attention`; `learnable_sink` and `s_aux` are other names of it
+    attention_chunk  as of `flash_attn_func`
     return_softmax_lse  return (out, lse); lse float32 [batch, heads_q, q_len] or [heads_q, total_q]
 
     The last query sees the last key, appended ones included; q_len and kv_len of mods, and kv_idx, count without the
@@ -95,11 +99,12 @@ def flash_attn_with_kvcache(
     jax.jit they take the memory of the old ones where those are donated; else each call copies the cache.
     torch.compile keeps the call, and its writes, in the graph; there mods are those that `cuflash.mod` traced outside.
 
-    Raises `UnsupportedError` for gradients, vmap, and qv, descales and attention_chunk; the message says what to use
-    instead. A refused call has written nothing: it is checked before that all lengths, pages and positions lie within
-    the cache and its tables, and that no two new keys go to one place. Of arrays on a device that is known to the
-    device alone, and checked where `config.check` asks for it; lengths in lists and NumPy arrays always are. A first
-    call compiles: make one before a CUDA graph captures another.
+    There is no gradient: in PyTorch its backward raises `UnsupportedError`, and new keys enter the cache without the
+    graph behind them. So do gradients in JAX, vmap, qv and descales; the message says what to use instead. A refused
+    call has written nothing: it is checked before that all lengths, pages and positions lie within the cache and its
+    tables, and that no two new keys go to one place. Of arrays on a device that is known to the device alone, and
+    checked where `config.check` asks for it; lengths in lists and NumPy arrays always are. A first call compiles: make
+    one before a CUDA graph captures another.
 
     >>> import numpy as np
     >>> cache = np.full((2, 16, 1, 8), np.nan, np.float32)  # room for 16 keys, of which sequences have 0 and 3
@@ -109,18 +114,18 @@ def flash_attn_with_kvcache(
     >>> out.ravel().tolist() == [1.0] * 16, int(np.isfinite(cache).all(axis=(2, 3)).sum())
     (True, 5)
     """
-    _refuse(
-        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
-        scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
+    peers.refuse(
+        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, scheduler_metadata=scheduler_metadata,
+        sm_margin=sm_margin,
     )  # fmt: skip
-    _check_splits(num_splits, split_size)
+    peers.check_splits(num_splits, split_size)
+    sink = peers.sink(sink=sink, learnable_sink=learnable_sink, s_aux=s_aux)
     require(
         block_table is None or page_table is None,
         "block_table and page_table are both given, and are two names of one argument: pass one",
     )
     block_table = page_table if block_table is None else block_table
-    if hasattr(window_size, "tolist"):  # flash-attn takes a tensor of two
-        window_size = tuple(np.ravel(window_size.tolist()).tolist())  # type: ignore[attr-defined]
+    window_size = validate.window_of(window_size)
     length = None
     if isinstance(cache_seqlens, numbers.Integral):
         length, cache_seqlens = int(cache_seqlens), None
@@ -140,9 +145,10 @@ def flash_attn_with_kvcache(
     )  # fmt: skip
     framework = frameworks.of(q)
     bound = None
-    if score_mod is not None or mask_mod is not None:
+    attention_chunk = peers.chunk_size(attention_chunk)
+    if score_mod is not None or mask_mod is not None or attention_chunk:
         if framework is frameworks.torch and frameworks.torch.compiling():
-            bound = api._traced_before(q, k_cache, score_mod, mask_mod, None)
+            bound = None if attention_chunk else api._traced_before(q, k_cache, score_mod, mask_mod, None)
             if bound is None:
                 from .frameworks import torch_autograd
 
@@ -152,11 +158,12 @@ def flash_attn_with_kvcache(
                     softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,
                     return_softmax_lse, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
                     cu_seqlens_k_new=cu_seqlens_k_new, rotary_seqlens=rotary_seqlens, sink=sink, score_mod=score_mod,
-                    mask_mod=mask_mod, split_size=split_size,
+                    mask_mod=mask_mod, split_size=split_size, attention_chunk=attention_chunk,
                 )  # fmt: skip
         else:
-            bound = api.bind_mods(q, k_cache, score_mod, mask_mod, None)
-    operation = framework.cache_operation(*arrays.values())
+            bound = api.bind_mods(q, k_cache, score_mod, peers.chunk_mask(attention_chunk, mask_mod), None)
+    captured = () if bound is None else bound.arrays
+    operation = framework.cache_operation(*arrays.values(), *captured)
     if operation is None:
         out, *others = _append_and_attend(arrays, indices, options, length, bound)
     else:
@@ -597,32 +604,6 @@ frameworks.calls |= {
 
 
 # Checks ---------------------------------------------------------------------------------------------------------------
-
-
-def _refuse(**given: Any) -> None:
-    """What flash-attn 3 has and this has not."""
-    remedies = {
-        "attention_chunk": "pass mask_mod, which may compare positions // chunk",
-        "qv": "concatenate q with qv and the keys with the values they meet, and pass softmax_scale",
-        "scheduler_metadata": "leave it None: nothing is planned beforehand",
-        "sm_margin": "leave it 0",
-    }
-    for name, value in given.items():
-        if value is not None:
-            remedy = remedies.get(name, "there are no arrays of 8 bits here: leave it None, and pass wider ones")
-            raise UnsupportedError(f"{name}: {remedy}")
-
-
-def _check_splits(num_splits: Any, split_size: Any) -> None:
-    require(
-        isinstance(num_splits, numbers.Integral) and int(num_splits) >= 0,
-        f"num_splits={num_splits!r} must be an int of at least 0: pass 0 for an even share of keys for each block",
-    )
-    require(
-        not num_splits or split_size is None,
-        f"num_splits={num_splits} and split_size={split_size} are both given: one number of parts, or parts of one "
-        "size; pass one of them",
-    )
 
 
 def _batch(views: Views, framework: Framework) -> int:

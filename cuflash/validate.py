@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import dtypes
+from . import dtypes, frameworks
 from .array import Device, TensorView, device_name
 from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import Framework
@@ -35,11 +35,11 @@ def layout(views: Views) -> bool:
     if "page_table" in views:
         return _paged_layout(views)
     for given, missing in (("cu_seqlens_q", "cu_seqlens_k"), ("cu_seqlens_k", "cu_seqlens_q")):
-        require(
-            given not in views or missing in views,
-            f"{given} is given and {missing} is not: the packed layout needs both; for self-attention pass the same "
-            "array twice",
-        )
+        if given in views and missing not in views:
+            raise ArgumentError(
+                f"{given} is given and {missing} is not: the packed layout needs both; "
+                + _as_packed(missing[-1], views[missing[-1]].shape)
+            )
     packed = "cu_seqlens_q" in views
     for name in "qkv":
         shape = views[name].shape
@@ -61,6 +61,19 @@ def layout(views: Views) -> bool:
             )
         require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
     return packed
+
+
+def _as_packed(name: str, shape: tuple[int, ...]) -> str:
+    """How to write a dense array as a packed one."""
+    if len(shape) != 4:
+        return "for self-attention pass the same array twice"
+    batch, rows, heads, head_dim = shape
+    arrays, with_v = (name, "") if name == "q" else ("k and v", ", and v likewise")
+    return (
+        f"{arrays} of shape [batch, length, heads, head_dim] become packed as {name}.reshape(-1, {heads}, {head_dim})"
+        f"{with_v}, with cu_seqlens_{name}=np.arange({batch + 1}, dtype=np.int32) * {rows}, beside which "
+        f"seqused_{name} says how many rows each has"
+    )
 
 
 def _paged_layout(views: Views) -> bool:
@@ -431,7 +444,7 @@ def number(name: str, value: Any) -> float:
     if not isinstance(value, numbers.Real):
         raise ArgumentError(
             f"{name} is a {type(value).__qualname__} and must be a Python number, for it goes to the kernel by value: "
-            f"pass float({name})"
+            + _plain(name, value, f"float({name})", by_mod=name != "dropout_p")
         )
     try:
         value = float(value)
@@ -439,6 +452,14 @@ def number(name: str, value: Any) -> float:
         value = math.inf
     require(-math.inf < value < math.inf, f"{name}={value} must be finite")  # compilers follow comparisons
     return value
+
+
+def _plain(name: str, value: Any, what: str, by_mod: bool = True) -> str:
+    """What to pass instead of an array where Python needs a number: of one that JAX traces there is none."""
+    if not frameworks.traced(value):
+        return f"pass {what}"
+    captured = ", or pass a score_mod or mask_mod that captures the traced value and does its work" if by_mod else ""
+    return f"JAX traces it, so name it in static_argnames of jax.jit, or compute it outside{captured}"
 
 
 def softcap(value: Any) -> float:
@@ -474,7 +495,10 @@ def random_numbers(views: Views, framework: Framework) -> None:
 def window(window_size: Any, causal: bool) -> tuple[int, int]:
     """(left, right) with -1 for unlimited and causal folded in."""
     if not isinstance(causal, (bool, np.bool_)):
-        raise ArgumentError(f"causal is a {type(causal).__qualname__} and must be True or False: pass bool(causal)")
+        raise ArgumentError(
+            f"causal is a {type(causal).__qualname__} and must be True or False: "
+            + _plain("causal", causal, "bool(causal)")
+        )
     try:
         left, right = window_size
     except (TypeError, ValueError):
@@ -486,7 +510,10 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
     for side in (left, right):
         side = -1 if side is None else side
         if not isinstance(side, numbers.Integral):
-            raise ArgumentError(f"window_size={window_size!r} must hold two ints: pass (int(left), int(right))")
+            raise ArgumentError(
+                f"window_size={window_size!r} must hold two ints: "
+                + _plain("window_size", side, "(int(left), int(right))")
+            )
         if int(side) < -1:  # the message is made only then: a compiler's symbolic int has no repr
             raise ArgumentError(f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
         sides.append(int(side))
@@ -494,15 +521,35 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
     return left, 0 if causal else right
 
 
+def window_of(window_size: Any) -> Any:
+    """A window that may be an integer array of two, which flash-attn takes, as a tuple."""
+    if not hasattr(window_size, "tolist"):
+        return window_size
+    if frameworks.traced(window_size):
+        raise ArgumentError(f"window_size={window_size!r} must hold two ints: {_plain('window_size', window_size, '')}")
+    return tuple(np.ravel(window_size.tolist()).tolist())
+
+
 def hint(name: str, value: Any) -> int | None:
-    """`max_seqlen_*`: a non-negative host int or None."""
+    """`max_seqlen_*`: a non-negative int or None. Of an array with one integer its value, or None where reading it
+    would wait for a device: nothing depends on a hint."""
     if value is None:
         return None
     if not isinstance(value, numbers.Integral):
-        raise ArgumentError(
-            f"{name} is a {type(value).__qualname__} and must be an int or None: reading a device value would wait for "
-            "the device, and the hint is not needed"
+        if not hasattr(value, "shape"):
+            raise ArgumentError(f"{name} is a {type(value).__qualname__} and must be an int or None: pass int({name})")
+        try:
+            values = frameworks.of(value, name).known(value)
+        except ArgumentError as error:
+            raise ArgumentError(f"{name}: {error}") from error
+        if values is None:
+            return None
+        require(
+            values.size == 1 and values.dtype.kind in "iu",
+            f"{name} is an array of shape {values.shape} and dtype {values.dtype}, and must be one integer or None: "
+            f"pass int({name}.max())",
         )
+        value = values.item()
     if int(value) < 0:
         raise ArgumentError(f"{name}={value} must not be negative")
     return int(value)
@@ -513,7 +560,10 @@ def split_size(value: Any) -> int | None:
     if value is None:
         return None
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or int(value) < 1:
-        raise ArgumentError(f"split_size={value!r} must be a positive int or None: pass a multiple of 64")
+        raise ArgumentError(
+            f"split_size={value!r} must be a positive int or None: "
+            + _plain("split_size", value, "a multiple of 64", by_mod=False)
+        )
     return int(value)
 
 

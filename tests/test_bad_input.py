@@ -49,7 +49,9 @@ WRONG = {
     "causal an array": (dense(causal=np.array([True, False])), r"causal is a ndarray and must be True or False"),
     "softcap negative": (dense(softcap=-1.0), r"softcap=-1\.0 must be positive, or 0"),
     "softcap infinite": (dense(softcap=float("inf")), r"softcap=inf must be finite"),
-    "max_seqlen an array": (packed(max_seqlen_q=np.array(4)), r"max_seqlen_q is a ndarray and must be an int or None"),
+    "max_seqlen a text": (packed(max_seqlen_q="4"), r"max_seqlen_q is a str and must be an int or None: pass int\("),
+    "max_seqlen an array": (packed(max_seqlen_q=i32(4, 2)), r"max_seqlen_q is an array of shape \(2,\).*int\(max_"),
+    "max_seqlen no integer": (packed(max_seqlen_k=np.array(4.0)), r"max_seqlen_k is an array.*float64, and must be"),
     "max_seqlen negative": (packed(max_seqlen_k=-4), r"max_seqlen_k=-4 must not be negative"),
     "aux a string": (dense(aux="lse"), r"aux='lse' must be a tuple of names: pass aux=\('lse',\)"),
     "aux None": (dense(aux=None), r"aux=None must be a tuple of names: pass \(\) for none"),
@@ -115,7 +117,16 @@ WRONG = {
         r"q: strides of \(3001, 400, 40, 2\) bytes are not multiples of the item size",
     ),
     # cu_seqlens
-    "cu_seqlens of one side": (packed(cu_seqlens_k=None), r"cu_seqlens_q is given and cu_seqlens_k is not"),
+    "cu_seqlens of one side": (packed(cu_seqlens_k=None), r"cu_seqlens_q is given and cu_seqlens_k is not.*same arr"),
+    "packed queries, dense keys": (
+        packed(k=DENSE["k"], v=DENSE["v"], cu_seqlens_k=None, seqused_k=i32(3, 9)),
+        r"cu_seqlens_k is not.*k and v of shape.*k\.reshape\(-1, 2, 16\), and v likewise, with "
+        r"cu_seqlens_k=np\.arange\(3, dtype=np\.int32\) \* 9, beside which seqused_k",
+    ),
+    "dense queries, packed keys": (
+        packed(q=DENSE["q"], cu_seqlens_q=None),
+        r"cu_seqlens_q is not.*q\.reshape\(-1, 4, 16\), with cu_seqlens_q=np\.arange\(3, dtype=np\.int32\) \* 6",
+    ),
     "cu_seqlens int64": (
         packed(cu_seqlens_q=np.cumsum([0, 2, 4])),
         r"cu_seqlens_q\.dtype=int64 must be int32: pass cu_seqlens_q\.astype\(np\.int32\)",

@@ -526,7 +526,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "qv": ({"qv": x(2, 3, 4, 16)}, r"qv: concatenate q with qv"),
     "descale": ({"k_descale": x(2, 2)}, r"k_descale: there are no arrays of 8 bits here: leave it None"),
-    "chunk": ({"attention_chunk": 4}, r"attention_chunk: pass mask_mod"),
     "margin": ({"sm_margin": 4}, r"sm_margin: leave it 0"),
 }
 
@@ -578,26 +577,52 @@ def test_memory_that_cannot_be_written():
     refused({"k_cache": cache, "k": cache[:, :3]}, r"k_cache shares memory with k, which is still read", ArgumentError)
 
 
-def test_gradients_are_refused():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_a_gradient_is_refused_once_it_is_asked_for(name, compiled):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
-    arguments["q"].requires_grad_()
+    given, same = tensors(torch), tensors(torch)
+    want = cuflash.flash_attn_with_kvcache(**same)
+    given[name].requires_grad_()
+    step = cuflash.flash_attn_with_kvcache
+    if compiled:
+        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+    out = step(**given)
+    assert torch.equal(out, want) and out.requires_grad
+    for cache in ("k_cache", "v_cache"):
+        assert torch.equal(given[cache], same[cache]) and not given[cache].requires_grad
     with pytest.raises(
-        UnsupportedError, match=r"has no gradient.*torch\.no_grad\(\); to train, call cuflash\.attention"
+        UnsupportedError, match=r"has no gradient.*torch\.no_grad\(\).*to train, call cuflash\.attention"
     ):
-        cuflash.flash_attn_with_kvcache(**arguments)
+        out.sum().backward()
 
 
-def test_transformations_of_pytorch_are_refused():
+def tensors(torch):
+    return {n: torch.from_numpy(a.copy()) if isinstance(a, np.ndarray) else a for n, a in right().items()}
+
+
+def test_a_cache_that_wants_a_gradient_is_not_written():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    arguments = {n: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for n, a in right().items()}
-    before = arguments["k_cache"].clone()
-    q = arguments.pop("q")
-    with pytest.raises(UnsupportedError, match=r"torch\.func do not follow it: call it outside"):
-        torch.vmap(lambda q: cuflash.flash_attn_with_kvcache(q, **arguments))(q[None])
-    with torch.autocast("cpu"), pytest.raises(UnsupportedError, match=r"autocast and torch\.func do not follow it"):
-        cuflash.flash_attn_with_kvcache(q, **arguments)
-    assert torch.equal(arguments["k_cache"], before)
+    given = tensors(torch)
+    given["v_cache"].requires_grad_()
+    before = given["k_cache"].clone()
+    with pytest.raises(UnsupportedError, match=r"v_cache\.requires_grad is True.*pass v_cache\.detach\(\)"):
+        cuflash.flash_attn_with_kvcache(**given)
+    assert torch.equal(given["k_cache"], before)
+
+
+def test_transformations_of_pytorch():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    given = tensors(torch)
+    before = given["k_cache"].clone()
+    q = given.pop("q")
+    with pytest.raises(UnsupportedError, match=r"under torch\.func\.vmap: its first axis is a batch already"):
+        torch.vmap(lambda q: cuflash.flash_attn_with_kvcache(q, **given))(q[None])
+    assert torch.equal(given["k_cache"], before)
+    with pytest.raises(UnsupportedError, match=r"has no gradient"):
+        torch.func.grad(lambda q: cuflash.flash_attn_with_kvcache(q, **given).sum())(q)
+    with torch.autocast("cpu"):  # casts nothing: a cache outlives the call
+        assert torch.equal(cuflash.flash_attn_with_kvcache(q, **given), cuflash.flash_attn_with_kvcache(q, **given))
 
 
 # Kernels --------------------------------------------------------------------------------------------------------------

@@ -138,12 +138,21 @@ def test_no_gradient_flows_through_pages(rng):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     paged = {key: torch.from_numpy(x) for key, x in both(rng, 3)[0].items()}
     q = paged.pop("q").requires_grad_()
-    with pytest.raises(
-        UnsupportedError, match=r"page_table: keys in pages get no gradient.*torch\.no_grad\(\), or gat"
-    ):
-        cuflash.attention(q, **paged)
     with torch.no_grad():
-        assert cuflash.attention(q, **paged).shape == (9, 4, 24)
+        expected = cuflash.attention(q, **paged)
+    for attend in (cuflash.attention, torch.compile(cuflash.attention, fullgraph=True, backend="aot_eager")):
+        out = attend(q, **paged)
+        assert torch.equal(out, expected) and out.requires_grad
+        with pytest.raises(
+            UnsupportedError, match=r"page_table: keys in pages have no gradient.*torch\.no_grad\(\), or gather"
+        ):
+            out.sum().backward()
+    with torch.autocast("cpu"):  # queries are cast, not pages
+        low = q.bfloat16()
+        assert torch.equal(cuflash.attention(low, **paged), cuflash.attention(low.float(), **paged))
+    many = torch.stack([q.detach(), -q.detach()])
+    got = torch.func.vmap(lambda q: cuflash.attention(q, **paged))(many)
+    assert torch.equal(got[0], expected) and torch.equal(got[1], cuflash.attention(-q.detach(), **paged))
 
 
 def test_flash_attns_name(rng):

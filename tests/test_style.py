@@ -25,7 +25,7 @@ LAYERS = (
     ("jit", "emulator"),
     ("ops",),
     ("frameworks",),
-    ("validate", "packing", "merge"),
+    ("validate", "packing", "merge", "peers"),
     ("api",),
     ("flash", "flex", "kvcache", "integrations"),
     ("workbench",),

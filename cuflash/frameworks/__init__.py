@@ -55,7 +55,7 @@ class Framework(Protocol):
         ...
 
     def cache_operation(self, *arrays: Any) -> Callable[..., Any] | None:
-        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` where one is wanted.
+        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` once one is computed.
 
         It takes (arrays, indices, options, length, bound): arrays and index arrays by name; `CacheOptions`; the number
         of keys where `cache_seqlens` is one; mods, as `operation` does. It gives out, lse where it is wanted, and the
@@ -92,6 +92,15 @@ class Framework(Protocol):
         Raises `ArgumentError` where it has none, with what to pass."""
         ...
 
+    def known(self, x: Any) -> np.ndarray | None:
+        """The values of an array in NumPy; None where there are none yet, or reading them would wait for a device."""
+        ...
+
+    def seed(self, x: Any) -> Any:
+        """A seed of dropout: the framework's own kind of random state as an integer array of one element, others as
+        they are."""
+        ...
+
     def upload(self, values: np.ndarray, device: Device) -> TensorView:
         """Copy small host values to a CUDA device, in order with the current stream, without waiting."""
         ...
@@ -123,6 +132,11 @@ def of(array: Any, name: str = "q") -> Framework:
     cls = type(array)
     # The usual types without a cache: torch.compile would look into one, and warn.
     return _BY_ROOT.get(cls.__module__.partition(".")[0]) or _of_type(cls) or _refuse(array, name)
+
+
+def traced(x: Any) -> bool:
+    """Whether x stands for a value that JAX knows once the program runs, and that Python cannot read."""
+    return _of_type(type(x)) is jax and jax.traced(x)
 
 
 @lru_cache(maxsize=256)

@@ -56,6 +56,10 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
         return view(cupy.empty(shape, dtype.numpy))
 
 
+def known(x: Any) -> None:
+    """CuPy arrays lie on devices."""
+
+
 def wrap(view: TensorView) -> Any:
     return view.owner
 
@@ -78,6 +82,10 @@ def draw_seed(device: Device) -> NoReturn:
     raise ArgumentError(
         "seed is None, and dropout needs one: pass an int, or cupy.random.randint(0, 2**31, 1, cupy.int64)"
     )
+
+
+def seed(x: Any) -> Any:
+    return x
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..dtypes import DType
 from ..errors import ArgumentError
@@ -13,6 +15,7 @@ from . import numpy as _numpy
 NAME: str = "DLPack"
 
 stream, capturing, upload = _cupy.stream, _cupy.capturing, _cupy.upload
+seed = _numpy.seed
 retain = _cupy.retain_until_done  # the producer may reuse the memory on a stream of its own
 
 
@@ -45,6 +48,10 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
 
 def wrap(view: TensorView) -> Any:
     return view.owner
+
+
+def known(x: Any) -> np.ndarray | None:
+    return view(x).as_numpy() if dlpack_device(x) == HOST else None
 
 
 def written(x: Any) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
+
 from ..array import HOST, Device, TensorView, dlpack_device, from_dlpack
 from ..errors import ArgumentError, UnsupportedError
 from . import cupy as _cupy
@@ -38,6 +40,7 @@ def view(x: Any) -> TensorView:
         )
     if not isinstance(x, jax.Array):
         raise ArgumentError(f"a {type(x).__qualname__} is not an array: wrap it in jnp.asarray")
+    refuse_key(x)
     if len(x.devices()) > 1:
         raise UnsupportedError(
             f"it is sharded over {len(x.devices())} devices: bring it to one with jax.device_put(x, device)"
@@ -88,14 +91,49 @@ def wrap(view: TensorView) -> Any:
     return jax.dlpack.from_dlpack(view.owner)
 
 
+def known(x: Any) -> np.ndarray | None:
+    refuse_key(x)
+    return None if traced(x) or not _on_one_host(x) else np.asarray(x)
+
+
+def traced(x: Any) -> bool:
+    return isinstance(x, _jax().core.Tracer)
+
+
+def refuse_key(x: Any, name: str = "") -> None:
+    jax = _jax()
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise ArgumentError(
+            f"{name and f'{name}: '}dtype {x.dtype} is that of keys of jax.random, which are no numbers: pass what "
+            "jax.random draws with one, or one key as seed="
+        )
+
+
+def seed(x: Any) -> Any:
+    """Of a key of jax.random, of either kind, the 32 bits it draws, where it is."""
+    jax = _jax()
+    if not isinstance(x, jax.Array):
+        return x
+    if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+        if x.shape != ():
+            raise ArgumentError(
+                f"seed is an array of keys, of shape {x.shape}, and must be one key: pass seed[0], or for a mask an "
+                "example jax.vmap over keys and examples"
+            )
+    elif not (x.dtype == "uint32" and x.ndim == 1 and x.shape[0] > 1):  # as the keys of jax.random.PRNGKey are
+        return x
+    try:
+        return jax.random.bits(x, (1,), "uint32")
+    except (TypeError, ValueError):  # as many numbers as no key has
+        return x
+
+
 def written(x: Any) -> None:
     """Never called: `out=` is refused, as JAX arrays are immutable."""
 
 
 def draw_seed(device: Device) -> NoReturn:
-    raise ArgumentError(
-        "seed is None, and dropout needs one: pass an int, or jax.random.bits(key, (1,)), new for every step"
-    )
+    raise ArgumentError("seed is None, and dropout needs one: pass an int, or a key of jax.random, new for every step")
 
 
 def cuda_version() -> None:

@@ -75,8 +75,8 @@ class Static:
 
 def attention(
     q: Any, k: Any, v: Any, *, alibi_slopes: Any, sink: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, seqused_q: Any,
-    seqused_k: Any, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0, bound: Any = None,
-    **keywords: Any,
+    seqused_k: Any, page_table: None = None, dropout_p: float = 0.0, seed: Any = None, offset: Any = 0,
+    bound: Any = None, **keywords: Any,
 ) -> tuple[Any, Any, Any]:  # fmt: skip
     """`cuflash.attention` of JAX arrays -> (out, lse, max_logit); gradients flow through out and lse."""
     floats = {"q": q, "k": k, "v": v, "alibi_slopes": alibi_slopes, "sink": sink}
@@ -149,6 +149,7 @@ def _random_number(name: str, x: Any) -> Any:
     """Seed or offset of dropout as an array of one element: a new number compiles nothing."""
     if x is None:
         _adapter.draw_seed(HOST)
+    x = _adapter.seed(x) if name == "seed" else x
     if isinstance(x, jax.Array):
         return x.reshape(1) if x.size == 1 else x
     if not isinstance(x, (int, np.integer)):
@@ -445,6 +446,7 @@ def _prepare(operation: str, static: Static, inputs: tuple[jax_ffi.Spec, ...], d
 def _spec(name: str, x: Any) -> jax_ffi.Spec:
     dtype = dtypes.BY_NAME.get(str(x.dtype))
     if dtype is None:
+        _adapter.refuse_key(x, name)
         raise ArgumentError(f"{name}.dtype={x.dtype} is not one cuflash knows: use one of {', '.join(dtypes.BY_NAME)}")
     return jax_ffi.Spec(name, tuple(x.shape), dtype)
 

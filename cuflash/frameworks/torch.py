@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +13,13 @@ from ..dtypes import BY_NAME, DType
 from ..errors import ArgumentError, UnsupportedError
 
 NAME: str = "PyTorch"
+
+NESTED = (
+    "a nested tensor is not read, but what it is made of: of a jagged x [batch, length, heads, head_dim] pass "
+    "x.values() and, as cu_seqlens_q and cu_seqlens_k, x.offsets().int(); torch.nested.nested_tensor_from_jagged(out, "
+    "x.offsets()) nests the result, and torch.nested.as_nested_tensor([*x.unbind()], layout=torch.jagged) makes others "
+    "jagged"
+)
 
 
 def _torch() -> Any:
@@ -29,6 +36,8 @@ def _dtypes() -> dict[Any, DType]:
 
 def view(x: Any) -> TensorView:
     torch = _torch()
+    if x.is_nested:
+        raise UnsupportedError(NESTED)
     dtype = _dtypes().get(x.dtype)
     if dtype is None:
         raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
@@ -64,25 +73,11 @@ def operation(q: Any, *others: Any) -> Callable[..., Any] | None:
 
 def cache_operation(q: Any, *others: Any) -> Callable[..., Any] | None:
     torch = _torch()
-    if torch.is_grad_enabled():
-        for x in (q, *others):
-            if getattr(x, "requires_grad", False):
-                _refuse_cache()
-    if not torch.compiler.is_compiling():
-        if not _watched(torch, q, others):
-            return None
-        if torch._C._len_torch_dispatch_stack() == 0:  # not fake tensors, tracing
-            _refuse_cache()
-    from . import torch_autograd
+    if torch.compiler.is_compiling() or _watched(torch, q, others):
+        from . import torch_autograd
 
-    return torch_autograd.attention_to_cache
-
-
-def _refuse_cache() -> NoReturn:
-    raise UnsupportedError(
-        "flash_attn_with_kvcache has no gradient, and autograd, autocast and torch.func do not follow it: call it "
-        "outside of them, under torch.no_grad(); to train, call cuflash.attention"
-    )
+        return torch_autograd.attention_to_cache
+    return None
 
 
 def compiling() -> bool:
@@ -154,6 +149,13 @@ def to_host(x: Any) -> np.ndarray:
     return (x.float() if x.is_floating_point() and x.element_size() < 4 else x).cpu().numpy()
 
 
+def known(x: Any) -> np.ndarray | None:
+    torch = _torch()
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else to_host(x)
+
+
 def from_host(values: np.ndarray, like: Any) -> Any:
     """A tensor of NumPy values with the dtype and on the device of another."""
     return _torch().from_numpy(values).to(device=like.device, dtype=like.dtype)
@@ -165,6 +167,10 @@ def draw_seed(device: Device) -> tuple[Any, Any]:
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
     drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=where)
     return drawn[:1], drawn[1:]
+
+
+def seed(x: Any) -> Any:
+    return x
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:

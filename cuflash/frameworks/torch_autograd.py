@@ -1,15 +1,17 @@
 """Attention as operations PyTorch knows: for autograd, torch.compile, torch.export, torch.func, autocast, checkpoints.
 
 Two operators, `cuflash::attention` and `cuflash::attention_backward`, are what compilers and dispatch modes see:
-opaque, with a shape rule each, and kernels that hand the tensors to `api`. Two `autograd.Function`s around them know
-how to differentiate and how to vectorise (`vmap`). `attention` casts what autocast casts, and picks the way in.
-Everything in here works on tensors alone, reads no value and waits for nothing.
+opaque, with a shape rule each, kernels that hand the tensors to `api`, a derivative, and a rule for `vmap`, so that
+transforms and compilers, and the two together, follow them as they follow PyTorch's own. `attention` casts what
+autocast casts. Everything in here works on tensors alone, reads no value and waits for nothing.
 
 Importing this module imports PyTorch; only `torch.py` does so, once a tensor asks for it.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -21,9 +23,12 @@ from ..trace import text
 from ..trace.expr import leaves
 from ..trace.tracer import Bound
 from . import CacheOptions, calls
-from .torch import _torch, draw_seed
+from .torch import NESTED, _torch, draw_seed
 
 torch: Any = _torch()
+enable_single_level_autograd_function: Any = importlib.import_module(
+    "torch._functorch.utils"
+).enable_single_level_autograd_function
 
 # The operators' arguments: tensors first, then numbers, both in this order wherever they travel as a tuple.
 _TENSORS = (
@@ -34,6 +39,7 @@ _TENSORS = (
     "cu_seqlens_k",
     "seqused_q",
     "seqused_k",
+    "page_table",
     "alibi_slopes",
     "sink",
     "seed",
@@ -45,15 +51,16 @@ _NUMBERS = (
 )  # fmt: skip
 _SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? seqused_q, Tensor? seqused_k, "
-    "Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, SymInt? max_seqlen_k, "
-    "float? scale, SymInt left, SymInt right, float softcap, float dropout_p, SymInt seed_number, "
-    "SymInt offset_number, bool deterministic, SymInt? split_size"
+    "Tensor? page_table, Tensor? alibi_slopes, Tensor? sink, Tensor? seed, Tensor? offset, SymInt? max_seqlen_q, "
+    "SymInt? max_seqlen_k, float? scale, SymInt left, SymInt right, float softcap, float dropout_p, "
+    "SymInt seed_number, SymInt offset_number, bool deterministic, SymInt? split_size"
 )
 # Calls with mods are operators of their own, so that others carry nothing along. What they have besides: the mods, as
 # `trace.text` writes them; the numbers they captured; which results are wanted; the arrays, as a list.
 _MODS_SCHEMA = "str mods, float[] scalars"
 _WITH_MODS = len(_TENSORS) + len(_NUMBERS)
-_SLOPES, _SINK, _DROPOUT = _TENSORS.index("alibi_slopes"), _TENSORS.index("sink"), _NUMBERS.index("dropout_p")
+_PAGES, _SLOPES, _SINK = (_TENSORS.index(name) for name in ("page_table", "alibi_slopes", "sink"))
+_LENGTHS, _DROPOUT = _TENSORS[3 : _PAGES + 1], _NUMBERS.index("dropout_p")
 
 
 def attention(
@@ -67,6 +74,7 @@ def attention(
     max_seqlen_k: int | None,
     seqused_q: Any,
     seqused_k: Any,
+    page_table: Any,
     scale: float | None,
     window_size: tuple[int, int],
     softcap: float,
@@ -81,15 +89,18 @@ def attention(
     bound: Bound | None,
 ) -> tuple[Any, Any, Any]:
     """`cuflash.attention` of tensors -> (out, lse, max_logit); gradients flow through out and lse."""
-    for name, x in (("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("alibi_slopes", alibi_slopes), ("sink", sink)):
         if x is not None and not isinstance(x, torch.Tensor):
             raise ArgumentError(
                 f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
                 "convert with torch.from_dlpack, which copies nothing"
             )
+        if x is not None and x.is_nested:
+            raise UnsupportedError(f"{name}: {NESTED}")
     kind = q.device.type
     if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
+        # Pages, which outlive the call, are never copied: queries are cast to their dtype.
+        low = torch.get_autocast_dtype(kind) if page_table is None else k.dtype
         q, k, v = (x.to(low) if x.dtype in (torch.float32, torch.float16, torch.bfloat16) else x for x in (q, k, v))
         if sink is not None and sink.dtype not in (torch.float32, low):
             sink = sink.to(torch.float32)
@@ -105,21 +116,16 @@ def attention(
         q, k, v,
         _lengths("cu_seqlens_q", cu_seqlens_q, q), _lengths("cu_seqlens_k", cu_seqlens_k, q),
         _lengths("seqused_q", seqused_q, q), _lengths("seqused_k", seqused_k, q),
-        alibi_slopes, sink, seed, offset, max_seqlen_q, max_seqlen_k, scale, *window_size, softcap,
-        dropout_p, seed_number, offset_number,
+        _lengths("page_table", page_table, q), alibi_slopes, sink, seed, offset,
+        max_seqlen_q, max_seqlen_k, scale, *window_size, softcap, dropout_p, seed_number, offset_number,
         deterministic or torch.are_deterministic_algorithms_enabled(), split_size,
     )  # fmt: skip
     if bound is not None:
         mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)
         captured = _captured(bound, q)
         scalars = [float(x) for x in bound.scalars]
-        if _in_torch_func(q, k, v, alibi_slopes, sink, *captured):
-            return _AttentionMods.apply(*arguments, mods, _Whole(scalars), "max_logit" in aux, *captured)
         return torch.ops.cuflash.attention_mods.default(*arguments, mods, scalars, "max_logit" in aux, captured)
-    arguments += ("max_logit" in aux,)
-    if _in_torch_func(q, k, v, alibi_slopes, sink):
-        return _Attention.apply(*arguments)
-    return torch.ops.cuflash.attention.default(*arguments)
+    return torch.ops.cuflash.attention.default(*arguments, "max_logit" in aux)
 
 
 def _captured(bound: Bound, q: Any) -> list[Any]:
@@ -138,10 +144,6 @@ def _captured(bound: Bound, q: Any) -> list[Any]:
     return found
 
 
-class _Whole(tuple):
-    """A tuple that torch.func takes for one value."""
-
-
 @torch.compiler.disable(
     reason="torch.compile cannot look into a mod: trace it before, as score_mod = cuflash.mod(score_mod) outside of "
     "what is compiled, and pass what that returns"
@@ -154,23 +156,6 @@ def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any
         stacklevel=3,
     )
     return function(*args, **keywords)
-
-
-def _in_torch_func(*tensors: Any) -> bool:
-    """Whether a transform of torch.func is at work, which follows an autograd.Function and not an operator."""
-    if torch.compiler.is_compiling():
-        return False
-    transforms = torch._C._functorch.get_interpreter_stack()
-    given = [x for x in tensors if x is not None]
-    if transforms:
-        if any(t.key() == torch._C._functorch.TransformType.Jvp for t in transforms):
-            if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in given):
-                _refuse_forward_mode()
-        return True
-    if torch.autograd.forward_ad._current_level >= 0:
-        if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in given):
-            _refuse_forward_mode()
-    return False
 
 
 def _refuse_forward_mode() -> NoReturn:
@@ -215,7 +200,7 @@ def _random_number(name: str, x: Any) -> tuple[Any, int]:
 def _keywords(arguments: tuple[Any, ...]) -> dict[str, Any]:
     """The keywords of `attention` from the operators' arguments after q, k and v."""
     named: dict[str, Any] = dict(zip((*_TENSORS[3:], *_NUMBERS), arguments, strict=True))
-    for name in _TENSORS[3:7]:
+    for name in _LENGTHS:
         x = named[name]
         if x is not None and x.device.type == "cpu":
             named[name] = x.numpy()  # host values may stand beside device arrays in this form
@@ -253,16 +238,19 @@ def _backward_kernel(
     dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> tuple[Any, Any, Any, Any, Any]:
     *arguments, slopes = rest
-    # Gradients come as autograd left them, often expanded; whoever called attention has no hand in that.
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    dlse = None if dlse is None else dlse.contiguous()
     with torch.no_grad():
-        given = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse})
         grads = calls["attention_backward"](
-            q, k, v, given=given, grads=("alibi_slopes",) if slopes else (), **_keywords(tuple(arguments))
-        )
+            q, k, v, given=_given(dout, dlse, out, lse), grads=("alibi_slopes",) if slopes else (),
+            **_keywords(tuple(arguments)),
+        )  # fmt: skip
     dsink = _nothing(q) if grads.dsink is None else grads.dsink
     return grads.dq, grads.dk, grads.dv, dsink, grads.dcaptured[0] if slopes else _nothing(q)
+
+
+def _given(dout: Any, dlse: Any, out: Any, lse: Any) -> dict[str, Any]:
+    """Of a backward, as it reads them: autograd and vmap leave tensors expanded, in which the caller has no hand."""
+    given = {"dout": dout if dout.stride(-1) == 1 else dout.contiguous(), "out": out, "lse": lse.contiguous()}
+    return given if dlse is None else given | {"dlse": dlse.contiguous()}
 
 
 def _attention_mods_kernel(q: Any, k: Any, v: Any, *rest: Any) -> tuple[Any, Any, Any]:
@@ -285,12 +273,10 @@ def _backward_mods_kernel(
     dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, *rest: Any
 ) -> tuple[Any, Any, Any, Any, Any, list[Any]]:
     *arguments, mods, scalars, slopes, wanted, captured = rest
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    given = {"dout": dout, "out": out, "lse": lse} | ({} if dlse is None else {"dlse": dlse.contiguous()})
     names = [f"captured{i}" for i, own in enumerate(wanted) if own] + ["alibi_slopes"] * slopes
     keywords = _keywords(tuple(arguments)) | {"bound": _bound(mods, scalars, captured)}
     with torch.no_grad():
-        grads = calls["attention_backward"](q, k, v, given=given, grads=tuple(names), **keywords)
+        grads = calls["attention_backward"](q, k, v, given=_given(dout, dlse, out, lse), grads=tuple(names), **keywords)
     found = dict(zip(names, grads.dcaptured, strict=True))
     dcaptured = []
     for i, x in enumerate(captured):
@@ -360,7 +346,7 @@ for _name, _signature, _kernel, _shapes in (
     torch.library.register_fake(f"cuflash::{_name}", _shapes, lib=_library)
 
 
-# `flash_attn_with_kvcache`: two operators, of which one says that it writes to the caches. No gradient.
+# `flash_attn_with_kvcache`: two operators, of which one says that it writes to the caches.
 
 _CACHE_ARRAYS = ("q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "sink")
 _CACHE_INDICES = (
@@ -386,6 +372,13 @@ def attention_to_cache(
                 f"{name} is a {type(x).__qualname__} and q a torch.Tensor: all arrays must be of one framework; "
                 "convert with torch.from_dlpack, which copies nothing"
             )
+    if "k" in arrays and torch.is_grad_enabled():
+        for name in ("k_cache", "v_cache"):
+            if arrays[name].requires_grad:
+                raise UnsupportedError(
+                    f"{name}.requires_grad is True, and the call writes to it: keys in a cache have no gradient; pass "
+                    f"{name}.detach(), which is the same memory"
+                )
     mods, scalars, captured = "", [], []
     if bound is not None:
         mods = bound.mods if isinstance(bound.mods, str) else text.dumps(bound.mods)
@@ -438,34 +431,100 @@ for _name, _first, _second in (("attention_append", "(a!)", "(b!)"), ("attention
 # Derivatives ----------------------------------------------------------------------------------------------------------
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _differentiable(name: str, keep: Callable[..., None], backward: Callable[..., tuple[Any, ...]]) -> None:
+    """Gives an operator its derivative: `keep(ctx, inputs, outputs)` saves what `backward(ctx, needed, *grads)` reads,
+    all of them flat: of a list of tensors, which comes last, one after another.
+
+    The derivatives of `torch.library.register_autograd` refuse to run inside torch.func. These are a node in the graph
+    of each transform, as those of PyTorch's own operators are, and compilers need to know nothing of it.
+    """
+    operator = getattr(torch.ops.cuflash, name).default
+    takes, gives = operator._schema.arguments, operator._schema.returns
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keys: Any, *flat: Any) -> tuple[Any, ...]:
+            # Autograd has turned gradients off in here, and transforms further out follow this call as well.
+            with torch.enable_grad(), torch.autograd.forward_ad._set_fwd_grad_enabled(True):
+                results = _flat(_below_autograd(operator, keys, _nested(flat, takes)))
+            keep(ctx, flat, results)
+            return results
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+            return None, *backward(ctx, ctx.needs_input_grad[1:], *grads)
+
+    def follow(keys: Any, *arguments: Any) -> Any:
+        flat = _flat(arguments)
+        tensors = [x for x in flat if isinstance(x, torch.Tensor)]
+        if torch.autograd.forward_ad._current_level >= 0:
+            if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+                _refuse_forward_mode()
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return _below_autograd(operator, keys, arguments)
+        # NOTE: not Node.apply, which would hand the call to torch.func, and that has brought it here.
+        with enable_single_level_autograd_function():
+            return _nested(super(torch.autograd.Function, Node).apply(keys, *flat), gives)
+
+    Node.__name__ = Node.__qualname__ = name
+    _library.impl(name, follow, "Autograd", with_keyset=True)
+
+
+def _below_autograd(operator: Any, keys: Any, arguments: tuple[Any, ...]) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _flat(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """An operator's arguments or results, a list of tensors at their end one by one."""
+    return (*values[:-1], *values[-1]) if isinstance(values[-1], list) else values
+
+
+def _nested(flat: tuple[Any, ...], schema: Sequence[Any]) -> tuple[Any, ...]:
+    """The inverse."""
+    before = len(schema) - 1
+    return (*flat[:before], [*flat[before:]]) if isinstance(schema[before].type, torch.ListType) else flat
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     """What the backward of `attention` will need."""
-    out, lse, max_logit = output
+    out, lse, max_logit = outputs
     ctx.mark_non_differentiable(max_logit)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)])
-    ctx.numbers = inputs[len(_TENSORS) : -1]
+    ctx.paged = inputs[_PAGES] is not None
+    if ctx.paged:
+        return _keep_shapes(ctx, inputs, outputs)
+    ctx.save_for_backward(out, lse, *inputs[: len(_TENSORS)], *inputs[_WITH_MODS + 3 :])
+    ctx.numbers, ctx.mods = inputs[len(_TENSORS) : _WITH_MODS], inputs[_WITH_MODS : _WITH_MODS + 2]
 
 
-def _differentiate(backward: Callable[..., Any], ctx: Any, dout: Any, dlse: Any) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, needed: tuple[bool, ...], dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
     """A gradient, or None, for each argument of `attention`."""
-    needed = ctx.needs_input_grad
     if dout is None and dlse is None:
         return (None,) * len(needed)
+    if ctx.paged:
+        return _refuse_gradient(_NO_PAGED_GRADIENT, ctx, needed, dout, dlse)
     out, lse, *tensors = ctx.saved_tensors
-    if dout is None:
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsink, dslopes = backward(dout, dlse, out, lse, *tensors, *ctx.numbers, needed[_SLOPES])
-    grads = [dq, dk, dv, *[None] * (len(needed) - 3)]
+    given = (torch.zeros_like(out) if dout is None else dout, dlse, out, lse, *tensors[: len(_TENSORS)], *ctx.numbers)
+    captured = tensors[len(_TENSORS) :]
+    if len(needed) == _WITH_MODS + 1:
+        dcaptured: list[Any] = []
+        dq, dk, dv, dsink, dslopes = torch.ops.cuflash.attention_backward.default(*given, needed[_SLOPES])
+    else:
+        wanted = [*needed[_WITH_MODS + 3 :]]
+        dq, dk, dv, dsink, dslopes, dcaptured = torch.ops.cuflash.attention_mods_backward.default(
+            *given, *ctx.mods, needed[_SLOPES], wanted, captured
+        )
+    grads = [dq, dk, dv, *[None] * (len(needed) - 3 - len(dcaptured)), *dcaptured]
     grads[_SINK], grads[_SLOPES] = dsink, dslopes
     return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
 
 
-def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
     """There is no second derivative."""
 
 
-def _refuse_second(ctx: Any, *grads: Any) -> NoReturn:
+def _refuse_second(*_: Any) -> NoReturn:
     raise UnsupportedError(
         "attention has a first derivative only, and this asks for a second (create_graph=True, torch.func.hessian, "
         "a gradient penalty): use torch.nn.functional.scaled_dot_product_attention with "
@@ -473,134 +532,46 @@ def _refuse_second(ctx: Any, *grads: Any) -> NoReturn:
     )
 
 
-def _operator_backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
-    return _differentiate(torch.ops.cuflash.attention_backward.default, ctx, dout, dlse)
-
-
-torch.library.register_autograd("cuflash::attention", _operator_backward, setup_context=_keep, lib=_library)
-torch.library.register_autograd(
-    "cuflash::attention_backward", _refuse_second, setup_context=_keep_nothing, lib=_library
+# Keys in a cache have no gradient. A call with gradients on is none the worse for it: what raises is its backward, by
+# an operator, so that a compiler which makes the backward before anybody wants it only writes it down.
+_library.define("no_gradient(Tensor grad, SymInt[] shape, ScalarType dtype, str why) -> Tensor", tags=_TAGS)
+_NO_CACHE_GRADIENT = (
+    "flash_attn_with_kvcache has no gradient, and this asks for one: call it under torch.no_grad(), or pass "
+    "q.detach(); to train, call cuflash.attention"
+)
+_NO_PAGED_GRADIENT = (
+    "page_table: keys in pages have no gradient, and this asks for one: call attention under torch.no_grad(), or "
+    "gather the pages of each sequence, k[page_table].reshape(batch, -1, heads, d), and pass seqused_k"
 )
 
 
-# With mods: arguments are "flat" where captured arrays are given one by one, as an autograd.Function needs them.
+def _no_gradient_kernel(grad: Any, shape: Any, dtype: Any, why: str) -> NoReturn:
+    raise UnsupportedError(why)
 
 
-def _flat_attention(*flat: Any) -> tuple[Any, ...]:
-    *arguments, mods, scalars, max_logit = flat[: _WITH_MODS + 3]
-    return torch.ops.cuflash.attention_mods.default(
-        *arguments, mods, list(scalars), max_logit, list(flat[_WITH_MODS + 3 :])
-    )
-
-
-def _flat_backward(*flat: Any) -> tuple[Any, ...]:
-    end = _WITH_MODS + 8
-    *arguments, mods, scalars, slopes, wanted = flat[:end]
-    *grads, dcaptured = torch.ops.cuflash.attention_mods_backward.default(
-        *arguments, mods, list(scalars), slopes, list(wanted), list(flat[end:])
-    )
-    return *grads, *dcaptured
-
-
-def _keep_mods(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    out, lse, max_logit = output
-    flat = (*inputs[:-1], *inputs[-1]) if isinstance(inputs[-1], list) else inputs
-    ctx.mark_non_differentiable(max_logit)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(out, lse, *flat[: len(_TENSORS)], *flat[_WITH_MODS + 3 :])
-    ctx.numbers, ctx.mods, ctx.scalars = flat[len(_TENSORS) : _WITH_MODS], flat[_WITH_MODS], flat[_WITH_MODS + 1]
-
-
-def _differentiate_mods(backward: Callable[..., Any], ctx: Any, needed: Sequence[bool], dout: Any, dlse: Any) -> Any:
-    """A gradient, or None, for each of the flat arguments."""
-    if dout is None and dlse is None:
-        return (None,) * len(needed)
-    out, lse, *tensors = ctx.saved_tensors
-    tensors, captured = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
-    if dout is None:
-        dout = torch.zeros_like(out)
-    wanted = _Whole(needed[_WITH_MODS + 3 :])
-    dq, dk, dv, dsink, dslopes, *dcaptured = backward(
-        dout, dlse, out, lse, *tensors, *ctx.numbers, ctx.mods, _Whole(ctx.scalars), needed[_SLOPES], wanted, *captured
-    )
-    grads = [dq, dk, dv, *[None] * _WITH_MODS, *dcaptured]
-    grads[_SINK], grads[_SLOPES] = dsink, dslopes
-    return tuple(grad if own else None for grad, own in zip(grads, needed, strict=True))
-
-
-def _operator_backward_mods(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
-    *needed, captured = ctx.needs_input_grad
-    flat = _differentiate_mods(_flat_backward, ctx, (*(x is True for x in needed), *captured), dout, dlse)
-    grads = [*flat[: _WITH_MODS + 3], list(flat[_WITH_MODS + 3 :])]
-    if not ctx.scalars:
-        grads[_WITH_MODS + 1] = []  # an empty list counts as one of tensors
-    return tuple(grads)
-
-
-torch.library.register_autograd(
-    "cuflash::attention_mods", _operator_backward_mods, setup_context=_keep_mods, lib=_library
-)
-torch.library.register_autograd(
-    "cuflash::attention_mods_backward", _refuse_second, setup_context=_keep_nothing, lib=_library
+for _key in ("CPU", "CUDA"):
+    _library.impl("no_gradient", _no_gradient_kernel, _key)
+torch.library.register_fake(
+    "cuflash::no_gradient", lambda grad, shape, dtype, why: grad.new_empty(shape, dtype=dtype), lib=_library
 )
 
 
-class _Attention(torch.autograd.Function):
-    """The operator once more, for torch.func."""
-
-    setup_context = staticmethod(_keep)
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.cuflash.attention.default(*arguments)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
-        return _differentiate(_Backward.apply, ctx, dout, dlse)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _attention_of_many(_Attention.apply, info.batch_size, in_dims, arguments)
+def _keep_shapes(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:
+    """What a gradient would look like. Nothing is kept alive for it."""
+    ctx.shapes = [(x.shape, x.dtype) if isinstance(x, torch.Tensor) else None for x in inputs]
 
 
-class _Backward(torch.autograd.Function):
-    """Its backward, for transforms of the gradient."""
-
-    setup_context = staticmethod(_keep_nothing)
-    backward = staticmethod(_refuse_second)
-
-    @staticmethod
-    def forward(*arguments: Any) -> Any:
-        return torch.ops.cuflash.attention_backward.default(*arguments)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _backward_of_many(_Backward.apply, info.batch_size, in_dims, arguments)
+def _refuse_gradient(why: str, ctx: Any, needed: tuple[bool, ...], *grads: Any) -> tuple[Any, ...]:
+    grad = next(x for x in grads if x is not None)
+    operator = torch.ops.cuflash.no_gradient.default
+    return tuple(operator(grad, *like, why) if own else None for own, like in zip(needed, ctx.shapes, strict=True))
 
 
-class _AttentionMods(torch.autograd.Function):
-    """The operator with mods, for torch.func."""
-
-    setup_context = staticmethod(_keep_mods)
-    forward = staticmethod(_flat_attention)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:
-        return _differentiate_mods(_BackwardMods.apply, ctx, ctx.needs_input_grad, dout, dlse)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _attention_of_many(_AttentionMods.apply, info.batch_size, in_dims, arguments)
-
-
-class _BackwardMods(torch.autograd.Function):
-    setup_context = staticmethod(_keep_nothing)
-    backward = staticmethod(_refuse_second)
-    forward = staticmethod(_flat_backward)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
-        return _backward_of_many(_BackwardMods.apply, info.batch_size, in_dims, arguments)
+for _name in ("attention", "attention_mods"):
+    _differentiable(_name, _keep, _differentiate)
+    _differentiable(f"{_name}_backward", _keep_nothing, _refuse_second)
+for _name in ("attention_append", "attention_to_cache"):
+    _differentiable(_name, _keep_shapes, functools.partial(_refuse_gradient, _NO_CACHE_GRADIENT))
 
 
 # Vectorising: a batch of calls is one call with a larger batch --------------------------------------------------------
@@ -608,9 +579,15 @@ class _BackwardMods(torch.autograd.Function):
 
 def _attention_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments: tuple[Any, ...]) -> tuple[Any, Any]:
     tensors, numbers = arguments[: len(_TENSORS)], arguments[len(_TENSORS) :]
-    # Packed, or dropout, which counts sequences within a call, or a sink each.
+    # Packed, in pages, or dropout, which counts sequences within a call, or a sink each.
     apart = _apart(arguments[_WITH_MODS:], in_dims[_WITH_MODS:], 3)
-    if tensors[3] is not None or numbers[_DROPOUT] or in_dims[_SINK] is not None or apart:
+    if (
+        tensors[3] is not None
+        or tensors[_PAGES] is not None
+        or numbers[_DROPOUT]
+        or in_dims[_SINK] is not None
+        or apart
+    ):
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[0], in_dims[0])
     folded = _fold_all(n, batch, in_dims[: len(_TENSORS)], tensors)
@@ -622,7 +599,13 @@ def _backward_of_many(function: Any, n: int, in_dims: tuple[Any, ...], arguments
     results, tensors, numbers = arguments[:4], arguments[4:end], arguments[end:]
     # Packed, or dropout, or dsink, which is a sum over each call's batch.
     apart = _apart(arguments[4 + _WITH_MODS :], in_dims[4 + _WITH_MODS :], 4)
-    if tensors[3] is not None or numbers[_DROPOUT] or tensors[_SINK] is not None or apart:
+    if (
+        tensors[3] is not None
+        or tensors[_PAGES] is not None
+        or numbers[_DROPOUT]
+        or tensors[_SINK] is not None
+        or apart
+    ):
         return _one_by_one(function, n, in_dims, arguments)
     batch = _batch_size(arguments[4], in_dims[4])
     slopes = tensors[_SLOPES]
@@ -696,34 +679,36 @@ def _one_by_one(
     return results, (0,) * len(results)
 
 
-for _name, _of_many in (("attention", _attention_of_many), ("attention_backward", _backward_of_many)):
+def _vectorised(name: str, of_many: Callable[..., Any]) -> None:
+    """Gives an operator its rule for `vmap`."""
+    operator = getattr(torch.ops.cuflash, name).default
+    takes, gives = operator._schema.arguments, operator._schema.returns
 
-    def _vmap(
-        info: Any, in_dims: tuple[Any, ...], *arguments: Any, _of_many: Any = _of_many, _name: str = _name
-    ) -> Any:
-        return _of_many(getattr(torch.ops.cuflash, _name).default, info.batch_size, in_dims, arguments)
+    def call(*flat: Any) -> tuple[Any, ...]:
+        return _flat(operator(*_nested(flat, takes)))
 
-    torch.library.register_vmap(f"cuflash::{_name}", _vmap, lib=_library)
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        last = arguments[-1]
+        # None, or a list, stands for the dimensions of a list.
+        tail = [None] if not isinstance(last, list) else [None] * len(last) if in_dims[-1] is None else [*in_dims[-1]]
+        dims = (*(dim if isinstance(dim, int) else None for dim in in_dims[:-1]), *tail)
+        results, out_dims = of_many(call, info.batch_size, dims, _flat(arguments))
+        return _nested(results, gives), _nested(out_dims, gives)
 
-
-def _vmap_attention_mods(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    flat, dims = _flattened(arguments, in_dims)
-    return _attention_of_many(_flat_attention, info.batch_size, dims, flat)
-
-
-def _vmap_backward_mods(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
-    flat, dims = _flattened(arguments, in_dims)
-    grads, out_dims = _backward_of_many(_flat_backward, info.batch_size, dims, flat)
-    return (*grads[:5], [*grads[5:]]), (*out_dims[:5], [*out_dims[5:]])
+    torch.library.register_vmap(f"cuflash::{name}", rule, lib=_library)
 
 
-def _flattened(arguments: tuple[Any, ...], in_dims: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The operators' arguments with captured arrays one by one, and no other lists."""
-    captured = arguments[-1]
-    dims = in_dims[-1] if isinstance(in_dims[-1], (list, tuple)) else [in_dims[-1]] * len(captured)
-    before = [_Whole(x) if isinstance(x, (list, tuple)) else x for x in arguments[:-1]]
-    return (*before, *captured), (*(d if isinstance(d, int) else None for d in in_dims[:-1]), *dims)
+for _name in ("attention", "attention_mods"):
+    _vectorised(_name, _attention_of_many)
+    _vectorised(f"{_name}_backward", _backward_of_many)
 
 
-torch.library.register_vmap("cuflash::attention_mods", _vmap_attention_mods, lib=_library)
-torch.library.register_vmap("cuflash::attention_mods_backward", _vmap_backward_mods, lib=_library)
+def _refuse_vmap(*_: Any) -> NoReturn:
+    raise UnsupportedError(
+        "flash_attn_with_kvcache under torch.func.vmap: its first axis is a batch already; call it outside of vmap on "
+        "q.flatten(0, 1)"
+    )
+
+
+for _name in ("attention_append", "attention_to_cache"):
+    torch.library.register_vmap(f"cuflash::{_name}", _refuse_vmap, lib=_library)

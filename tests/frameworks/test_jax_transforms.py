@@ -244,6 +244,59 @@ def test_dropout_needs_a_seed_it_can_hold(rng):
             jax.jit(lambda q, seed=seed: cuflash.attention(q, q, q, dropout_p=0.5, seed=seed))(q)
 
 
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_is_a_seed(rng, key):
+    q = jnp.asarray(rng.standard_normal((3, 1, 5, 2, 8)), jnp.float32)
+
+    def call(q, key):
+        return cuflash.attention(q, q, q, dropout_p=0.5, seed=key)
+
+    got = call(q[0], key(7))
+    np.testing.assert_array_equal(got, call(q[0], jax.random.bits(key(7), (1,))))
+    np.testing.assert_array_equal(jax.jit(call)(q[0], key(7)), got)
+    assert not np.array_equal(got, call(q[0], key(8)))
+    keys = jax.random.split(key(7), 3)
+    many = jax.vmap(call)(q, keys)
+    for i in range(3):
+        np.testing.assert_array_equal(many[i], call(q[i], keys[i]))
+    grads = [jax.grad(lambda q, f=f: f(q, key(7)).sum())(q[0]) for f in (call, jax.jit(call))]
+    np.testing.assert_allclose(*grads, atol=1e-6)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_keys_elsewhere_are_refused_by_name(compiled):
+    q, key = jnp.ones((1, 4, 2, 8)), jax.random.key(0)
+    for name in ("q", "k", "sink", "seqused_k", "max_seqlen_k", "offset"):
+        given = {"q": q, "k": q, "v": q, "dropout_p": 0.5, "seed": 3, name: key}
+        call = lambda key, given=given, name=name: cuflash.attention(**given | {name: key})  # noqa: E731
+        with pytest.raises(ArgumentError, match=rf"^{name}: dtype key.*one key as seed="):
+            (jax.jit(call) if compiled else call)(key)
+    call = lambda keys: cuflash.attention(q, q, q, dropout_p=0.5, seed=keys)  # noqa: E731
+    with pytest.raises(ArgumentError, match=r"seed is an array of keys, of shape \(2,\).*pass seed\[0\]"):
+        (jax.jit(call) if compiled else call)(jax.random.split(key))
+
+
+def test_a_traced_number_is_told_how_to_come_in():
+    """What the messages name works: a static argument, and a mod that captures the value."""
+    q = jnp.ones((1, 4, 2, 8)) * jnp.arange(4)[:, None, None]
+    for name, value, by_mod in (
+        ("scale", 0.5, True), ("softcap", 2.0, True), ("dropout_p", 0.5, False), ("causal", True, True),
+        ("split_size", 64, False), ("window_size", jnp.array([1, 0]), True),
+    ):  # fmt: skip
+        call = lambda q, value, name=name: cuflash.flash_attn_func(q, q, q, **{name: value})  # noqa: E731
+        if name not in ("softcap", "causal", "window_size"):
+            call = lambda q, value, name=name: cuflash.attention(q, q, q, seed=1, **{name: value})  # noqa: E731
+        with pytest.raises(ArgumentError, match=r"JAX traces it, so name it in static_argnames of jax\.jit") as caught:
+            jax.jit(call)(q, value)
+        assert ("mod that captures" in str(caught.value)) == by_mod and "pass float" not in str(caught.value)
+    want = cuflash.attention(q, q, q, scale=0.5)
+    static = jax.jit(lambda q, scale: cuflash.attention(q, q, q, scale=scale), static_argnames="scale")
+    np.testing.assert_array_equal(static(q, scale=0.5), want)
+    scaled = lambda scale: lambda score, b, h, q_idx, kv_idx: score * scale  # noqa: E731
+    got = jax.jit(lambda q, scale: cuflash.attention(q, q, q, scale=1.0, score_mod=scaled(scale)))(q, 0.5)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
 def test_flash_attn_names(rng):
     arrays = dense(rng)
     q, k = (jnp.asarray(arrays[name]) for name in "qk")

@@ -336,7 +336,7 @@ def operands(packed=False, **grads):
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed):
     q, k, v, starts_q, starts_k, sink, slopes = (None if x is None else x.detach() for x in operands(packed))
-    common = (q, k, v, starts_q, starts_k, None, None, slopes, sink, None, None)
+    common = (q, k, v, starts_q, starts_k, None, None, None, slopes, sink, None, None)
     cuflash.attention(q.requires_grad_(), k, v, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)  # defines the operators
     common = (q.detach(), *common[1:])
     numbers = numbers_of("attention")
@@ -485,21 +485,74 @@ def test_vmap_and_vmap_of_grad(dims, sinks):
     assert_close(got, gradients(total, [mapped[i] for i in wanting]), 1e-5)
 
 
-@pytest.mark.parametrize("transform", [torch.func.vmap, torch.func.grad])
-def test_compiled_transforms_are_right_or_refused(transform):
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("grads", [False, True])
+def test_a_longest_length_may_be_a_tensor(grads, compiled):
+    x = torch.randn(8, 2, 8).requires_grad_(grads)
+    starts, longest = torch.tensor([0, 3, 8], dtype=torch.int32), torch.tensor(5)
+
+    def call(x, longest):
+        return cuflash.flash_attn_varlen_func(x, x, x, starts, starts, longest, longest, causal=True)
+
+    got = (torch.compile(call, fullgraph=True, backend="aot_eager") if compiled else call)(x, longest)
+    assert torch.equal(got, call(x, 5))
+    if not compiled:
+        with pytest.raises(
+            ArgumentError, match=r"max_seqlen_q is an array of shape \(2,\) and dtype int64, and must be"
+        ):
+            call(x, torch.tensor([5, 5]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("grads", [False, True])
+def test_nested_tensors_are_told_what_to_pass(grads):
+    parts = [torch.randn(n, 2, 8) for n in (3, 5)]
+    x = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+    starts = x.offsets().int()
+    packed = x.values().requires_grad_(grads)
+    out = cuflash.attention(packed, packed, packed, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    nested = torch.nested.nested_tensor_from_jagged(out, x.offsets())  # as the message says
+    assert_close(nested.unbind(), [cuflash.attention(*[y[None]] * 3)[0] for y in parts])
+    for other in (x, torch.nested.as_nested_tensor(parts)):
+        y = other.detach().requires_grad_(grads)
+        with pytest.raises(UnsupportedError, match=r"q: a nested tensor.*x\.values\(\).*x\.offsets\(\)\.int\(\)"):
+            cuflash.attention(y, y, y)
+
+
+def of_all(x):
+    return cuflash.attention(x, x, x, causal=True)
+
+
+def loss_of(x):
+    return of_all(x).square().sum()
+
+
+TRANSFORMED = {
+    "grad": lambda x: torch.func.grad(loss_of)(x[0]),
+    "vjp": lambda x: torch.func.vjp(of_all, x[0])[1](x[1])[0],
+    "jacrev": lambda x: torch.func.jacrev(lambda q: of_all(q)[:, :, 0, 0])(x[0]),
+    "vmap": lambda x: torch.func.vmap(of_all)(x),
+    "vmap of grad": lambda x: torch.func.vmap(torch.func.grad(loss_of))(x),
+    "grad of vmap": lambda x: torch.func.grad(lambda x: torch.func.vmap(loss_of)(x).sum())(x),
+    "grad with a mod": lambda x: torch.func.vmap(torch.func.grad(lambda q: of_mod(q).square().sum()))(x),
+}
+
+
+def of_mod(x, halved=cuflash.mod(lambda score, b, h, q_idx, kv_idx: score / 2)):  # noqa: B008
+    return cuflash.attention(x, x, x, score_mod=halved)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transformed", TRANSFORMED.values(), ids=[*TRANSFORMED])
+def test_compiled_transforms_in_one_graph(transformed, backend):
     x = torch.randn(3, 1, 5, 2, 8)
+    assert torch.equal(torch.compile(transformed, fullgraph=True, backend=backend)(x), transformed(x))
 
-    def call(x):
-        out = cuflash.attention(x, x, x, causal=True)
-        return out if transform is torch.func.vmap else out.square().sum()
 
-    x = x if transform is torch.func.vmap else x[0]
-    if transform is torch.func.vmap:
-        got = torch.compile(transform(call), fullgraph=True, backend="aot_eager")(x)
-        assert torch.equal(got, transform(call)(x))
-    else:  # PyTorch's compiler follows torch.func.grad through no custom operator
-        with pytest.raises(torch._dynamo.exc.TorchRuntimeError):
-            torch.compile(transform(call), fullgraph=True, backend="aot_eager")(x)
+def test_jacrev_is_the_gradient_of_each_result():
+    q = torch.randn(1, 5, 2, 8, requires_grad=True)
+    got = torch.func.jacrev(lambda q: of_all(q)[0, :, 1, 3])(q.detach())
+    assert_close(got, torch.stack([torch.autograd.grad(x, q, retain_graph=True)[0] for x in of_all(q)[0, :, 1, 3]]))
 
 
 def test_vmap_of_packed_calls():
@@ -652,8 +705,10 @@ def test_forward_mode_is_refused_in_torch_func(inner):
         y = x if x.ndim == 4 else x[0]
         return cuflash.attention(y, y, y).sum()
 
-    with pytest.raises(UnsupportedError, match="forward-mode"):
-        torch.func.jvp(inner(call), (x,), (x,))
+    pushed = lambda x: torch.func.jvp(inner(call), (x,), (x,))  # noqa: E731
+    for way in (pushed, torch.compile(pushed, backend="eager")):
+        with pytest.raises(UnsupportedError, match="forward-mode"):
+            way(x)
 
 
 def test_forward_mode_is_refused_in_autograd():
@@ -676,7 +731,7 @@ def test_forward_mode_is_refused_in_autograd():
         ({"scale": lambda x: math.inf}, ArgumentError, "scale=inf must be finite"),
         ({"window_size": lambda x: (-2, 0)}, ArgumentError, "window_size"),
         ({"aux": lambda x: ("probabilities",)}, ArgumentError, "aux names 'probabilities'"),
-        ({"page_table": lambda x: torch.zeros(1)}, UnsupportedError, "page_table"),
+        ({"page_table": lambda x: torch.zeros(1)}, ArgumentError, "page_table is given and seqused_k is not"),
         ({"seqused_k": lambda x: [1, 99]}, ArgumentError, r"seqused_k\[1\]=99"),
         ({"seqused_k": lambda x: torch.tensor([1, 2])}, ArgumentError, "seqused_k.dtype=int64 must be int32"),
         ({"seqused_k": lambda x: 3}, ArgumentError, "seqused_k is a int"),
