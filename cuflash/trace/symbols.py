@@ -84,7 +84,7 @@ class _Operand:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name in type(self).__slots__ or name == "trace":  # one that is not made yet
             raise AttributeError(name)
         if name in METHODS:
             return lambda *args, **kwargs: call(name, (self, *args), kwargs, f".{name}()", method=True)

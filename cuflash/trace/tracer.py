@@ -64,6 +64,7 @@ from .objects import (
     super_,
 )
 from .symbols import Captured, Rows, Symbol, lift
+from .uncompiled import outside_of_compilers
 
 PARAMETERS = {"score": ("score", "b", "h", "q_idx", "kv_idx"), "mask": ("b", "h", "q_idx", "kv_idx")}
 LENGTHS = ("q_len", "kv_len")
@@ -179,12 +180,18 @@ class Mod:
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
         self.__doc__ = getattr(function, "__doc__", None)
+        self.made_by: Any = None  # (function, arguments, keywords) that made it, by which it is pickled
         bound = self.bind()
         # What a compiler of programs reads instead of calling bind: structure as text, values as they are now.
         self.text, self.kept_arrays, self.kept_scalars = text.dumps(bound.mods), bound.arrays, bound.scalars
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        if self.made_by is not None:
+            return _made_again, self.made_by
+        return Mod, (self.function, self.kind)
 
     def bind(self) -> Bound:
         """The traced structure, with the values that are captured now."""
@@ -213,6 +220,11 @@ class Mod:
         return f"<{self.kind}_mod {self.__name__}({names}) = {show(self.expr, self.bind().mods.names)}>"
 
 
+def _made_again(make: Callable[..., Mod], args: Any, keywords: Any) -> Mod:
+    return make(*args, **keywords)
+
+
+@outside_of_compilers
 def mod(function: Callable[..., Any], kind: str | None = None) -> Mod:
     """Trace a score_mod or mask_mod now: errors come here, and what comes back is usable under compilers.
 
@@ -292,6 +304,18 @@ def _kind_of(function: Any) -> str:
         f"{_called(function)} takes {_listed(names, open_ended)}: a score_mod takes (score, b, h, q_idx, kv_idx) and a "
         'mask_mod (b, h, q_idx, kv_idx); say which it is with kind="score" or kind="mask"'
     )
+
+
+def takes_score(function: Any) -> bool:
+    """Whether a function is a score_mod, by its positional parameters without a default; else it is a mask_mod.
+
+    >>> takes_score(lambda score, b, h, q_idx, kv_idx: score), takes_score(lambda b, h, q_idx, kv_idx, n=3: True)
+    (True, False)
+    """
+    if isinstance(function, Mod):
+        return function.kind == "score"
+    signature = _signature(function)
+    return signature is not None and len(_needed(signature)[0]) == len(PARAMETERS["score"])
 
 
 def _called(function: Any) -> str:
