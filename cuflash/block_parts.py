@@ -33,8 +33,8 @@ class Chosen:
             values = values.astype(np.int32) if values.size == 0 else values
             if values.dtype.kind not in "iu" or values.ndim > 1:
                 raise BadIndexError(
-                    f"index of shape {values.shape}, {values.dtype}, of {where}: pass ints, slices or arrays of ints of "
-                    "one axis"
+                    f"index of shape {values.shape}, {values.dtype}, of {where}: pass ints, slices or arrays of ints "
+                    "of one axis"
                 )
             given, index = index, values.reshape(-1)
             outside = index[(index < -n) | (index >= n)]

@@ -1,4 +1,4 @@
-"""Blocks as arrays: lists of blocks, tables of what each block is, and their ways between NumPy and other frameworks."""
+"""Blocks as arrays: lists of blocks, tables of what each block is, and their ways between frameworks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def mod_of_table(table: Array, block: tuple[int, int], mask_mod: Any) -> Callabl
     inner, all_full = mods._with_lengths("mask_mod", mask_mod), mask_mod is mods.noop_mask
 
     def block_table_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any = None, kv_len: Any = None) -> Any:
-        kind = table[0 if one_b else b, 0 if one_h else h, q_idx // q_size, kv_idx // kv_size]
+        row, column = (q_idx // q_size).clip(0, None), (kv_idx // kv_size).clip(0, None)  # seen to be no negative ones
+        kind = table[0 if one_b else b, 0 if one_h else h, row, column]
         if all_full:
             return kind != 0
         return (kind == 2) | ((kind == 1) & inner(b, h, q_idx, kv_idx, q_len, kv_len))  # FULL, PARTIAL

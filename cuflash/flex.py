@@ -87,7 +87,7 @@ def flex_attention(
         )
     require(
         return_aux is None or isinstance(return_aux, AuxRequest) or _is_request(return_aux),
-        f"return_aux={return_aux!r} must be an AuxRequest: pass return_aux=AuxRequest(lse=True, max_scores=True) for both",
+        f"return_aux={return_aux!r} must be an AuxRequest: pass AuxRequest(lse=True, max_scores=True)",
     )
     require(
         kernel_options is None or isinstance(kernel_options, Mapping),
@@ -97,8 +97,8 @@ def flex_attention(
         raise ArgumentError(f"return_lse beside return_aux={return_aux!r}: pass return_aux=AuxRequest(lse=True) alone")
     if kernel_options:
         warnings.warn(
-            f"kernel_options: {', '.join(map(str, kernel_options))} ignored: tiles and stages follow from the problem and the "
-            "device; leave them away",
+            f"kernel_options: {', '.join(map(str, kernel_options))} ignored: tiles and stages follow from the problem "
+            "and the device; leave them away",
             UserWarning,
             stacklevel=2,
         )

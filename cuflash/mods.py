@@ -401,7 +401,7 @@ def tree(bits: Array) -> Mask:
 
     def tree_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         node = kv_idx - (kv_len - q_len)
-        place = node.clip(0, None).clip(None, q_len - 1)
+        place = node.clip(None, q_len - 1).clip(0, None)
         words = bits[b, q_idx, place // word] if batched else bits[q_idx, place // word]
         return (node < 0) | ((words >> place % word) & 1 != 0)
 
@@ -543,7 +543,8 @@ def relative_bias(table: Array) -> Score:
     by_head = len(table.shape) == 2
 
     def relative_score(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
-        distance = (kv_idx - (q_idx + (kv_len - q_len))).clip(-furthest, furthest) + furthest
+        # In this order, so that the index is seen to be no negative one.
+        distance = (kv_idx - (q_idx + (kv_len - q_len)) + furthest).clip(None, 2 * furthest).clip(0, None)
         return score + (table[h, distance] if by_head else table[distance])
 
     return _mod(relative_score)

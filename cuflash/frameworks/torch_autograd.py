@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import ArgumentError, UnsupportedError
 from ..trace import text
-from ..trace.expr import leaves
+from ..trace.expr import leaves, slots_of, walk
 from ..trace.tracer import Bound
 from . import CacheOptions, calls
 from .torch import _torch, draw_seed
@@ -519,6 +520,8 @@ def _differentiate_mods(backward: Callable[..., Any], ctx: Any, needed: Sequence
     tensors, captured = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
     if dout is None:
         dout = torch.zeros_like(out)
+    learned = _read_by_score(ctx.mods)
+    needed = [*needed[: _WITH_MODS + 3], *(own and i in learned for i, own in enumerate(needed[_WITH_MODS + 3 :]))]
     wanted = _Whole(needed[_WITH_MODS + 3 :])
     dq, dk, dv, dsink, dslopes, *dcaptured = backward(
         dout, dlse, out, lse, *tensors, *ctx.numbers, ctx.mods, _Whole(ctx.scalars), needed[_SLOPES], wanted, *captured
@@ -526,6 +529,16 @@ def _differentiate_mods(backward: Callable[..., Any], ctx: Any, needed: Sequence
     grads = [dq, dk, dv, *[None] * _WITH_MODS, *dcaptured]
     grads[_SINK], grads[_SLOPES] = dsink, dslopes
     return tuple(grad if own else None for grad, own in zip(grads, needed, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _read_by_score(mods: str) -> frozenset[int]:
+    """The captured arrays on which scores depend: others have no gradient."""
+    score = text.loads(mods).score
+    found: set[int] = set()
+    for x in walk(score) if score is not None else ():
+        found.update(slots_of(x) if x.kind == "float" else ())
+    return frozenset(found)
 
 
 def _operator_backward_mods(ctx: Any, dout: Any, dlse: Any, _: Any) -> tuple[Any, ...]:

@@ -48,6 +48,7 @@ class Words:
 
     def __init__(self, mods: Mods) -> None:
         self.arrays: list[int] = []
+        self._ndims = [array.ndim for array in mods.arrays]
         at = 0
         for array in mods.arrays:
             self.arrays.append(at)
@@ -69,6 +70,10 @@ class Words:
         form += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
         form += f"{len(self.gradients)}q"
         self._pack = struct.Struct(form + f"{8 * WORDS - struct.calcsize(form)}x").pack
+
+    def extent(self, slot: int, axis: int) -> int:
+        """The word that has an array's length along an axis."""
+        return self.arrays[slot] + 1 + self._ndims[slot] + axis
 
     def pack(
         self,
@@ -132,6 +137,9 @@ class Writer:
         if x.op == "scalar":
             word = f"p.captured.words[{self.words.scalars[x.value]}]"
             return f"static_cast<i32>({word})" if x.kind == "int" else f"hw::bits_float(static_cast<u32>({word}))"
+        if x.op == "extent":
+            slot, axis = x.value
+            return f"static_cast<i32>(p.captured.words[{self.words.extent(slot, axis)}])"
         text = self._operation(x, [self.value(a) for a in x.args])
         name = self.names[x] = f"v{len(self.lines)}"
         self.lines.append(f"const {C_TYPES[x.kind]} {name} = {text};")

@@ -109,6 +109,8 @@ def evaluate(
                 done[x] = _made(x.value, x.kind, real)
             elif x.op == "scalar":
                 done[x] = _made(scalars[x.value], x.kind, real)
+            elif x.op == "extent":
+                done[x] = _made(arrays[x.value[0]].shape[x.value[1]], "int")
             elif x.op == "load":
                 done[x] = _made(_element(arrays[x.value], args, clip), x.kind, real)
             elif x.op == "dot":

@@ -223,6 +223,9 @@ class Rules:
         if x.op == "scalar":
             value = m.scalar(x.value, "int")
             return Range(value, value)
+        if x.op == "extent":
+            value = m.extent(*x.value)
+            return Range(value, value)
         if x.op == "load":
             return self._loaded(x)
         if x.op == "int":

@@ -346,8 +346,8 @@ class Numbers(Machine):
         values = values.astype(np.float32) if kind == "float" else values.astype(np.int32).astype(np.int64)
         values = np.append(values, values[:1])  # so that the end of the last range is an index
         ends = np.stack([ranges[0], ranges[0] + ranges[1] + 1], axis=1).reshape(-1)
-        lo, hi = (f.reduceat(values, ends)[::2][where.reshape(-1)].reshape(begin.shape) for f in (np.minimum, np.maximum))
-        return lo, hi
+        lo, hi = (f.reduceat(values, ends)[::2][where.reshape(-1)] for f in (np.minimum, np.maximum))
+        return lo.reshape(begin.shape), hi.reshape(begin.shape)
 
 
 def _element_range(dtype: Any) -> tuple[int, int]:
@@ -465,7 +465,7 @@ class Text(Machine):
         return self._once(make_it, "scalar", word)
 
     def extent(self, slot: int, axis: int) -> Num:
-        word = f"p.captured.words[{self.words.arrays[slot] + 1 + self.mods.arrays[slot].ndim + axis}]"
+        word = f"p.captured.words[{self.words.extent(slot, axis)}]"
         make_it = lambda *_: Num(self._named("i32", f"static_cast<i32>({word})"), 0, INT_MAX)  # noqa: E731
         return self._once(make_it, "extent", word)
 

@@ -44,6 +44,14 @@ def is_module_of_torch(kind: type) -> bool:
     return any(f"{base.__module__}.{base.__qualname__}" == "torch.nn.modules.module.Module" for base in kind.__mro__)
 
 
+def is_autograd_function(x: Any) -> bool:
+    """Whether it is a class derived from torch.autograd.Function."""
+    return any(
+        f"{base.__module__}.{base.__qualname__}" == "torch.autograd.function.Function"
+        for base in (x.__mro__ if isinstance(x, type) else ())
+    )
+
+
 class Library:
     """A module of NumPy, torch, JAX or Python, whose functions take symbols under the names of `FUNCTIONS`."""
 
@@ -254,7 +262,7 @@ class Object:
             trace.unless(f"hasattr({variable}, {name!r})")
             raise
         path = trace.read(variable, f"{{}}.{name}" if name.isidentifier() else f"getattr({{}}, {name!r})")
-        if isinstance(found, types.MethodType) and found.__self__ is value:
+        if isinstance(found, types.MethodType) and found.__self__ is value and not is_autograd_function(value):
             trace.unless(f"{path}.__self__ is not {variable}")
             function = trace.wrap(found.__func__, trace.read(path, "{}.__func__"), name)
             return functools.partial(function, self)
@@ -321,8 +329,8 @@ class _Super:
 
     def __getattr__(self, name: str) -> Any:
         trace, value, _, own = self._instance._cuflash
-        order = type(value).__mro__
-        for base in order[order.index(self._owner) + 1 :]:
+        order = (value if isinstance(value, type) else type(value)).__mro__
+        for base in order[order.index(self._owner) + 1 :] if self._owner in order else ():
             if isinstance(found := vars(base).get(name), types.FunctionType):
                 path = trace.read(trace.constant(base), f"{{}}.__dict__[{name!r}]")
                 return functools.partial(trace.wrap(found, path, f"{own}.{name}"), self._instance)

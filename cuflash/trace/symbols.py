@@ -17,7 +17,8 @@ import numpy as np
 
 from ..dtypes import BY_NAME, DType
 from ..errors import TraceError
-from .expr import Expr, cast, const, dot, leaves, load, make, show
+from .expr import Expr, cast, const, dot, extent, leaves, load, make, show
+from .strata import value_range
 
 
 class Tracing(Protocol):
@@ -297,9 +298,10 @@ class Rows(_Operand):
             )
         if x.kind == "bool":
             raise TraceError(f"{i!r} as an index of {self!r} is a bool: write where(condition, a, b)")
-        if x.op == "const" and x.value < 0:  # known while tracing, so it can count from the end, as in Python
-            return make("add", self.trace.extent(self.captured, axis).expr, x)
-        return x
+        if value_range(x)[0] >= 0:
+            return x
+        from_end = make("add", extent(self.captured.slot, axis), x)
+        return make("where", make("lt", x, const(0)), from_end, x)
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
@@ -820,8 +822,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 def _numel(x: Any) -> Any:
     result: Any = 1
-    for extent in x.shape:
-        result = result * extent
+    for length in x.shape:
+        result = result * length
     return result
 
 
