@@ -36,6 +36,8 @@ _CALLS = {
     "div": "float_div", "pow": "power_of", "exp": "exp_of", "exp2": "hw::exp2_approx", "log": "log_of",
     "log2": "hw::log2_approx", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of", "sqrt": "hw::sqrt_approx",
     "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor", "ceil": "hw::ceil",
+    "erf": "hw::erf", "expm1": "hw::expm1", "log1p": "hw::log1p", "atan": "hw::atan", "atan2": "hw::atan2",
+    "signbit": "sign_bit", "float16": "rounded_to<hw::Half>", "bfloat16": "rounded_to<hw::Bfloat16>",
 }  # fmt: skip
 
 
@@ -210,7 +212,10 @@ def _reciprocal(value: float) -> str:
 # struct Mods ------------------------------------------------------------------------------------------------------
 
 TILE = "tile"
-_DEAR = {"load", "dot", "div", "floordiv", "mod", "pow", "exp", "log", "tanh", "sigmoid", "sin", "cos"}
+_DEAR = {
+    "load", "dot", "div", "floordiv", "mod", "pow", "exp", "log", "tanh", "sigmoid", "sin", "cos", "erf", "expm1",
+    "log1p", "atan", "atan2",
+}  # fmt: skip
 
 
 @lru_cache(maxsize=8192)

@@ -72,6 +72,14 @@ OPS: dict[str, tuple[int, str, str]] = {
     "rsqrt": (1, "float", "float"),
     "sin": (1, "float", "float"),
     "cos": (1, "float", "float"),
+    "erf": (1, "float", "float"),
+    "expm1": (1, "float", "float"),
+    "log1p": (1, "float", "float"),
+    "atan": (1, "float", "float"),
+    "atan2": (2, "float", "float"),
+    "signbit": (1, "float", "bool"),  # true of -0.0, too
+    "float16": (1, "float", "float"),  # rounded to what that dtype has
+    "bfloat16": (1, "float", "float"),
     "floor": (1, "float", "float"),
     "ceil": (1, "float", "float"),
     "float": (1, "float", "float"),

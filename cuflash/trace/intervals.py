@@ -472,6 +472,8 @@ class Rules:
         m = self.m
         if x.op == "const":
             return Fact(x.value, not x.value)
+        if x.op == "signbit":
+            return Fact(False, False)
         if x.op == "load":
             r = self._loaded(x)
             return Fact(m.at_most(m.number(1), r.lo), m.at_most(r.hi, m.number(0)))

@@ -80,6 +80,9 @@ def library_member(value: Any, name: str) -> Any:
     return Named(value, known)
 
 
+_DEFAULTS = {("jax", "gelu"): {"approximate": True}}  # where a framework's are not those of the others
+
+
 class Named:
     """A library's function: what the table says where a symbol is among the arguments, else itself."""
 
@@ -92,6 +95,7 @@ class Named:
             of_python = module in sys.stdlib_module_names or module == "builtins"
             if of_python and (module != "math" or all(_is_captured_number(x) for x in args)):
                 return self._function(*args, **kwargs)  # it uses operators, or the values of captured numbers
+            kwargs = _DEFAULTS.get((module, self._name), {}) | kwargs
             return call(self._name, args, kwargs, f"{'np' if module == 'numpy' else module}.{self._name}")
         return self._function(*args, **kwargs)
 

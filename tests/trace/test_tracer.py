@@ -796,8 +796,8 @@ BAD_SCORES: dict[str, tuple[Any, str]] = {
     "reshapes": (lambda s, b, h, q, k: s + TABLE.reshape(-1)[h], r"\.reshape of TABLE: .*index with \[i, j\]"),
     "transposes": (lambda s, b, h, q, k: s + TABLE.T[h, q], r"\.T of TABLE: exchange the indices"),
     "an unknown function": (lambda s, b, h, q, k: np.cumsum(s), r"cumsum is not a function mods know.*sigmoid"),
-    "an unknown ufunc": (lambda s, b, h, q, k: np.arctan(s), r"np\.arctan is not a function mods know"),
-    "an unknown method": (lambda s, b, h, q, k: s.erf(), r"\.erf of score is nothing a mod can use.*operators"),
+    "an unknown ufunc": (lambda s, b, h, q, k: np.arcsinh(s), r"np\.arcsinh is not a function mods know"),
+    "an unknown method": (lambda s, b, h, q, k: s.lgamma(), r"\.lgamma of score is nothing a mod can use.*operators"),
     "in place": (lambda s, b, h, q, k: s.clamp_(0), r"\.clamp_\(\) would change its tensor.*use \.clamp\(\)"),
     "out=": (lambda s, b, h, q, k: np.exp(s, out=ROW), r"with out=: a mod changes nothing"),
     "reduces": (lambda s, b, h, q, k: np.add.reduce(s), r"np\.add\.reduce is nothing a mod can do"),
@@ -987,4 +987,4 @@ def test_functions_of_jax_that_mods_do_not_know() -> None:
     with pytest.raises(TraceError, match=r"cumsum is not a function mods know"):
         bind(lambda s, b, h, q, k: jnp.cumsum(s))
     with pytest.raises(TraceError, match=r"This function of JAX takes no symbols: use operators, or np\."):
-        bind(lambda s, b, h, q, k: jax.nn.gelu(s))
+        bind(lambda s, b, h, q, k: jax.nn.celu(s))
