@@ -807,7 +807,7 @@ def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
     keys: Any = tuple(getattr(k, "shape", ()))
     if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
         block_mask._check(shape[0], shape[2], shape[1], keys[1])
-    return block_mask._as_mask_mod()
+    return block_mask._as_mask_mod(q)
 
 
 def _captured_views(framework: Framework, bound: Bound) -> dict[str, TensorView]:

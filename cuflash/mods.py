@@ -22,17 +22,19 @@ compile nothing; arrays must be of the framework and on the device of q.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from .errors import ArgumentError, require
 from .trace.symbols import call, traced
+from .trace.tracer import Mod, static
 from .trace.tracer import mod as _mod
-from .trace.tracer import static
+from .trace.uncompiled import outside_of_compilers
 
 __all__ = [
     "alibi",
@@ -61,10 +63,27 @@ Array = Any  # of NumPy, CuPy, PyTorch or JAX; or a number where the text says s
 Mask = Callable[..., Any]  # f(b, h, q_idx, kv_idx[, q_len, kv_len]) -> bool
 Score = Callable[..., Any]  # f(score, b, h, q_idx, kv_idx[, q_len, kv_len]) -> score
 
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+def _ready_made(make: Maker) -> Maker:
+    """A function that makes mods. They are pickled as its name and its arguments; compilers do not look into it."""
+
+    @functools.wraps(make)
+    def wrapper(*args: Any, **keywords: Any) -> Any:
+        made = make(*args, **keywords)
+        if isinstance(made, Mod):
+            made.made_by = wrapper, args, keywords
+        return made
+
+    wrapper = outside_of_compilers(wrapper)
+    return wrapper  # type: ignore[return-value]
+
 
 # Masks ----------------------------------------------------------------------------------------------------------------
 
 
+@_ready_made
 def causal() -> Mask:
     """A query sees the keys up to its own position: kv_idx <= p(q_idx).
 
@@ -80,6 +99,7 @@ def causal() -> Mask:
     return _mod(causal_mask)
 
 
+@_ready_made
 def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     """The keys from `left` before to `right` after a query's position: p - left <= kv_idx <= p + right.
 
@@ -110,6 +130,7 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     return _mod(sliding_window_mask)
 
 
+@_ready_made
 def prefix_lm(prefix_length: Array) -> Mask:
     """Every query sees the prefix; behind it attention is causal: (kv_idx < prefix_length) | (kv_idx <= p).
 
@@ -120,8 +141,7 @@ def prefix_lm(prefix_length: Array) -> Mask:
     11.
     111
     """
-    if isinstance(prefix_length, (list, tuple)):
-        prefix_length = np.asarray(prefix_length, np.int32)
+    prefix_length = _from_list("prefix_length", prefix_length, "[batch] or no dimensions")
     if _is_array(prefix_length):
         _require_integers("prefix_length", prefix_length, (0, 1), "[batch] or no dimensions")
     else:
@@ -135,6 +155,7 @@ def prefix_lm(prefix_length: Array) -> Mask:
     return _mod(prefix_lm_mask)
 
 
+@_ready_made
 def document(
     ids: Array | None = None,
     *,
@@ -212,6 +233,7 @@ def _within(starts: Array, ends: Array, mask_mod: Mask | None) -> Mask:
     return _mod(document_mask)
 
 
+@_ready_made
 def chunked(size: int) -> Mask:
     """The keys of the query's own chunk of `size` tokens: kv_idx // size == p // size. With causal(), that of Llama 4.
 
@@ -230,6 +252,7 @@ def chunked(size: int) -> Mask:
     return _mod(chunked_mask)
 
 
+@_ready_made
 def dilated_window(window: int, dilation: int) -> Mask:
     """Every `dilation`-th key up to `window` away: |p - kv_idx| <= window, and a multiple of dilation. Longformer.
 
@@ -249,6 +272,7 @@ def dilated_window(window: int, dilation: int) -> Mask:
     return _mod(dilated_window_mask)
 
 
+@_ready_made
 def natten_1d(kernel: int) -> Mask:
     """The `kernel` keys around a query, moved inwards at the ends so that every query sees as many:
 
@@ -272,6 +296,7 @@ def natten_1d(kernel: int) -> Mask:
     return _mod(natten_mask)
 
 
+@_ready_made
 def natten_2d(height: int, width: int, kernel: int | tuple[int, int], tile: tuple[int, int] | None = None) -> Mask:
     """`natten_1d` along both axes of an image of height * width tokens, row by row; kernel one int or (high, wide).
 
@@ -318,6 +343,7 @@ def natten_2d(height: int, width: int, kernel: int | tuple[int, int], tile: tupl
     return _mod(natten_mask)
 
 
+@_ready_made
 def image_spans(ranges: Array, mask_mod: Mask | None = None) -> Mask:
     """What `mask_mod` shows (None: causal()), and within an image everything: Gemma 3 and its like.
 
@@ -349,6 +375,7 @@ def image_spans(ranges: Array, mask_mod: Mask | None = None) -> Mask:
     return _mod(image_spans_mask)
 
 
+@_ready_made
 def tree(bits: Array) -> Mask:
     """Speculative decoding: the q_len queries are nodes of a tree of drafts, and the last q_len keys are theirs. A node
     sees all keys before those, and of the nodes the ones whose bit is set.
@@ -374,7 +401,7 @@ def tree(bits: Array) -> Mask:
 
     def tree_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         node = kv_idx - (kv_len - q_len)
-        place = node.clip(0, None).clip(None, q_len - 1)
+        place = node.clip(None, q_len - 1).clip(0, None)
         words = bits[b, q_idx, place // word] if batched else bits[q_idx, place // word]
         return (node < 0) | ((words >> place % word) & 1 != 0)
 
@@ -386,6 +413,7 @@ def noop_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
     return kv_idx >= 0
 
 
+@_ready_made
 def and_masks(*mask_mods: Mask) -> Mask:
     """The keys that all of the masks show; of none: every key.
 
@@ -407,6 +435,7 @@ def and_masks(*mask_mods: Mask) -> Mask:
     return _named_as_needed(and_mask, mask_mods)
 
 
+@_ready_made
 def or_masks(*mask_mods: Mask) -> Mask:
     """The keys that any of the masks shows; of none: no key.
 
@@ -428,6 +457,7 @@ def or_masks(*mask_mods: Mask) -> Mask:
     return _named_as_needed(or_mask, mask_mods)
 
 
+@_ready_made
 def not_mask(mask_mod: Mask) -> Mask:
     """The keys that the mask hides."""
     (inner,) = _all_with_lengths((mask_mod,))
@@ -441,6 +471,7 @@ def not_mask(mask_mod: Mask) -> Mask:
 # Scores ---------------------------------------------------------------------------------------------------------------
 
 
+@_ready_made
 def alibi(slopes: Array) -> Score:
     """score - slope * |p(q_idx) - kv_idx|: attention with linear biases, Press et al. 2022.
 
@@ -471,6 +502,7 @@ def alibi(slopes: Array) -> Score:
     return _mod(alibi_score)
 
 
+@_ready_made
 def softcap(cap: Array, approximate: bool = False) -> Score:
     """cap * tanh(score / cap): scores stay between -cap and cap, as in Gemma 2.
 
@@ -491,6 +523,7 @@ def softcap(cap: Array, approximate: bool = False) -> Score:
     return _mod(softcap_score)
 
 
+@_ready_made
 def relative_bias(table: Array) -> Score:
     """score + table[h, clip(kv_idx - p, -R, R) + R]: a bias learned for each distance, Shaw et al. 2018.
 
@@ -510,12 +543,14 @@ def relative_bias(table: Array) -> Score:
     by_head = len(table.shape) == 2
 
     def relative_score(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
-        distance = (kv_idx - (q_idx + (kv_len - q_len))).clip(-furthest, furthest) + furthest
+        # In this order, so that the index is seen to be no negative one.
+        distance = (kv_idx - (q_idx + (kv_len - q_len)) + furthest).clip(None, 2 * furthest).clip(0, None)
         return score + (table[h, distance] if by_head else table[distance])
 
     return _mod(relative_score)
 
 
+@_ready_made
 def bias(values: Array) -> Score:
     """score + values[b, h, q_idx, kv_idx], of floats that may receive a gradient.
 
@@ -541,6 +576,7 @@ def bias(values: Array) -> Score:
     return _mod(bias_score)
 
 
+@_ready_made
 def compose(*score_mods: Score) -> Score:
     """One score mod after the other, the first first.
 
@@ -567,6 +603,8 @@ def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> 
     11.
     .11
     """
+    for name, n in (("q_len", q_len), ("kv_len", kv_len), ("b", b), ("h", h)):
+        _require_int(name, n, 0)
     q_idx, kv_idx = np.arange(q_len, dtype=np.int32)[:, None], np.arange(kv_len, dtype=np.int32)
     seen = _with_lengths("mask_mod", mask_mod)(np.int32(b), np.int32(h), q_idx, kv_idx, q_len, kv_len)
     for row in np.broadcast_to(np.asarray(seen), (q_len, kv_len)):
@@ -654,10 +692,25 @@ def _require_integers(name: str, x: Any, ndims: tuple[int, ...], shape: str, onl
 
 def _integers(name: str, x: Any, ndims: tuple[int, ...], shape: str, only: tuple[str, ...] = ()) -> Any:
     """A checked integer array; of a list or tuple a NumPy array."""
-    if isinstance(x, (list, tuple)):
-        x = np.asarray(x, np.int32)
+    x = _from_list(name, x, shape)
     _require_integers(name, x, ndims, shape, only)
     return x
+
+
+def _from_list(name: str, x: Any, shape: str) -> Any:
+    """Of a list or tuple an int32 array; anything else as it is."""
+    if not isinstance(x, (list, tuple)):
+        return x
+    try:
+        array = np.asarray(x)
+    except ValueError:  # rows of several lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "iu" and array.size:
+        raise ArgumentError(f"{name}={x!r} must be ints, {shape}")
+    require(
+        not array.size or bool(-(2**31) <= array.min() and array.max() < 2**31), f"{name}={x!r} must fit int32: {shape}"
+    )
+    return array.astype(np.int32)
 
 
 def _pair(name: str, x: Any) -> tuple[int, int]:

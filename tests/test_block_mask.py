@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cuflash
-from cuflash import BlockMask, create_block_mask, create_mask, mods
+from cuflash import BlockMask, block_kinds, create_block_mask, create_mask, mods
 from cuflash.errors import ArgumentError, TraceError
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
@@ -70,7 +70,7 @@ def test_blocks_are_those_of_pytorch(name: str) -> None:
     theirs: Any = flex.create_block_mask(make(torch.from_numpy), batch, heads, q_len, kv_len, "cpu", size)
     for field in FIELDS:
         expected = getattr(theirs, field).numpy()
-        got = getattr(ours, field)
+        got = np.asarray(getattr(ours, field))
         assert got.dtype == expected.dtype == np.int32
         np.testing.assert_array_equal(got, expected, err_msg=field)
     np.testing.assert_array_equal(ours.to_dense(), theirs.to_dense().numpy())
@@ -110,6 +110,60 @@ def test_building_costs_nothing_and_looking_costs_blocks() -> None:
     tracemalloc.stop()
     assert 99.8 < sparsity < 100
     assert peak < 64 << 20  # the mask itself has 2 ** 37 entries
+
+
+def test_a_million_tokens_cost_what_the_outline_has() -> None:
+    n, ids = 1 << 20, np.repeat(np.arange(64, dtype=np.int32), 1 << 14)
+    tracemalloc.start()
+    rows = n // 128
+    for mask, seen in ((causal, rows * (rows + 1) // 2), (mods.document(ids), 64 * 128 * 128)):
+        block_mask = create_block_mask(mask, None, None, n, n)
+        assert block_mask.sparsity() == pytest.approx(100 - 100 * seen / rows**2)
+        lines = block_mask.to_string((4, 4)).splitlines()
+        assert lines[1][:2] == "░░" if mask is causal else lines[1][2:] == "      "
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 512 << 20
+
+
+def test_many_rows_of_blocks_are_drawn_in_few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    tall = create_block_mask(lambda b, h, q_idx, kv_idx: q_idx < 5, None, None, 1 << 28, 2)
+    assert tall.to_string((4, 4)).splitlines() == ["(0, 0)", "░░", "  ", "  ", "  "]
+    with pytest.raises(ArgumentError, match="pass a smaller grid_size"):
+        tall.to_string(-1)
+    monkeypatch.setattr(block_kinds, "_MOST", 1 << 12)
+    with pytest.raises(ArgumentError, match="larger BLOCK_SIZE"):
+        create_block_mask(
+            lambda b, h, q_idx, kv_idx: q_idx * 7 % 3 == kv_idx, None, None, 1 << 14, 2, BLOCK_SIZE=1
+        ).sparsity()
+
+
+@pytest.mark.slow
+def test_kinds_of_random_masks_are_those_of_the_keys() -> None:
+    draw = np.random.default_rng(7)
+    for _ in range(60):
+        q_len, kv_len = (int(n) for n in draw.integers(1, 400, 2))
+        ids = np.sort(draw.integers(0, 5, max(q_len, kv_len))).astype(np.int32)
+        size = tuple(int(n) for n in draw.integers(1, 40, 2))
+        first, stride = (int(n) for n in draw.integers(1, 90, 2))
+        mask = [
+            lambda b, h, q, k, first=first: (q - k < first) & (q >= k),
+            lambda b, h, q, k, ids=ids, first=first: (ids[q] == ids[k]) | (k < first),
+            lambda b, h, q, k, stride=stride: q % stride == k % stride,
+        ][int(draw.integers(3))]
+        block_mask, keys = (
+            create_block_mask(mask, 1, 1, q_len, kv_len, BLOCK_SIZE=size),
+            create_mask(mask, 1, 1, q_len, kv_len),
+        )
+        keys = np.asarray(keys)[0, 0]
+        for i, j in np.ndindex(*block_mask.kinds.shape[2:]):
+            block = keys[i * size[0] : (i + 1) * size[0], j * size[1] : (j + 1) * size[1]]
+            assert block_mask.kinds[0, 0, i, j] == (
+                2 if block.all() and block.shape == size else 1 if block.any() else 0
+            )
+        assert block_mask.sparsity() == pytest.approx(
+            create_block_mask(mask, 1, 1, q_len, kv_len, BLOCK_SIZE=size).sparsity()
+        )
 
 
 def test_blocks_are_seen_when_looked_at_first() -> None:
@@ -161,7 +215,7 @@ def test_a_part_is_the_mask_of_these(index: Any, keys: Any, made_of: str) -> Non
     whole = create_block_mask(by_head, 3, 2, 230, 192, BLOCK_SIZE=64)
     if made_of == "blocks":
         whole = of_its_blocks(whole)
-    part, mask = whole[index], create_mask(whole._as_mask_mod(), *whole.shape)
+    part, mask = whole[index], np.asarray(create_mask(whole._as_mask_mod(), *whole.shape))
     for axis, some in enumerate(keys):
         mask = mask[(slice(None),) * axis + (some,)]
     assert part.shape == mask.shape
@@ -204,7 +258,9 @@ def test_adjust_is_the_upper_left(lengths: tuple[int, int]) -> None:
 # Made of blocks -------------------------------------------------------------------------------------------------------
 
 
-def of_its_blocks(block_mask: BlockMask, f: Any = np.asarray) -> BlockMask:
+def of_its_blocks(block_mask: BlockMask, of_numpy: Any = np.asarray) -> BlockMask:
+    f = lambda x: of_numpy(np.asarray(x))  # noqa: E731
+
     blocks = (
         block_mask.kv_num_blocks,
         block_mask.kv_indices,
@@ -308,6 +364,8 @@ def test_a_long_mask_is_drawn_in_few_characters() -> None:
 
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="matplotlib is not installed")
 def test_plot() -> None:
+    with pytest.raises(ArgumentError, match="nothing to draw"):
+        create_block_mask(causal, None, None, 0, 0).plot()
     import matplotlib
 
     matplotlib.use("Agg")
@@ -330,6 +388,13 @@ ONE = np.array([1]), np.array([[0]])
 @pytest.mark.parametrize(
     ("make", "error", "says"),
     [
+        (lambda: create_block_mask(causal, 1, 1, np.array([1, 2]), 8), ArgumentError, r"Q_LEN=array"),
+        (lambda: create_block_mask(None, 1, 1, np.array([1, 2]), 8, cu_seqlens=[0, 8]), ArgumentError, r"Q_LEN=array"),
+        (lambda: create_block_mask(causal, 1, 1, 8, 8, dq_kv_order=IDS), ArgumentError, r"must be a bool"),
+        (lambda: create_block_mask(causal, 1, 1, 8, 8)[True], ArgumentError, r"index True of axis 0"),
+        (lambda: create_mask(3, 1, 1, 8, 8), ArgumentError, r"mod_fn=3 must be a function"),
+        (lambda: mods.visible(causal, 4, -1), ArgumentError, r"kv_len=-1 must be"),
+        (lambda: mods.image_spans([None]), ArgumentError, r"ranges=\[None\] must be"),
         (lambda: create_block_mask(None, 1, 1, 8, 8), ArgumentError, r"mask_mod is None: pass a function"),
         (lambda: create_block_mask(3, 1, 1, 8, 8), ArgumentError, r"mask_mod=3 must be a function"),
         (lambda: create_block_mask(mods.softcap(1.0), 1, 1, 8, 8), ArgumentError, r"takes a score: .* as score_mod"),

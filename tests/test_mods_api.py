@@ -255,7 +255,10 @@ def test_an_index_outside_of_its_array_is_named(rng):
     bias, table = rng.standard_normal(9).astype(np.float32), np.arange(6)
     out, lse, *_ = cuflash.attention(q, k, v, aux=("lse",))
     for mods, match in (
-        ({"score_mod": lambda s, b, h, i, j: s + bias[i - j]}, r"^bias: index -\d is outside of axis 0, which has 9"),
+        (
+            {"score_mod": lambda s, b, h, i, j: s + bias[i - j - 5]},
+            r"^bias: index -\d is outside of axis 0, which has 9",
+        ),
         ({"mask_mod": lambda b, h, i, j: table[j] == 0}, "^table: index 6 is outside of axis 0, which has 6 elements"),
         ({"score_mod": lambda s, b, h, i, j: s + bias[table[j % 6] + i + 1]}, "^bias: index 9"),
     ):
@@ -294,11 +297,11 @@ def test_checking_mode_follows_what_mods_read(rng, monkeypatch, kind):
             assert len(recorder.launches) == at + 1
         for keywords, match in (
             ({"score_mod": bias_of(lambda b, h, i, j: i + 3)}, "^bias: index 9 is outside of axis 0, which has 9 elem"),
-            ({"score_mod": bias_of(lambda b, h, i, j: i % 5 - j + 2), "causal": True}, "^bias: index -1 "),
+            ({"score_mod": bias_of(lambda b, h, i, j: i % 5 - j - 7), "causal": True}, "^bias: index -1 "),
             ({"score_mod": lambda s, b, h, i, j: s + pairs[b, h + (i == 6)]}, "^pairs: index 4 is outside of axis 1"),
             ({"score_mod": bias_of(lambda b, h, i, j: table[j % 6] + i)}, "^bias: index 9"),
             ({"mask_mod": lambda b, h, i, j: table[j] == 0}, "^table: index 6 is outside of axis 0, which has 6 elem"),
-            ({"mask_mod": lambda b, h, i, j: table[j - 1] == 0, **few}, "^table: index -1 "),
+            ({"mask_mod": lambda b, h, i, j: table[j - 7] == 0, **few}, "^table: index -1 "),
             ({"score_mod": lambda s, b, h, i, j: s + np.dot(rows[i], rows[j + 2])}, "^rows: index 9"),
             ({"score_mod": lambda s, b, h, i, j: s + bias[(s > 0) * 9]}, "^bias: index 9"),
         ):
@@ -490,3 +493,63 @@ def test_recorded_bytes_with_captured_arrays_give_the_right_answer(kind, rng, de
             ArgumentError, match="half, which a mod captured, lies in host memory and cannot enter a CUDA"
         ):
             cuflash.attention(dq, dk, dv, **keywords)
+
+
+# Negative indices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "emulator"])
+def test_negative_indices_count_from_the_end(rng, monkeypatch, backend):
+    """As in NumPy: in scores and masks, computed or not, of the last axis and of others; their gradients too."""
+    monkeypatch.setattr(cuflash.config, "backend", backend)
+    q, k, v = arrays(rng)
+    q_len, kv_len = q.shape[1], k.shape[1]
+    table = rng.standard_normal((4, 16)).astype(np.float32)
+    kinds = (np.arange(kv_len) % 3).astype(np.int32)
+    shift = np.array(-3, np.int32)
+
+    def score(s, b, h, i, j):
+        return s + table[-1 - h, i - j] * table[h - 4, shift] + table[0, -2]
+
+    def mask(b, h, i, j):
+        return (kinds[j - 2] != 1) | (kinds[-1] == 7)
+
+    i, j = np.ogrid[:q_len, :kv_len]
+    rows = np.arange(4)[:, None, None]
+    factor = table[rows - 4, -3]
+    bias = table[-1 - rows, i - j] * factor + table[0, -2]
+    seen = np.broadcast_to(kinds[j - 2] != 1, (q_len, kv_len))
+    written = {
+        "score_mod": lambda s, b, h, i, j: s + bias_of[h, i, j],
+        "mask_mod": lambda b, h, i, j: seen_of[i, j],
+    }
+    bias_of, seen_of = bias.astype(np.float32), seen.copy()
+    found = cuflash.attention(q, k, v, score_mod=score, mask_mod=mask, aux=("lse",))
+    expected = cuflash.attention(q, k, v, **written, aux=("lse",))
+    np.testing.assert_allclose(found.out, expected.out, rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(found.lse, expected.lse, rtol=1e-3, atol=1e-3)
+    if backend == "emulator":
+        return  # which compiles the kernel of the other direction for this alone
+    dout = np.ones_like(expected.out)
+    one, other = (
+        cuflash.attention_backward(dout, q, k, v, expected.out, expected.lse, captured_grads=True, **mods)
+        for mods in ({"score_mod": score, "mask_mod": mask}, written)
+    )
+    by_bias = other.dcaptured[0]
+    learned = np.zeros_like(table, np.float64)
+    reach = np.broadcast_shapes(by_bias.shape, (4, q_len, kv_len))
+    np.add.at(learned, tuple(np.broadcast_to(x, reach) for x in (-1 - rows, i - j)), by_bias * factor)
+    np.add.at(
+        learned, tuple(np.broadcast_to(x, reach) for x in (rows - 4, np.array(-3))), by_bias * table[-1 - rows, i - j]
+    )
+    learned[0, -2] += by_bias.sum()
+    np.testing.assert_allclose(one.dcaptured[0], learned, rtol=1e-4, atol=1e-4)
+
+
+def test_an_index_that_is_no_negative_one_costs_nothing():
+    """The text has no comparison for the masks whose indices are known from 0 on."""
+    ids, table = np.zeros(8, np.int32), np.zeros((2, 5), np.float32)
+    plain = cuflash.mods.document(ids), cuflash.mods.relative_bias(table), cuflash.mods.tree(np.zeros((4, 1), np.uint8))
+    for mod in (*plain, cuflash.mods.bias(np.zeros((4, 4), np.float32))):
+        assert ".shape[" not in repr(mod)
+    assert "ids.shape[0]" in repr(cuflash.mod(lambda b, h, i, j: ids[j - 1] == 0))

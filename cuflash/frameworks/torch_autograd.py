@@ -14,13 +14,14 @@ import functools
 import importlib
 import warnings
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import numpy as np
 
 from ..errors import ArgumentError, UnsupportedError
 from ..trace import text
-from ..trace.expr import leaves
+from ..trace.expr import leaves, slots_of, walk
 from ..trace.tracer import Bound
 from . import CacheOptions, calls
 from .torch import NESTED, _torch, draw_seed
@@ -511,13 +512,25 @@ def _differentiate(ctx: Any, needed: tuple[bool, ...], dout: Any, dlse: Any, _: 
         dcaptured: list[Any] = []
         dq, dk, dv, dsink, dslopes = torch.ops.cuflash.attention_backward.default(*given, needed[_SLOPES])
     else:
-        wanted = [*needed[_WITH_MODS + 3 :]]
+        learned = _read_by_score(ctx.mods[0])
+        wanted = [own and i in learned for i, own in enumerate(needed[_WITH_MODS + 3 :])]
+        needed = (*needed[: _WITH_MODS + 3], *wanted)
         dq, dk, dv, dsink, dslopes, dcaptured = torch.ops.cuflash.attention_mods_backward.default(
             *given, *ctx.mods, needed[_SLOPES], wanted, captured
         )
     grads = [dq, dk, dv, *[None] * (len(needed) - 3 - len(dcaptured)), *dcaptured]
     grads[_SINK], grads[_SLOPES] = dsink, dslopes
     return tuple(grad if wanted else None for grad, wanted in zip(grads, needed, strict=True))
+
+
+@lru_cache(maxsize=1024)
+def _read_by_score(mods: str) -> frozenset[int]:
+    """The captured arrays on which scores depend: others have no gradient."""
+    score = text.loads(mods).score
+    found: set[int] = set()
+    for x in walk(score) if score is not None else ():
+        found.update(slots_of(x) if x.kind == "float" else ())
+    return frozenset(found)
 
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Any, ...]) -> None:

@@ -126,6 +126,19 @@ def _pulled(x: Expr, g: Expr) -> list[tuple[Expr, Guard, Expr]]:
         return [(a, (), _mul(g, make("cos", a)))]
     if op == "cos":
         return [(a, (), _neg(_mul(g, make("sin", a))))]
+    if op == "erf":
+        return [(a, (), _mul(g, _mul(const(2 / math.sqrt(math.pi)), make("exp", make("neg", make("mul", a, a))))))]
+    if op == "expm1":
+        return [(a, (), _mul(g, make("add", x, ONE)))]
+    if op == "log1p":
+        return [(a, (), make("div", g, make("add", a, ONE)))]
+    if op == "atan":
+        return [(a, (), make("div", g, make("add", make("mul", a, a), ONE)))]
+    if op == "atan2":
+        square = make("add", make("mul", a, a), make("mul", b, b))
+        return [(a, (), _mul(g, make("div", b, square))), (b, (), _neg(_mul(g, make("div", a, square))))]
+    if op in ("float16", "bfloat16"):
+        return [(a, (), g)]
     assert op in ("floor", "ceil", "floordiv"), op
     return []
 

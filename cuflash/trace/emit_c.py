@@ -36,6 +36,8 @@ _CALLS = {
     "div": "float_div", "pow": "power_of", "exp": "exp_of", "exp2": "hw::exp2_approx", "log": "log_of",
     "log2": "hw::log2_approx", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of", "sqrt": "hw::sqrt_approx",
     "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor", "ceil": "hw::ceil",
+    "erf": "hw::erf", "expm1": "hw::expm1", "log1p": "hw::log1p", "atan": "hw::atan", "atan2": "hw::atan2",
+    "signbit": "sign_bit", "float16": "rounded_to<hw::Half>", "bfloat16": "rounded_to<hw::Bfloat16>",
 }  # fmt: skip
 
 
@@ -48,6 +50,7 @@ class Words:
 
     def __init__(self, mods: Mods) -> None:
         self.arrays: list[int] = []
+        self._ndims = [array.ndim for array in mods.arrays]
         at = 0
         for array in mods.arrays:
             self.arrays.append(at)
@@ -69,6 +72,10 @@ class Words:
         form += "".join("q" if s.kind == "int" else "f4x" for s in mods.scalars)
         form += f"{len(self.gradients)}q"
         self._pack = struct.Struct(form + f"{8 * WORDS - struct.calcsize(form)}x").pack
+
+    def extent(self, slot: int, axis: int) -> int:
+        """The word that has an array's length along an axis."""
+        return self.arrays[slot] + 1 + self._ndims[slot] + axis
 
     def pack(
         self,
@@ -132,6 +139,9 @@ class Writer:
         if x.op == "scalar":
             word = f"p.captured.words[{self.words.scalars[x.value]}]"
             return f"static_cast<i32>({word})" if x.kind == "int" else f"hw::bits_float(static_cast<u32>({word}))"
+        if x.op == "extent":
+            slot, axis = x.value
+            return f"static_cast<i32>(p.captured.words[{self.words.extent(slot, axis)}])"
         text = self._operation(x, [self.value(a) for a in x.args])
         name = self.names[x] = f"v{len(self.lines)}"
         self.lines.append(f"const {C_TYPES[x.kind]} {name} = {text};")
@@ -202,7 +212,10 @@ def _reciprocal(value: float) -> str:
 # struct Mods ------------------------------------------------------------------------------------------------------
 
 TILE = "tile"
-_DEAR = {"load", "dot", "div", "floordiv", "mod", "pow", "exp", "log", "tanh", "sigmoid", "sin", "cos"}
+_DEAR = {
+    "load", "dot", "div", "floordiv", "mod", "pow", "exp", "log", "tanh", "sigmoid", "sin", "cos", "erf", "expm1",
+    "log1p", "atan", "atan2",
+}  # fmt: skip
 
 
 @lru_cache(maxsize=8192)

@@ -5,6 +5,7 @@ Ints are int32 and wrap, floats are float32 (or float64, for an oracle), and not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,26 @@ def _sigmoid(x: Any) -> Any:
     return 1 / (1 + np.exp(-x))
 
 
+_erf_of_numbers = np.vectorize(math.erf, otypes=[np.float64])
+
+
+def _erf(x: Any) -> Any:
+    x = np.asarray(x)
+    return _erf_of_numbers(x).astype(x.dtype) if x.size else x
+
+
+def _float16(x: Any) -> Any:
+    x = np.asarray(x)
+    return x.astype(np.float16).astype(x.dtype)
+
+
+def _bfloat16(x: Any) -> Any:
+    x = np.asarray(x)
+    bits = x.astype(np.float32).view(np.uint32)
+    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)  # ties to even
+    return np.where(np.isnan(x), x, rounded.view(np.float32).astype(x.dtype))
+
+
 # The functions of `expr.OPS`, on arrays of one kind.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "floordiv": _floordiv, "mod": _mod,
@@ -58,7 +79,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not, "shl": _shl, "shr": _shr,
     "where": np.where, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log2": np.log2, "tanh": np.tanh,
     "tanh_approx": np.tanh, "sigmoid": _sigmoid, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin,
-    "cos": np.cos, "floor": np.floor, "ceil": np.ceil, "int": _int, "bool": lambda x: np.asarray(x) != 0,
+    "cos": np.cos, "erf": _erf, "expm1": np.expm1, "log1p": np.log1p, "atan": np.arctan, "atan2": np.arctan2,
+    "signbit": np.signbit, "float16": _float16, "bfloat16": _bfloat16, "floor": np.floor,
+    "ceil": np.ceil, "int": _int, "bool": lambda x: np.asarray(x) != 0,
 }  # fmt: skip
 
 
@@ -109,6 +132,8 @@ def evaluate(
                 done[x] = _made(x.value, x.kind, real)
             elif x.op == "scalar":
                 done[x] = _made(scalars[x.value], x.kind, real)
+            elif x.op == "extent":
+                done[x] = _made(arrays[x.value[0]].shape[x.value[1]], "int")
             elif x.op == "load":
                 done[x] = _made(_element(arrays[x.value], args, clip), x.kind, real)
             elif x.op == "dot":

@@ -13,6 +13,7 @@ finds them, and what is written twice is computed once. Three kinds of value:
     q_len kv_len          lengths of the sequence                                int
     const (value)         a Python bool, int or float                            by value
     scalar (value: slot)  a captured number, read at run time                    int or float
+    extent (value: slot, axis)  the length of a captured array along an axis     int
     load (value: slot)    an element of a captured array; args: all its indices  by the array's dtype
     dot (value: slots)    of rows of two captured arrays, along their last axis; args: the other indices of both  float
 
@@ -71,6 +72,14 @@ OPS: dict[str, tuple[int, str, str]] = {
     "rsqrt": (1, "float", "float"),
     "sin": (1, "float", "float"),
     "cos": (1, "float", "float"),
+    "erf": (1, "float", "float"),
+    "expm1": (1, "float", "float"),
+    "log1p": (1, "float", "float"),
+    "atan": (1, "float", "float"),
+    "atan2": (2, "float", "float"),
+    "signbit": (1, "float", "bool"),  # true of -0.0, too
+    "float16": (1, "float", "float"),  # rounded to what that dtype has
+    "bfloat16": (1, "float", "float"),
     "floor": (1, "float", "float"),
     "ceil": (1, "float", "float"),
     "float": (1, "float", "float"),
@@ -151,8 +160,13 @@ def scalar(slot: int, kind: str) -> Expr:
 
 
 def load(slot: int, kind: str, indices: tuple[Expr, ...]) -> Expr:
-    """An element of the captured array in a slot; negative indices are not wrapped."""
+    """An element of the captured array in a slot; indices count from 0 (symbols.Rows wraps negative ones)."""
     return _intern("load", tuple(cast(i, "int") for i in indices), kind, slot)
+
+
+def extent(slot: int, axis: int) -> Expr:
+    """The length of the captured array in a slot along an axis."""
+    return _intern("extent", (), "int", (slot, axis))
 
 
 def dot(slot_a: int, indices_a: tuple[Expr, ...], slot_b: int, indices_b: tuple[Expr, ...]) -> Expr:
@@ -302,6 +316,13 @@ def walk(*roots: Expr) -> Iterator[Expr]:
             stack += [(a, False) for a in reversed(x.args)]
 
 
+def slots_of(x: Expr) -> tuple[int, ...]:
+    """The captured arrays that a node itself asks for, by slot."""
+    if x.op == "load":
+        return (x.value,)
+    return x.value[:2] if x.op == "dot" else x.value[:1] if x.op == "extent" else ()
+
+
 def rebuild(x: Expr, change: dict[Expr, Expr]) -> Expr:
     """x with some of its nodes replaced.
 
@@ -332,6 +353,9 @@ def show(x: Expr, names: dict[tuple[str, int], str] | None = None) -> str:
     if x.op in ("scalar", "load"):
         name = (names or {}).get((x.op, x.value), f"{'number' if x.op == 'scalar' else 'array'}{x.value}")
         return name + (f"[{', '.join(show(a, names) for a in x.args)}]" if x.args else "")
+    if x.op == "extent":
+        slot, axis = x.value
+        return f"{(names or {}).get(('load', slot), f'array{slot}')}.shape[{axis}]"
     args = [show(a, names) for a in x.args]
     if x.op == "dot":
         a, b = ((names or {}).get(("load", slot), f"array{slot}") for slot in x.value[:2])

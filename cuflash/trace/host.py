@@ -95,9 +95,9 @@ class HostMods:
                 require_inside(self.arrays[slot], values, where)
             except IndexError as error:
                 raise ArgumentError(
-                    f"{self.mods.arrays[slot].name}: {error}; a mod reads it there for some b, h, q_idx, kv_idx, and "
-                    "negative indices do not count from the end: clamp the index, as by np.clip, also where np.where "
-                    "would not use it"
+                    f"{self.mods.arrays[slot].name}: {error}; a mod reads it there for some b, h, q_idx, kv_idx (the "
+                    "length was added to a negative index): clamp the index, as by np.clip, also where np.where would "
+                    "not use it"
                 ) from None
 
 

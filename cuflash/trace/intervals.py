@@ -30,14 +30,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .expr import Expr, Mods, const, coordinate, leaves, make, rebuild, walk
-from .machines import INT_MAX, INT_MIN, Bool, Machine, Num, Numbers, Text
+from .machines import INT_MAX, INT_MIN, SPAN, Bool, Machine, Num, Numbers, Text
 from .strata import value_range
 
 if TYPE_CHECKING:
     from .emit_c import Words
 
 EMPTY, MIXED, FULL = 0, 1, 2
-SPAN = 256  # elements of a captured array that are looked at one by one
 _WIDE = 2**62  # beyond it a sum is not followed
 _SLACK = 2.0**-21  # of a float product or quotient, relative: however the kernel rounds it
 _TINY = 2.0**-126  # absolute: denormals may be flushed
@@ -224,6 +223,9 @@ class Rules:
         if x.op == "scalar":
             value = m.scalar(x.value, "int")
             return Range(value, value)
+        if x.op == "extent":
+            value = m.extent(*x.value)
+            return Range(value, value)
         if x.op == "load":
             return self._loaded(x)
         if x.op == "int":
@@ -343,7 +345,7 @@ class Rules:
     def _indices(self, x: Expr) -> tuple[Bool, list[Num], Num | None]:
         """(whether elements are known, first indices, the last axis' last index or None if it is the first).
 
-        Known: all indices but the last are one value, and the last has at most SPAN.
+        Known: all indices but the last are one value, and the last has at most as many as the machine looks at.
         """
         m = self.m
         known: Bool = True
@@ -360,7 +362,7 @@ class Rules:
             elif axis + 1 == len(x.args):
                 last = hi
                 width = m.int("sub", hi, lo)
-                known = m.both(known, self._within(Range(width, width), 0, SPAN - 1))
+                known = m.both(known, self._within(Range(width, width), 0, m.span - 1))
             else:
                 known = m.both(known, self.same(lo, hi))
         return known, first, last
@@ -470,6 +472,8 @@ class Rules:
         m = self.m
         if x.op == "const":
             return Fact(x.value, not x.value)
+        if x.op == "signbit":
+            return Fact(False, False)
         if x.op == "load":
             r = self._loaded(x)
             return Fact(m.at_most(m.number(1), r.lo), m.at_most(r.hi, m.number(0)))
@@ -720,12 +724,14 @@ def classify(
     values: Mapping[str, Any],
     arrays: Sequence[np.ndarray] = (),
     scalars: Sequence[int | float] = (),
+    span: int = SPAN,
 ) -> np.ndarray:
     """EMPTY, MIXED or FULL of tiles: int8, of the shape to which everything broadcasts. A range of nothing is EMPTY.
 
     q, k     (first, last) query and key of each tile, ends included: ints or arrays
     values   b, h, q_len and kv_len of each tile, those that the mask reads
     arrays, scalars   what the slots of the mask hold
+    span     elements of a captured array that are looked at for a tile, where they decide
 
     >>> q_idx, kv_idx = coordinate("q_idx"), coordinate("kv_idx")
     >>> first = np.arange(0, 384, 128)
@@ -733,7 +739,7 @@ def classify(
     [[1, 0, 0], [2, 1, 0], [2, 2, 1]]
     """
     mask, *divisors = _prepared(mask)
-    machine = Numbers(arrays, scalars)
+    machine = Numbers(arrays, scalars, span)
     single = {}
     for name, value in values.items():
         n = _coordinate(name, np.asarray(value, np.int64))

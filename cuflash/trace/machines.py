@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .emit_c import Words
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
+SPAN = 256  # elements of a captured array that kernels look at one by one
 
 Bool = Any  # a condition: True, False, or what a machine has for one
 
@@ -55,9 +56,12 @@ class Machine:
     """Carries out what the rules say; each distinct operation once, so that equal values are one object.
 
     A subclass has the operations at the end.
+
+    span   elements of a captured array that are looked at
     """
 
-    def __init__(self) -> None:
+    def __init__(self, span: int = SPAN) -> None:
+        self.span = span
         self._known: dict[Any, Any] = {}
         self._numbers: dict[int, Num] = {}
 
@@ -239,8 +243,8 @@ class Machine:
 class Numbers(Machine):
     """Raw values are NumPy arrays that broadcast with each other, int64 and float32: one element a tile."""
 
-    def __init__(self, arrays: Sequence[np.ndarray], scalars: Sequence[int | float]) -> None:
-        super().__init__()
+    def __init__(self, arrays: Sequence[np.ndarray], scalars: Sequence[int | float], span: int = SPAN) -> None:
+        super().__init__(span)
         self.arrays = arrays
         self.scalars = scalars
 
@@ -315,14 +319,35 @@ class Numbers(Machine):
     def extremes(self, slot: int, known: Bool, indices: Sequence[Num], last: Num, kind: str) -> tuple[Any, Any]:
         *leading, first = (i.raw for i in indices)
         width = np.where(known, np.asarray(last.raw) - first, 0)
-        lo = hi = self._read(slot, (*leading, first), kind)
-        for step in range(1, 1 + int(width.max(initial=0))):
-            x = self._read(slot, (*leading, first + np.minimum(step, width)), kind)
-            lo, hi = np.minimum(lo, x), np.maximum(hi, x)
+        if self.span > SPAN:
+            lo, hi = self._of_ranges(slot, leading, first, width, kind)
+        else:
+            lo = hi = self._read(slot, (*leading, first), kind)
+            for step in range(1, 1 + int(width.max(initial=0))):
+                x = self._read(slot, (*leading, first + np.minimum(step, width)), kind)
+                lo, hi = np.minimum(lo, x), np.maximum(hi, x)
         if kind == "float":
             return lo, hi
         low, high = self.element_range(slot)
         return np.where(known, lo, low), np.where(known, hi, high)
+
+
+    def _of_ranges(self, slot: int, leading: Sequence[Any], first: Any, width: Any, kind: str) -> tuple[Any, Any]:
+        """Least and greatest from `first` on, `width` more: each distinct range once, all in one pass."""
+        array = self.arrays[slot]
+        if array.size == 0:
+            return (self._read(slot, (*leading, first), kind),) * 2
+        columns = array.shape[-1]
+        at = [np.clip(i, 0, n - 1) for i, n in zip((*leading, first), array.shape, strict=True)]
+        row = np.ravel_multi_index(tuple(np.broadcast_arrays(*at)), array.shape)
+        begin, width = np.broadcast_arrays(row, np.minimum(width, columns - 1 - at[-1]))
+        ranges, where = np.unique(np.stack([begin.reshape(-1), width.reshape(-1)]), axis=1, return_inverse=True)
+        values = array.reshape(-1)
+        values = values.astype(np.float32) if kind == "float" else values.astype(np.int32).astype(np.int64)
+        values = np.append(values, values[:1])  # so that the end of the last range is an index
+        ends = np.stack([ranges[0], ranges[0] + ranges[1] + 1], axis=1).reshape(-1)
+        lo, hi = (f.reduceat(values, ends)[::2][where.reshape(-1)] for f in (np.minimum, np.maximum))
+        return lo.reshape(begin.shape), hi.reshape(begin.shape)
 
 
 def _element_range(dtype: Any) -> tuple[int, int]:
@@ -440,7 +465,7 @@ class Text(Machine):
         return self._once(make_it, "scalar", word)
 
     def extent(self, slot: int, axis: int) -> Num:
-        word = f"p.captured.words[{self.words.arrays[slot] + 1 + self.mods.arrays[slot].ndim + axis}]"
+        word = f"p.captured.words[{self.words.extent(slot, axis)}]"
         make_it = lambda *_: Num(self._named("i32", f"static_cast<i32>({word})"), 0, INT_MAX)  # noqa: E731
         return self._once(make_it, "extent", word)
 

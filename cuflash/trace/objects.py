@@ -44,6 +44,14 @@ def is_module_of_torch(kind: type) -> bool:
     return any(f"{base.__module__}.{base.__qualname__}" == "torch.nn.modules.module.Module" for base in kind.__mro__)
 
 
+def is_autograd_function(x: Any) -> bool:
+    """Whether it is a class derived from torch.autograd.Function."""
+    return any(
+        f"{base.__module__}.{base.__qualname__}" == "torch.autograd.function.Function"
+        for base in (x.__mro__ if isinstance(x, type) else ())
+    )
+
+
 class Library:
     """A module of NumPy, torch, JAX or Python, whose functions take symbols under the names of `FUNCTIONS`."""
 
@@ -72,6 +80,9 @@ def library_member(value: Any, name: str) -> Any:
     return Named(value, known)
 
 
+_DEFAULTS = {("jax", "gelu"): {"approximate": True}}  # where a framework's are not those of the others
+
+
 class Named:
     """A library's function: what the table says where a symbol is among the arguments, else itself."""
 
@@ -84,6 +95,7 @@ class Named:
             of_python = module in sys.stdlib_module_names or module == "builtins"
             if of_python and (module != "math" or all(_is_captured_number(x) for x in args)):
                 return self._function(*args, **kwargs)  # it uses operators, or the values of captured numbers
+            kwargs = _DEFAULTS.get((module, self._name), {}) | kwargs
             return call(self._name, args, kwargs, f"{'np' if module == 'numpy' else module}.{self._name}")
         return self._function(*args, **kwargs)
 
@@ -254,7 +266,7 @@ class Object:
             trace.unless(f"hasattr({variable}, {name!r})")
             raise
         path = trace.read(variable, f"{{}}.{name}" if name.isidentifier() else f"getattr({{}}, {name!r})")
-        if isinstance(found, types.MethodType) and found.__self__ is value:
+        if isinstance(found, types.MethodType) and found.__self__ is value and not is_autograd_function(value):
             trace.unless(f"{path}.__self__ is not {variable}")
             function = trace.wrap(found.__func__, trace.read(path, "{}.__func__"), name)
             return functools.partial(function, self)
@@ -321,8 +333,8 @@ class _Super:
 
     def __getattr__(self, name: str) -> Any:
         trace, value, _, own = self._instance._cuflash
-        order = type(value).__mro__
-        for base in order[order.index(self._owner) + 1 :]:
+        order = (value if isinstance(value, type) else type(value)).__mro__
+        for base in order[order.index(self._owner) + 1 :] if self._owner in order else ():
             if isinstance(found := vars(base).get(name), types.FunctionType):
                 path = trace.read(trace.constant(base), f"{{}}.__dict__[{name!r}]")
                 return functools.partial(trace.wrap(found, path, f"{own}.{name}"), self._instance)

@@ -281,6 +281,8 @@ def value_range(x: Expr) -> tuple[int, int]:
         return (int(x.value), int(x.value)) if x.kind == "int" else FULL_RANGE
     if x.op in _RANGES:
         return _RANGES[x.op]
+    if x.op == "extent":
+        return 0, FULL_RANGE[1]
     if x.kind != "int":
         return FULL_RANGE
     parts = [value_range(a) for a in x.args]

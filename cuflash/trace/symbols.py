@@ -17,7 +17,8 @@ import numpy as np
 
 from ..dtypes import BY_NAME, DType
 from ..errors import TraceError
-from .expr import Expr, cast, const, dot, leaves, load, make, show
+from .expr import Expr, cast, const, dot, extent, leaves, load, make, show
+from .strata import value_range
 
 
 class Tracing(Protocol):
@@ -84,7 +85,7 @@ class _Operand:
         )
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") or name in type(self).__slots__ or name == "trace":  # one that is not made yet
             raise AttributeError(name)
         if name in METHODS:
             return lambda *args, **kwargs: call(name, (self, *args), kwargs, f".{name}()", method=True)
@@ -252,10 +253,12 @@ class Symbol(_Operand):
 class Rows(_Operand):
     """A captured array, its first axes indexed: what is left has at least one."""
 
-    __slots__ = ("captured", "indices", "kind")
+    __slots__ = ("captured", "dtype_name", "indices")
 
-    def __init__(self, trace: Tracing, captured: Captured, indices: tuple[Expr, ...] = (), kind: str = "") -> None:
-        self.trace, self.captured, self.indices, self.kind = trace, captured, indices, kind
+    def __init__(
+        self, trace: Tracing, captured: Captured, indices: tuple[Expr, ...] = (), dtype_name: str = ""
+    ) -> None:
+        self.trace, self.captured, self.indices, self.dtype_name = trace, captured, indices, dtype_name
 
     def __repr__(self) -> str:
         names = self.trace.names
@@ -270,9 +273,11 @@ class Rows(_Operand):
         for i in given:
             found.append(self._index(i, len(found)))
         if len(found) < self.captured.ndim:
-            return Rows(self.trace, self.captured, tuple(found), self.kind)
+            return Rows(self.trace, self.captured, tuple(found), self.dtype_name)
         element = load(self.captured.slot, self.captured.kind, tuple(found))
-        return Symbol(self.trace, cast(element, self.kind) if self.kind else element)
+        return Symbol(
+            self.trace, _convert(Symbol(self.trace, element), self.dtype_name) if self.dtype_name else element
+        )
 
     def _index(self, i: Any, axis: int) -> Expr:
         if isinstance(i, slice) or i is None or i is Ellipsis:
@@ -297,9 +302,10 @@ class Rows(_Operand):
             )
         if x.kind == "bool":
             raise TraceError(f"{i!r} as an index of {self!r} is a bool: write where(condition, a, b)")
-        if x.op == "const" and x.value < 0:  # known while tracing, so it can count from the end, as in Python
-            return make("add", self.trace.extent(self.captured, axis).expr, x)
-        return x
+        if value_range(x)[0] >= 0:
+            return x
+        from_end = make("add", extent(self.captured.slot, axis), x)
+        return make("where", make("lt", x, const(0)), from_end, x)
 
     @property
     def __class__(self) -> type:  # type: ignore[override]
@@ -382,10 +388,10 @@ def call(name: str, args: Any, kwargs: Any, shown: str, method: bool = False) ->
 
 
 _KNOWN = (
-    "abs, bitwise_*, ceil, clamp, clip, cos, div, dot, eq, exp, exp2, floor, floor_divide, fmod, full_like, ge, gt, "
-    "isnan, le, log, log2, logical_*, lt, matmul, maximum, minimum, ne, pow, reciprocal, relu, remainder, round, "
-    "rsqrt, select, sigmoid, sign, sin, sqrt, square, sum (of a product of rows), tanh, trunc, where, zeros_like and "
-    "ones_like"
+    "abs, atan, atan2, bitwise_*, ceil, clamp, clip, cos, div, dot, elu, eq, erf, exp, exp2, expm1, floor, "
+    "floor_divide, fmod, full_like, ge, gelu, gt, heaviside, isin (of a few), isnan, le, log, log1p, log2, logical_*, "
+    "lt, matmul, maximum, minimum, nan_to_num, ne, pow, reciprocal, relu, remainder, round, rsqrt, select, sigmoid, "
+    "sign, signbit, sin, sqrt, square, sum (of a product of rows), tanh, trunc, where, zeros_like and ones_like"
 )
 _IGNORED = (
     "device", "requires_grad", "pin_memory", "memory_format", "copy", "non_blocking", "casting", "order", "subok",
@@ -644,14 +650,17 @@ def kind_of_dtype(dtype: Any) -> str:
 
 
 def _convert(x: Any, dtype: Any) -> Any:
-    """x as a mod has it: floats in float32, ints in 32 bits; narrower ints wrap as theirs do."""
+    """x as a mod has it: floats in float32, ints in 32 bits; narrower ints wrap as theirs do, and narrower floats
+    round."""
     name = kind_of_dtype(dtype)
     target = BY_NAME[name]
     kind = "bool" if name == "bool" else "float" if target.is_float else "int"
     if type(x) is Rows:
-        return Rows(x.trace, x.captured, x.indices, kind)
+        return Rows(x.trace, x.captured, x.indices, name)
     x = cast(lift(x), kind)
     bits = target.itemsize * 8
+    if name in ("float16", "bfloat16"):
+        return make(name, x)
     if kind != "int" or bits >= 32:
         return x
     if name.startswith("u"):
@@ -752,6 +761,69 @@ def _softplus(x: Expr) -> Expr:
     return make("add", make("max", x, const(0.0)), make("log", make("add", const(1.0), small)))
 
 
+def _gelu(x: Any, approximate: Any = "none") -> Expr:
+    x = lift(x)
+    if approximate not in ("none", "tanh", True, False):
+        raise TraceError(f'gelu with approximate={approximate!r}: it is "none" or "tanh"')
+    if approximate in ("tanh", True):
+        cube = make("mul", make("mul", x, x), x)
+        inner = make("mul", const(math.sqrt(2 / math.pi)), make("add", x, make("mul", const(0.044715), cube)))
+        part = make("tanh", inner)
+    else:
+        part = make("erf", make("mul", x, const(math.sqrt(0.5))))
+    return make("mul", make("mul", const(0.5), x), make("add", const(1.0), part))
+
+
+def _elu(x: Any, alpha: Any = 1.0, inplace: bool = False) -> Expr:
+    x = cast(lift(x), "float")
+    below = make("mul", lift(alpha), make("expm1", make("min", x, const(0.0))))
+    return make("where", make("gt", x, const(0.0)), x, below)
+
+
+def _heaviside(x: Any, values: Any) -> Expr:
+    x, at_zero = lift(x), cast(lift(values), "float")
+    positive = make("where", make("gt", x, const(0)), const(1.0), const(0.0))
+    return make("where", make("eq", x, const(0)), at_zero, positive)
+
+
+def _nan_to_num(x: Any, nan: Any = None, posinf: Any = None, neginf: Any = None) -> Expr:
+    x = lift(x)
+    if x.kind != "float":
+        return x
+    nan = None if isinstance(nan, bool) else nan  # NumPy's second argument is `copy`
+    largest = float(np.finfo(np.float32).max)
+    given = (nan, 0.0), (posinf, largest), (neginf, -largest)
+    of_nan, of_inf, of_minus = (const(float(default)) if own is None else lift(own) for own, default in given)
+    result = make("where", make("eq", x, const(float("inf"))), of_inf, x)
+    result = make("where", make("eq", x, const(-float("inf"))), of_minus, result)
+    return make("where", make("ne", x, x), of_nan, result)
+
+
+def _signbit(x: Any) -> Expr:
+    x = lift(x)
+    return make("signbit", x) if x.kind == "float" else make("lt", x, const(0))
+
+
+def _isin(x: Any, among: Any, assume_unique: bool = False, invert: bool = False) -> Expr:
+    """Whether a number is one of a few."""
+    x = lift(x)
+    if type(among) is not Rows and hasattr(among, "tolist"):
+        among = among.tolist()
+    among = [among] if type(among) is Symbol or isinstance(among, bool | int | float) else list(among)
+    if len(among) > _MOST_OF_ISIN:
+        raise TraceError(
+            f"isin of {len(among)} elements: a mod compares with each, at most {_MOST_OF_ISIN}; capture an array that "
+            "says of each index whether it is in, and read it: table[kv_idx]"
+        )
+    found = const(False)
+    for y in among:
+        found = make("or", found, make("eq", x, lift(y)))
+    return make("not", found) if invert else found
+
+
+_MOST_OF_ISIN = 32
+
+
 def _reflected(op: str) -> Callable[..., Expr]:
     return lambda a, b: make(op, lift(b), lift(a))
 
@@ -759,7 +831,8 @@ def _reflected(op: str) -> Callable[..., Expr]:
 # By the names NumPy, torch, JAX and Python's math have for them.
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     **{name: _of(name) for name in ("exp", "exp2", "log", "log2", "tanh", "tanh_approx", "sigmoid", "sqrt", "rsqrt",
-                                    "sin", "cos", "neg", "abs", "lt", "le", "gt", "ge", "eq", "ne")},
+                                    "sin", "cos", "erf", "expm1", "log1p", "atan", "atan2", "neg", "abs", "lt", "le",
+                                    "gt", "ge", "eq", "ne")},
     "negative": _of("neg"), "absolute": _of("abs"), "fabs": _of("abs"), "expit": _of("sigmoid"),
     "special_expit": _of("sigmoid"), "special_exp2": _of("exp2"), "logistic": _of("sigmoid"),
     "less": _of("lt"), "less_equal": _of("le"), "greater": _of("gt"), "greater_equal": _of("ge"), "equal": _of("eq"),
@@ -779,6 +852,9 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
     "floor": _whole("floor"), "ceil": _whole("ceil"), "trunc": _trunc, "fix": _trunc, "round": _round, "rint": _round,
     "sign": _sign, "sgn": _sign, "isnan": _nan, "isfinite": _finite, "isinf": _infinite,
     "where": _where, "select": _select, "positive": lambda x: lift(x),
+    "special_erf": _of("erf"), "special_expm1": _of("expm1"), "special_log1p": _of("log1p"), "arctan": _of("atan"),
+    "arctan2": _of("atan2"), "gelu": _gelu, "elu": _elu, "heaviside": _heaviside, "nan_to_num": _nan_to_num,
+    "signbit": _signbit, "isin": _isin,
     "log10": lambda x: make("mul", make("log", lift(x)), const(1 / math.log(10))),
     "tan": lambda x: make("div", make("sin", lift(x)), make("cos", lift(x))),
     "silu": lambda x: make("mul", lift(x), make("sigmoid", lift(x))),
@@ -809,7 +885,8 @@ METHODS: dict[str, Callable[..., Any]] = {
     "float": lambda x: _convert(x, "float32"), "double": lambda x: _convert(x, "float64"),
     "half": lambda x: _convert(x, "float16"), "bfloat16": lambda x: _convert(x, "bfloat16"),
     "int": lambda x: _convert(x, "int32"), "long": lambda x: _convert(x, "int64"),
-    "short": lambda x: _convert(x, "int16"), "bool": lambda x: _convert(x, "bool"),
+    "short": lambda x: _convert(x, "int16"), "char": lambda x: _convert(x, "int8"),
+    "byte": lambda x: _convert(x, "uint8"), "bool": lambda x: _convert(x, "bool"),
     "new_zeros": _full(0), "new_ones": _full(1), "new_full": _full(None), "new_tensor": _tensor,
     "item": _same, "clone": _same, "contiguous": _same, "copy": _same,
     "any": lambda x: cast(lift(x), "bool"), "all": lambda x: cast(lift(x), "bool"),
@@ -820,8 +897,8 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 def _numel(x: Any) -> Any:
     result: Any = 1
-    for extent in x.shape:
-        result = result * extent
+    for length in x.shape:
+        result = result * length
     return result
 
 

@@ -80,6 +80,8 @@ def _moved(root: Expr | None, arrays: int, scalars: int) -> Expr | None:
             value += arrays
         elif x.op == "scalar":
             value += scalars
+        elif x.op == "extent":
+            value = value[0] + arrays, value[1]
         elif x.op == "dot":
             value = value[0] + arrays, value[1] + arrays, value[2]
         done[x] = _intern(x.op, tuple(done[a] for a in x.args), x.kind, value)

@@ -41,11 +41,13 @@ from .expr import (
     const,
     coordinate,
     dot,
+    extent,
     leaves,
     load,
     make,
     scalar,
     show,
+    slots_of,
     walk,
 )
 from .objects import (
@@ -55,6 +57,7 @@ from .objects import (
     Items,
     Library,
     Object,
+    is_autograd_function,
     is_constant,
     is_library,
     is_module_of_torch,
@@ -64,6 +67,7 @@ from .objects import (
     super_,
 )
 from .symbols import Captured, Rows, Symbol, lift
+from .uncompiled import outside_of_compilers
 
 PARAMETERS = {"score": ("score", "b", "h", "q_idx", "kv_idx"), "mask": ("b", "h", "q_idx", "kv_idx")}
 LENGTHS = ("q_len", "kv_len")
@@ -179,12 +183,18 @@ class Mod:
         self.__name__: str = getattr(function, "__name__", type(function).__name__)
         self.__wrapped__ = function
         self.__doc__ = getattr(function, "__doc__", None)
+        self.made_by: Any = None  # (function, arguments, keywords) that made it, by which it is pickled
         bound = self.bind()
         # What a compiler of programs reads instead of calling bind: structure as text, values as they are now.
         self.text, self.kept_arrays, self.kept_scalars = text.dumps(bound.mods), bound.arrays, bound.scalars
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        if self.made_by is not None:
+            return _made_again, self.made_by
+        return Mod, (self.function, self.kind)
 
     def bind(self) -> Bound:
         """The traced structure, with the values that are captured now."""
@@ -213,6 +223,11 @@ class Mod:
         return f"<{self.kind}_mod {self.__name__}({names}) = {show(self.expr, self.bind().mods.names)}>"
 
 
+def _made_again(make: Callable[..., Mod], args: Any, keywords: Any) -> Mod:
+    return make(*args, **keywords)
+
+
+@outside_of_compilers
 def mod(function: Callable[..., Any], kind: str | None = None) -> Mod:
     """Trace a score_mod or mask_mod now: errors come here, and what comes back is usable under compilers.
 
@@ -294,6 +309,18 @@ def _kind_of(function: Any) -> str:
     )
 
 
+def takes_score(function: Any) -> bool:
+    """Whether a function is a score_mod, by its positional parameters without a default; else it is a mask_mod.
+
+    >>> takes_score(lambda score, b, h, q_idx, kv_idx: score), takes_score(lambda b, h, q_idx, kv_idx, n=3: True)
+    (True, False)
+    """
+    if isinstance(function, Mod):
+        return function.kind == "score"
+    signature = _signature(function)
+    return signature is not None and len(_needed(signature)[0]) == len(PARAMETERS["score"])
+
+
 def _called(function: Any) -> str:
     return getattr(function, "__name__", None) or type(function).__qualname__
 
@@ -361,6 +388,7 @@ class Trace:
         self.captured: list[Captured] = []
         self.numbers: list[_Number] = []
         self.bound: dict[int, str] = {}
+        self.told: dict[str, None] = {}  # what `explain` says beside that
 
     # The reader's text
 
@@ -453,7 +481,12 @@ class Trace:
                 f"it returns a float, {show(x)}, and a mask_mod returns whether the key is seen: compare, or pass it "
                 "as score_mod"
             )
-        return cast(x, "bool")
+        if x.kind == "int":
+            raise TraceError(
+                f"it returns an int, {show(x, self.names)}, and a mask_mod returns whether the key is seen: compare "
+                f"it, return {show(x, self.names)} != 0"
+            )
+        return x
 
     def finish(self, score: Expr | None, mask: Expr | None) -> Reader:
         """Leave out what the expressions do not use, number the rest, and compile the reader."""
@@ -467,7 +500,7 @@ class Trace:
         arrays: list[int] = []
         numbers: list[int] = []
         for x in walk(*roots):
-            for slot in [x.value] if x.op == "load" else x.value[:2] if x.op == "dot" else []:
+            for slot in slots_of(x):
                 if slot not in arrays:
                     arrays.append(slot)
             if x.op == "scalar" and x.value not in self.bound and x.value not in numbers:
@@ -478,6 +511,8 @@ class Trace:
             if x.op == "scalar":
                 number = self.numbers[x.value]
                 done[x] = const(number.value) if x.value in self.bound else scalar(numbers.index(x.value), number.kind)
+            elif x.op == "extent":
+                done[x] = extent(arrays.index(x.value[0]), x.value[1])
             elif x.op == "load":
                 done[x] = load(arrays.index(x.value), x.kind, args)
             elif x.op == "dot":
@@ -512,6 +547,7 @@ class Trace:
             "value is compiled anew"
             for slot, why in self.bound.items()
         ]
+        found += self.told
         if mods.mask is not None and _compares_positions(mods.mask):
             found.append(
                 "mask_mod compares q_idx with kv_idx: where q_len and kv_len differ, that aligns the first query with "
@@ -682,8 +718,7 @@ class Trace:
 
     def method(self, value: types.MethodType, variable: str, name: str) -> Any:
         owner = value.__self__
-        bases = {f"{base.__module__}.{base.__qualname__}" for base in getattr(owner, "__mro__", ())}
-        if "torch.autograd.function.Function" in bases and value.__func__.__name__ == "apply":
+        if is_autograd_function(owner) and value.__func__.__name__ == "apply":
             self.unless(f"{variable}.__self__ is not {self.constant(owner)}")
             return self.autograd(owner)
         if is_library(type(owner).__module__) and is_library(value.__func__.__module__):
@@ -695,6 +730,9 @@ class Trace:
 
     def autograd(self, owner: Any) -> Any:
         """An autograd.Function: its forward; cuflash differentiates what that computes."""
+        self.told[
+            f"{owner.__name__}.backward is not called: gradients are those of what {owner.__name__}.forward computes"
+        ] = None
         forward = owner.forward
         if isinstance(forward, types.FunctionType):
             key = self.constant(owner)
@@ -703,7 +741,17 @@ class Trace:
             "setup_context" in vars(base) for base in owner.__mro__[:-1] if base.__module__ != "torch.autograd.function"
         ):
             return forward
-        return functools.partial(forward, types.SimpleNamespace(save_for_backward=lambda *args: None))
+        nothing = lambda *args, **kwargs: None  # noqa: E731
+        return functools.partial(
+            forward,
+            types.SimpleNamespace(
+                save_for_backward=nothing,
+                save_for_forward=nothing,
+                mark_non_differentiable=nothing,
+                set_materialize_grads=nothing,
+                needs_input_grad=(),
+            ),
+        )
 
     def build(self, function: types.FunctionType, variable: str) -> types.FunctionType:
         """A copy of a function whose captured values are symbols."""

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import api, arch, emulator, flex, mods
+from .. import api, arch, emulator, mods
+from ..block_kinds import Seen, mask_of
+from ..block_parts import mask_at
 from ..errors import ArgumentError, require
 from ..jit import layout, module
 from ..settings import config
@@ -119,7 +121,7 @@ def plot_mask(
     count: Counter[int] = Counter()
     q_begin = k_begin = 0
     for b, (q, k) in enumerate(zip(q_lens, k_lens, strict=True)):
-        seen = flex.create_mask(flex._at(mask, b, h), 1, 1, q, k)[0, 0]
+        seen = mask_of(Seen(mask_at(mask, b, h), (q, k)), (1, 1, q, k))[0, 0]
         kinds = _kinds(seen, tile)
         count.update(kinds.ravel().tolist())
         rows, columns = kinds.shape

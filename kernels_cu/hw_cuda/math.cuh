@@ -68,6 +68,13 @@ HW_DEVICE float cos_approx(float x) {
   return y;
 }
 
+// The compiler's own, within 2 ulp or so.
+HW_DEVICE float erf(float x) { return erff(x); }
+HW_DEVICE float expm1(float x) { return expm1f(x); }
+HW_DEVICE float log1p(float x) { return log1pf(x); }
+HW_DEVICE float atan(float x) { return atanf(x); }
+HW_DEVICE float atan2(float y, float x) { return atan2f(y, x); }
+
 // To the next whole number below, above; to an int towards 0, out of range to its nearest end, NaN to 0.
 HW_DEVICE float floor(float x) { return floorf(x); }
 HW_DEVICE float ceil(float x) { return ceilf(x); }

@@ -42,6 +42,11 @@ HW_DEVICE float sqrt_approx(float x) { return emu::flush_denormal(__builtin_sqrt
 HW_DEVICE float rsqrt_approx(float x) { return emu::flush_denormal(1.0f / __builtin_sqrtf(emu::flush_denormal(x))); }
 HW_DEVICE float sin_approx(float x) { return emu::flush_denormal(__builtin_sinf(x)); }
 HW_DEVICE float cos_approx(float x) { return emu::flush_denormal(__builtin_cosf(x)); }
+HW_DEVICE float erf(float x) { return __builtin_erff(x); }
+HW_DEVICE float expm1(float x) { return __builtin_expm1f(x); }
+HW_DEVICE float log1p(float x) { return __builtin_log1pf(x); }
+HW_DEVICE float atan(float x) { return __builtin_atanf(x); }
+HW_DEVICE float atan2(float y, float x) { return __builtin_atan2f(y, x); }
 HW_DEVICE float floor(float x) { return __builtin_floorf(x); }
 HW_DEVICE float ceil(float x) { return __builtin_ceilf(x); }
 HW_DEVICE i32 to_int(float x) {

@@ -50,6 +50,14 @@ HW_DEVICE float exp_of(float x) { return hw::exp2_approx(x * kLog2e); }
 HW_DEVICE float log_of(float x) { return hw::log2_approx(x) * kLn2; }
 HW_DEVICE float sigmoid_of(float x) { return hw::rcp_approx(1.0f + hw::exp2_approx(-x * kLog2e)); }
 
+// Whether the sign is set, that of -0 too.
+HW_DEVICE bool sign_bit(float x) { return (hw::float_bits(x) >> 31) != 0u; }
+// What a 16-bit float has of x.
+template <class Element>
+HW_DEVICE float rounded_to(float x) {
+  return hw::to_float(Element{static_cast<u16>(hw::pack2<Element>(x, 0.0f))});
+}
+
 // x^y. A negative x has a power where y is whole.
 HW_DEVICE float power_of(float x, float y) {
   const float size = hw::exp2_approx(y * hw::log2_approx(hw::abs(x)));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 from backends import using
@@ -122,7 +123,7 @@ def test_a_mask_has_no_gradient_for_what_it_reads():
     q, k, v, *_ = tensors()
     level = torch.zeros(K_LEN, requires_grad=True)
     out = cuflash.attention(q, k, v, mask_mod=lambda b, h, i, j: (level[j] >= 0) & (i >= j))
-    assert not torch.autograd.grad(out.sum(), level)[0].any()
+    assert torch.autograd.grad(out.sum(), level, allow_unused=True) == (None,)
 
 
 def test_numpy_numbers_and_no_other_numpy_arrays():
@@ -139,7 +140,7 @@ def test_numpy_numbers_and_no_other_numpy_arrays():
 def test_an_index_outside_of_its_tensor_is_named():
     q, k, v, bias, *_ = tensors()
     with pytest.raises(ArgumentError, match=r"^bias: index -1 is outside of axis 1"):
-        cuflash.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[h, i - j])
+        cuflash.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + bias[h, i - j - K_LEN])
 
 
 def test_no_second_and_no_forward_derivative():
@@ -350,3 +351,34 @@ def test_no_warning_where_mods_are_traced_before():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()
+
+
+# What has no gradient, and what has its own ---------------------------------------------------------------------------
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return grad * 2
+
+
+def test_an_autograd_function_is_its_forward_and_explain_says_so() -> None:
+    q = torch.ones(1, 4, 1, 16)
+    apply = Doubled.apply
+    for score_mod in (lambda s, b, h, i, j: Doubled.apply(s) + i, lambda s, b, h, i, j: apply(s) + i):
+        assert "(score * 2.0)" in repr(cuflash.mod(score_mod))
+        assert "Doubled.backward is not called" in str(cuflash.explain(q, q, q, score_mod=score_mod))
+
+
+def test_an_array_that_only_a_mask_reads_has_no_gradient() -> None:
+    q = torch.randn(1, 5, 2, 16, requires_grad=True)
+    limits, bias = (torch.randn(5, requires_grad=True) for _ in range(2))
+    cuflash.attention(
+        q, q, q, score_mod=lambda s, b, h, i, j: s + bias[j], mask_mod=lambda b, h, i, j: limits[j] > -9
+    ).sum().backward()
+    assert limits.grad is None and bias.grad is not None

@@ -214,7 +214,7 @@ def mask_mods() -> dict[str, Callable[..., Any]]:
         "minimum, maximum, clip": lambda b, h, q, k: np.minimum(q, 3) + np.maximum(k, 2) > np.clip(q + k, 2, 5),
         "logical": lambda b, h, q, k: np.logical_or(np.logical_and(q > k, k), np.logical_not(np.logical_xor(q, k))),
         "ufuncs": lambda b, h, q, k: np.greater_equal(np.subtract(q, k), np.bitwise_and(q, 3)),
-        "ints as a mask": lambda b, h, q, k: (q >= k) * 1,
+        "an int that is compared": lambda b, h, q, k: (q >= k) * 1 != 0,
         "astype": lambda b, h, q, k: (q / 2).astype(np.int32) == (k.astype(np.float32) / 2).astype("int64"),
         "narrow ints wrap": lambda b, h, q, k: (k * 50).astype(np.int8) < (k * 100 + q).astype(np.uint8),
         "helper": lambda b, h, q, k: helper(q, k, width),
@@ -755,6 +755,8 @@ BAD_MASKS: dict[str, tuple[Any, str]] = {
     "and": (lambda b, h, q, k: q > k and k > 1, r"a branch needs .*&, \| and ~ instead of `and`"),
     "chained": (lambda b, h, q, k: 0 <= q - k < 3, r"\(a <= b\) & \(b < c\) instead of a <= b < c"),
     "not": (lambda b, h, q, k: not q > k, r"a branch needs .*instead of .*`not`"),
+    "an int": (lambda b, h, q, k: (q + k) % 2, r"returns an int, \(\(q_idx \+ kv_idx\) % 2\).*% 2\) != 0"),
+    "a number": (lambda b, h, q, k: 1, r"returns an int, 1, .*compare it"),
     "a float": (lambda b, h, q, k: q / 2, r"returns a float, .*mask_mod returns whether .*: compare"),
     "too few parameters": (lambda h, q, k: q >= k, r"it takes \(h, q, k\) and is given \(b, h, q_idx, kv_idx\)"),
     "a score_mod": (lambda s, b, h, q, k: s, r"takes \(s, b, h, q, k\) .*; with 5 it is a score_mod"),
@@ -794,8 +796,8 @@ BAD_SCORES: dict[str, tuple[Any, str]] = {
     "reshapes": (lambda s, b, h, q, k: s + TABLE.reshape(-1)[h], r"\.reshape of TABLE: .*index with \[i, j\]"),
     "transposes": (lambda s, b, h, q, k: s + TABLE.T[h, q], r"\.T of TABLE: exchange the indices"),
     "an unknown function": (lambda s, b, h, q, k: np.cumsum(s), r"cumsum is not a function mods know.*sigmoid"),
-    "an unknown ufunc": (lambda s, b, h, q, k: np.arctan(s), r"np\.arctan is not a function mods know"),
-    "an unknown method": (lambda s, b, h, q, k: s.erf(), r"\.erf of score is nothing a mod can use.*operators"),
+    "an unknown ufunc": (lambda s, b, h, q, k: np.arcsinh(s), r"np\.arcsinh is not a function mods know"),
+    "an unknown method": (lambda s, b, h, q, k: s.lgamma(), r"\.lgamma of score is nothing a mod can use.*operators"),
     "in place": (lambda s, b, h, q, k: s.clamp_(0), r"\.clamp_\(\) would change its tensor.*use \.clamp\(\)"),
     "out=": (lambda s, b, h, q, k: np.exp(s, out=ROW), r"with out=: a mod changes nothing"),
     "reduces": (lambda s, b, h, q, k: np.add.reduce(s), r"np\.add\.reduce is nothing a mod can do"),
@@ -985,4 +987,4 @@ def test_functions_of_jax_that_mods_do_not_know() -> None:
     with pytest.raises(TraceError, match=r"cumsum is not a function mods know"):
         bind(lambda s, b, h, q, k: jnp.cumsum(s))
     with pytest.raises(TraceError, match=r"This function of JAX takes no symbols: use operators, or np\."):
-        bind(lambda s, b, h, q, k: jax.nn.gelu(s))
+        bind(lambda s, b, h, q, k: jax.nn.celu(s))
