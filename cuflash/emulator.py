@@ -29,11 +29,13 @@ A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it i
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,6 +45,8 @@ from typing import Protocol
 
 from .arch import GRID_LIMITS
 from .errors import EmulatorError, require
+from .jit import progress
+from .settings import config
 
 DEFAULT_SEED = 20260
 LANDINGS = ("late", "early")
@@ -306,7 +310,11 @@ def _os_threads() -> int:
 # --- Launching ----------------------------------------------------------------------------------------------------
 
 
-class _Buffer(ctypes.Structure):  # CuflashEmuBuffer in kernels_cu/hw_emu/runtime.cpp, and so on
+class _Control(ctypes.Structure):  # CuflashEmuControl in kernels_cu/hw_emu/runtime.cpp, and so on
+    _fields_ = (("stop", ctypes.c_int32), ("done", ctypes.c_uint64))
+
+
+class _Buffer(ctypes.Structure):
     _fields_ = (
         ("begin", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
@@ -332,6 +340,7 @@ class _Launch(ctypes.Structure):
         ("clocked", ctypes.c_int32),
         ("event_limit", ctypes.c_uint64),
         ("cluster", ctypes.c_int32),
+        ("control", ctypes.POINTER(_Control)),
     )
 
 
@@ -417,7 +426,9 @@ def launch(
     text           the flattened text that the library was made from, for `tracing` to quote
 
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
-    written stays written.
+    written stays written. Ctrl-C, and what else a signal's handler raises in the main thread, stops a launch of that
+    thread within milliseconds. One of some seconds shows on a terminal how many blocks have ended, where
+    `config.on_compile` is "progress".
     """
     address, compiled_threads, clocked, cluster = _entry(library, entry)
     given = {"seed": seed, "landing": landing}
@@ -453,10 +464,11 @@ def launch(
         clocked=clocked,
         event_limit=max((limit for _, limit in traced), default=0),
         cluster=cluster,
+        control=ctypes.pointer(_Control()),
     )
     result = _Result()
-    _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))
     try:
+        _run(request, result, f"{entry.removeprefix('cuflash_')} on the emulator")
         report, counters = result.report, result.counters
         for trace, _ in traced:
             _add_events(trace, result, entry, grid, buffers, text)
@@ -468,6 +480,62 @@ def launch(
     if report is not None:
         again = f"cuflash.emulator.schedule(seed={how.seed}, landing={how.landing!r})"
         raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
+
+
+_LOOK_SECONDS = 0.1
+_LONG_SECONDS = 2.0  # before that nothing is shown
+
+
+def _run(request: _Launch, result: _Result, what: str) -> None:
+    """Runs a launch such that signals are heard meanwhile.
+
+    Python hears them in the main thread, and only while that runs Python: it waits, and another thread runs the launch.
+    """
+    native = functools.partial(_runtime().cuflash_emu_launch, ctypes.byref(request), ctypes.byref(result))
+    if threading.get_ident() != threading.main_thread().ident:
+        native()
+        return
+    ended, control = threading.Event(), request.control.contents
+
+    def work() -> None:
+        try:
+            native()
+        finally:
+            ended.set()
+
+    try:
+        # Not threading.Thread, whose start() can be interrupted when the thread runs already and nobody knows it.
+        _thread.start_new_thread(work, ())
+    except RuntimeError:  # the system gives no more threads, or the interpreter ends
+        native()
+        return
+    except BaseException:
+        _stop(control, ended)
+        raise
+    try:
+        _wait(ended, control, request, what)
+    except BaseException:
+        _stop(control, ended)
+        raise
+
+
+def _wait(ended: threading.Event, control: _Control, request: _Launch, what: str) -> None:
+    """Until the launch has ended; says how far it is where it takes long."""
+    blocks = request.grid[0] * request.grid[1] * request.grid[2] // request.cluster
+    if ended.wait(_LONG_SECONDS):
+        return
+    with progress.running() as show:
+        while not ended.wait(_LOOK_SECONDS):
+            if config.on_compile == "progress":
+                show(f"running {what}: {control.done} of {blocks} blocks")
+
+
+def _stop(control: _Control, ended: threading.Event) -> None:
+    """Ends a launch, and comes back when it no longer uses its memory, whatever interrupts."""
+    control.stop = 1
+    while not ended.is_set():
+        with contextlib.suppress(KeyboardInterrupt):
+            ended.wait()
 
 
 _DEFINITION = re.compile(r"^\s*(?:HW_DEVICE\b|HW_(?:CLUSTER_)?KERNEL\([^)]*\)).*?\b(\w+)\(")

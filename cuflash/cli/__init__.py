@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from ..errors import CuflashError
+from ..settings import config
 
 
 def app() -> typer.Typer:
@@ -43,6 +45,8 @@ def app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; an error of cuflash's own is a line on stderr and exit status 1, not a traceback."""
+    if not os.environ.get("CUFLASH_ON_COMPILE"):
+        config.on_compile = "quiet"  # a command shows by itself how far it is
     try:
         app()(prog_name="cuflash")
     except CuflashError as error:

@@ -24,7 +24,7 @@ from typing import Any
 from ..arch import GRID_LIMITS, Arch
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..settings import config
-from . import cache, layout, nvrtc, sass, source, variant
+from . import cache, layout, nvrtc, progress, sass, source, variant
 
 BACKENDS = ("cuda", "emulator")
 DEFAULT_SMEM_BYTES = 48 * 1024  # more must be asked for, once a kernel and device
@@ -182,7 +182,7 @@ def _announced(spec: KernelSpec, target: str) -> Iterator[None]:
     if config.on_compile != "progress":
         yield
         return
-    with _progress.showing(f"compiling {spec.name} for {target}"):
+    with progress.compiling(f"{spec.name} for {target}"):
         yield
 
 
@@ -190,45 +190,6 @@ def _tell(spec: KernelSpec, target: str, start: float, *, cached: bool) -> None:
     if callable(config.on_compile):
         described = variant.describe(spec.variant) if spec.variant is not None else ""
         config.on_compile(CompileEvent(spec.name, target, described, time.perf_counter() - start, cached))
-
-
-class _Progress:
-    """One line on stderr while anything compiles, whichever threads do it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lines: list[str] = []
-        self._status: Any = None
-
-    @contextlib.contextmanager
-    def showing(self, line: str) -> Iterator[None]:
-        self._change(add=line)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._change(remove=line, done=f"{line}: {time.perf_counter() - start:.1f} s")
-
-    def _change(self, add: str = "", remove: str = "", done: str = "") -> None:
-        from rich.console import Console
-
-        with self._lock:
-            if self._status is None:
-                self._status = Console(stderr=True, highlight=False).status("")
-                self._status.start()
-            if add:
-                self._lines.append(add)
-            if remove:
-                self._lines.remove(remove)
-                self._status.console.print(f"cuflash: {done}")
-            if self._lines:
-                self._status.update("; ".join(self._lines))
-            else:
-                self._status.stop()
-                self._status = None
-
-
-_progress = _Progress()
 
 
 def _dump(spec: KernelSpec, target: str, key: str, text: str, cubin: bytes | None) -> None:
@@ -435,7 +396,6 @@ def _after_fork() -> None:
     # Threads that held these do not exist in the child.
     _state = threading.Lock()
     _locks.clear()
-    _progress.__init__()
 
 
 if hasattr(os, "register_at_fork"):
