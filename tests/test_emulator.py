@@ -225,7 +225,7 @@ assert child.exitcode == 0
 @pytest.fixture
 def long_call():
     """A call that takes the emulator half a minute, of a kernel that other tests compile, too."""
-    x = np.ones((1, 2000, 16, 64), np.float16)
+    x = np.ones((1, 4000, 16, 64), np.float16)
     with using("emulator"):
         cuflash.attention(x[:, :9, :1], x[:, :9, :1], x[:, :9, :1])  # compiles
         yield lambda: cuflash.attention(x, x, x)
@@ -266,7 +266,7 @@ def test_a_long_launch_shows_on_a_terminal_how_far_it_is(long_call, monkeypatch)
         interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
             long_call()
-    assert re.fullmatch(r"running forward_sm80 on the emulator: \d+ of 256 blocks", lines[0]) and lines[-1] is None
+    assert re.fullmatch(r"running forward_sm80 on the emulator: \d+ of 512 blocks", lines[0]) and lines[-1] is None
 
 
 def test_a_notebook_says_beforehand_what_it_waits_for(monkeypatch, capfd):
