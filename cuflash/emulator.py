@@ -33,6 +33,8 @@ import _thread
 import contextlib
 import ctypes
 import functools
+import math
+import numbers
 import os
 import re
 import threading
@@ -53,6 +55,7 @@ LANDINGS = ("late", "early")
 DEFAULT_STEP_LIMIT = 400_000_000  # of one block: accesses and meetings of its threads; some 10 seconds
 MAX_THREADS = 1024
 MAX_SMEM_BYTES = 227 * 1024
+_MOST_THREADS = 1024
 
 __all__ = ["Counters", "Event", "Schedule", "Trace", "counting", "launch", "schedule", "speed", "tracing"]
 
@@ -68,6 +71,10 @@ class Buffer(Protocol):
     def nbytes(self) -> int: ...
     @property
     def writable(self) -> bool: ...
+
+
+def _is_count(value: object, least: int = 1, most: int = 2**64 - 1) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 # --- What a launch costs ------------------------------------------------------------------------------------------
@@ -230,7 +237,9 @@ def tracing(limit: int = 200_000) -> Iterator[Trace]:
     >>> trace.events, trace.dropped
     ([], 0)
     """
-    require(limit > 0, f"limit={limit!r} must be at least 1: the events that are kept of a block")
+    require(
+        _is_count(limit), f"limit={limit!r} must be an int from 1 to 2**64 - 1: the events that are kept of a block"
+    )
     entry = Trace(), limit
     _tracing.append(entry)
     try:
@@ -260,14 +269,15 @@ class Schedule:
     os_threads: int | None = None
 
     def __post_init__(self) -> None:
+        require(_is_count(self.seed, least=0), f"seed={self.seed!r} must be an integer of 64 bits")
         require(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**64, f"seed={self.seed!r} must be an integer of 64 bits"
+            isinstance(self.landing, str) and self.landing in LANDINGS,
+            f"landing={self.landing!r} must be one of {', '.join(LANDINGS)}",
         )
-        require(self.landing in LANDINGS, f"landing={self.landing!r} must be one of {', '.join(LANDINGS)}")
-        require(self.step_limit > 0, f"step_limit={self.step_limit!r} must be at least 1")
+        require(_is_count(self.step_limit), f"step_limit={self.step_limit!r} must be an int from 1 to 2**64 - 1")
         require(
-            self.os_threads is None or self.os_threads > 0,
-            f"os_threads={self.os_threads!r} must be at least 1, or None",
+            self.os_threads is None or _is_count(self.os_threads, most=_MOST_THREADS),
+            f"os_threads={self.os_threads!r} must be an int from 1 to {_MOST_THREADS}, or None",
         )
 
 
@@ -593,7 +603,9 @@ def speed(seconds: float = 0.5) -> float:
     """
     from .jit import hostcxx, layout, source
 
-    require(seconds > 0, f"seconds={seconds} must be more than 0")
+    require(
+        isinstance(seconds, numbers.Real) and 0 < seconds < math.inf, f"seconds={seconds!r} must be a number above 0"
+    )
     text = source.flatten("hw_emu/speed.cu", "emu")
     library = hostcxx.compile(text)
     length, dim, heads = 512, 64, 1

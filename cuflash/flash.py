@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from . import frameworks, validate
-from .api import attention
+from .api import attention, host_lengths
 from .errors import ArgumentError, UnsupportedError, require
 
 Array = Any
@@ -139,7 +139,13 @@ def flash_attn_varlen_func(
     """
     seqused_k = None
     if block_table is not None:
-        starts = np.asarray(cu_seqlens_k, np.int32) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        starts = host_lengths("cu_seqlens_k", cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        frameworks.of(starts, "cu_seqlens_k")
+        shape, dtype = getattr(starts, "shape", ()), getattr(starts, "dtype", None)
+        if len(shape) != 1 or "int32" not in str(dtype):
+            raise ArgumentError(
+                f"cu_seqlens_k is {dtype} of shape {tuple(shape)} and must be int32 [batch + 1]: cast it"
+            )
         seqused_k, cu_seqlens_k = starts[1:] - starts[:-1], None
     return _call(
         q, k, v, return_attn_probs,
@@ -207,15 +213,14 @@ def flash_attn_varlen_qkvpacked_func(
 def _call(q: Array, k: Array, v: Array, return_attn_probs: bool, **keywords: Any) -> Any:
     # flash-attn takes an integer tensor of two as a window. Read here, since below a window is part of a cache's key,
     # and a tensor may change in place.
-    if hasattr(keywords["window_size"], "tolist"):
-        keywords["window_size"] = tuple(np.ravel(keywords["window_size"].tolist()).tolist())
+    keywords["window_size"] = validate.window_pair(keywords["window_size"])
     p = validate.dropout_p(keywords["dropout_p"])
     if p and frameworks.of(q) is not frameworks.torch:
         raise ArgumentError(
             f"dropout_p={p} with {frameworks.of(q).NAME} arrays, which have no default generator to draw a seed from: "
             "call cuflash.attention(..., dropout_p=..., seed=...)"
         )
-    if not return_attn_probs:
+    if not validate.flag("return_attn_probs", return_attn_probs):
         return attention(q, k, v, **keywords)
     if p:
         if keywords.get("page_table") is not None:
@@ -250,6 +255,7 @@ def _weights(
 
 def _split(packed: Array, name: str, parts: int, ndim: int) -> tuple[Array, ...]:
     """The parts of a packed array, as views: the dimension before the heads counts them."""
+    frameworks.of(packed, name)
     shape = getattr(packed, "shape", None)
     if shape is None or not hasattr(packed, "__getitem__"):
         raise ArgumentError(f"{name} is a {type(packed).__qualname__}: pass an array, or its parts to flash_attn_func")

@@ -110,17 +110,15 @@ def flash_attn_with_kvcache(
     (True, 5)
     """
     _refuse(
-        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk or None,
-        scheduler_metadata=scheduler_metadata, sm_margin=sm_margin or None,
+        qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, attention_chunk=attention_chunk,
+        scheduler_metadata=scheduler_metadata, sm_margin=sm_margin,
     )  # fmt: skip
-    _check_splits(num_splits, split_size)
     require(
         block_table is None or page_table is None,
         "block_table and page_table are both given, and are two names of one argument: pass one",
     )
     block_table = page_table if block_table is None else block_table
-    if hasattr(window_size, "tolist"):  # flash-attn takes a tensor of two
-        window_size = tuple(np.ravel(window_size.tolist()).tolist())  # type: ignore[attr-defined]
+    window_size = validate.window_pair(window_size)
     length = None
     if isinstance(cache_seqlens, numbers.Integral):
         length, cache_seqlens = int(cache_seqlens), None
@@ -135,8 +133,9 @@ def flash_attn_with_kvcache(
     options = CacheOptions(
         validate.window(window_size, causal),
         None if softmax_scale is None else validate.number("scale", softmax_scale), validate.softcap(softcap),
-        bool(rotary_interleaved), num_splits, validate.split_size(split_size),
-        validate.hint("max_seqlen_q", max_seqlen_q), bool(return_softmax_lse), length is not None,
+        validate.flag("rotary_interleaved", rotary_interleaved), _num_splits(num_splits, split_size),
+        validate.split_size(split_size), validate.hint("max_seqlen_q", max_seqlen_q),
+        validate.flag("return_softmax_lse", return_softmax_lse), length is not None,
     )  # fmt: skip
     framework = frameworks.of(q)
     bound = None
@@ -606,21 +605,23 @@ def _refuse(**given: Any) -> None:
         "sm_margin": "leave it 0",
     }
     for name, value in given.items():
-        if value is not None:
+        if value is not None and not (isinstance(value, numbers.Number) and not value):
             remedy = remedies.get(name, "there are no arrays of 8 bits here: leave it None, and pass wider ones")
             raise UnsupportedError(f"{name}: {remedy}")
 
 
-def _check_splits(num_splits: Any, split_size: Any) -> None:
+def _num_splits(num_splits: Any, split_size: Any) -> int:
     require(
-        isinstance(num_splits, numbers.Integral) and int(num_splits) >= 0,
-        f"num_splits={num_splits!r} must be an int of at least 0: pass 0 for an even share of keys for each block",
+        isinstance(num_splits, numbers.Integral) and 0 <= int(num_splits) < 2**31,
+        f"num_splits={num_splits!r} must be an int of at least 0, below 2**31: pass 0 for an even share of keys for "
+        "each block",
     )
     require(
         not num_splits or split_size is None,
         f"num_splits={num_splits} and split_size={split_size} are both given: one number of parts, or parts of one "
         "size; pass one of them",
     )
+    return int(num_splits)
 
 
 def _batch(views: Views, framework: Framework) -> int:
@@ -631,8 +632,8 @@ def _batch(views: Views, framework: Framework) -> int:
     )
     require(
         len(shape) == 3 + (starts is None),
-        f"q.shape={shape} must have {3 + (starts is None)} dimensions, {layout}: reshape it"
-        + (", or pass cu_seqlens_q for packed queries" if starts is None else ""),
+        f"q.shape={shape} must have {3 + (starts is None)} dimensions, {layout}: "
+        + validate.with_heads("q", shape, "batch, q_len" if starts is None else "total_q"),
     )
     if starts is None:
         return shape[0]

@@ -217,11 +217,16 @@ def cu_seqlens_from(
             return _cumulative(list(lengths))
         xp = _namespace(lengths, "lengths")
         _require_integers(lengths, "lengths", ndim=1)
+        _require_size(lengths, "lengths")
         with _device_of(lengths):
             return _cumulative(lengths.tolist()) if xp is np else _cumulative_on_device(xp, lengths)
 
     xp = _namespace(position_ids, "position_ids")
     _require_integers(position_ids, "position_ids")
+    require(
+        position_ids.ndim in (1, 2),  # type: ignore[union-attr]
+        f"position_ids.shape={tuple(position_ids.shape)} must be [total] or [batch, len]: reshape it",  # type: ignore[union-attr]
+    )
     with _device_of(position_ids):
         positions = position_ids.reshape(-1)  # type: ignore[union-attr]
         total = positions.shape[0]
@@ -287,15 +292,15 @@ def _int32_like(x: Array, values: list[int]) -> Array:
     xp = _namespace(x, "x")
     if xp.__name__ == "torch":  # whose compiler follows lists
         return xp.tensor(values, dtype=xp.int32, device=x.device)
-    values = np.asarray(values, np.int32)
+    array = np.array(values, np.int32)
     if xp is np:
-        return values
+        return array
     if xp.__name__ == "cupy":
         with _device_of(x):
-            return xp.asarray(values)
+            return xp.asarray(array)
     if _is_traced(x):  # under jax.jit x has no device yet: the constant goes where the computation runs
-        return xp.asarray(values)
-    return xp.asarray(values, device=next(iter(x.devices())))
+        return xp.asarray(array)
+    return xp.asarray(array, device=next(iter(x.devices())))
 
 
 def _is_traced(x: Array) -> bool:
@@ -310,6 +315,8 @@ def _listed(x: Any, name: str) -> list[Any]:
         return list(x)
     except TypeError:
         raise ArgumentError(f"{name} is a {_type_name(x)} and must be a sequence: pass a list") from None
+    except MemoryError:
+        raise ArgumentError(f"{name} has {len(x)} elements, for which memory has no room: pass fewer") from None
 
 
 def _on_host(x: Array | Sequence[int]) -> list[int]:
@@ -322,6 +329,7 @@ def _on_host(x: Array | Sequence[int]) -> list[int]:
             "or call outside of jax.jit"
         )
     _require_integers(x, "cu_seqlens", ndim=1)
+    _require_size(x, "cu_seqlens")
     return x.tolist()
 
 
@@ -346,6 +354,11 @@ def _require_integers(x: Array, name: str, ndim: int | None = None) -> None:
         raise ArgumentError(f"{name}.dtype={x.dtype} must be an integer: cast it to int32")
     if ndim not in (None, x.ndim):
         raise ArgumentError(f"{name}.shape={tuple(x.shape)} must have {ndim} dimension: reshape it")
+
+
+def _require_size(x: Array, name: str) -> None:
+    if x.shape[0] > _MOST:
+        raise ArgumentError(f"{name}.shape={tuple(x.shape)} must be less than 2**31: split the batch")
 
 
 def _as_mask(mask: Array, name: str, like: Array) -> Array:

@@ -490,7 +490,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "head dim of the cache": ({"k_cache": x(2, 12, 2, 8)}, r"k_cache\.shape\[3\]=8 must equal q\.shape\[3\]=16"),
     "another batch": ({"k_cache": x(3, 12, 2, 16), "v_cache": x(3, 12, 2, 16)},
                       r"k_cache\.shape\[0\]=3 must equal the batch, 2: pass cache_batch_idx"),
-    "q of 3 dimensions": ({"q": x(3, 4, 16)}, r"q\.shape=\(3, 4, 16\) must have 4 dimensions.*or pass cu_seqlens_q"),
+    "q of 3 dimensions": ({"q": x(3, 4, 16)}, r"q\.shape=\(3, 4, 16\) must have 4 dimensions.*also cu_seqlens_q"),
     "no cache": ({"k_cache": None}, r"k_cache is a NoneType"),
     "index out of range": ({"cache_batch_idx": i32(0, 2)}, r"cache_batch_idx\[1\]=2 must be from 0 to 1, the last seq"),
     "index twice": ({"cache_batch_idx": i32(1, 1), "cache_seqlens": 4},

@@ -445,7 +445,7 @@ def _prepare(operation: str, static: Static, inputs: tuple[jax_ffi.Spec, ...], d
 def _spec(name: str, x: Any) -> jax_ffi.Spec:
     dtype = dtypes.BY_NAME.get(str(x.dtype))
     if dtype is None:
-        raise ArgumentError(f"{name}.dtype={x.dtype} is not one cuflash knows: use one of {', '.join(dtypes.BY_NAME)}")
+        raise ArgumentError(f"{name}: {dtypes.unknown(x.dtype)}")
     return jax_ffi.Spec(name, tuple(x.shape), dtype)
 
 
