@@ -395,7 +395,7 @@ def _runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _entry(library: Path, entry: str) -> tuple[int, int, bool, int]:
+def open_kernel(library: Path, entry: str) -> tuple[int, int, bool, int]:
     """Address of a kernel in a shared object, the threads of a block it was compiled for, whether its warps meet at
     other barriers than the block's, and how many blocks are a cluster."""
     _runtime()
@@ -440,7 +440,7 @@ def launch(
     thread within milliseconds. One of some seconds shows on a terminal how many blocks have ended, where
     `config.on_compile` is "progress".
     """
-    address, compiled_threads, clocked, cluster = _entry(library, entry)
+    address, compiled_threads, clocked, cluster = open_kernel(library, entry)
     given = {"seed": seed, "landing": landing}
     how = replace(_schedule, **{name: value for name, value in given.items() if value is not None})
     shape = f"kernel {entry}, grid {grid}, {threads} threads, {smem_bytes} bytes of shared memory"

@@ -15,9 +15,10 @@ def app() -> typer.Typer:
     """The typer application with every command.
 
     >>> sorted(command.name for command in app().registered_commands)
-    ['bench', 'bench-compare', 'bench-report', 'compile', 'demo', 'device-check', 'doctor', 'explain']
+    ['bench', 'bench-compare', 'bench-report', 'cache', 'compile', 'demo', 'device-check', 'doctor', 'explain']
     """
     from .bench import bench, bench_compare, bench_report
+    from .cache import cache
     from .compile import compile_kernels
     from .demo import demo
     from .device_check import device_check
@@ -36,6 +37,7 @@ def app() -> typer.Typer:
     application.command("doctor")(doctor)
     application.command("explain")(explain)
     application.command("compile")(compile_kernels)
+    application.command("cache")(cache)
     application.command("bench")(bench)
     application.command("bench-report")(bench_report)
     application.command("bench-compare")(bench_compare)

@@ -277,11 +277,15 @@ class CudaKernel(Kernel):
                 'device arrays need CuPy: pip install "cuflash[cuda13]" ("cuflash[cuda12]" for a driver older than 580)'
             ) from error
         with cupy.cuda.Device(self.device):
-            kernel = cupy.RawModule(path=str(self.path)).get_function(self.spec.entry)
+            kernel = cupy.RawModule(path=str(self._file())).get_function(self.spec.entry)
             if self.spec.smem_bytes > DEFAULT_SMEM_BYTES:
                 kernel.max_dynamic_shared_size_bytes = self.spec.smem_bytes
             kernel.compile()
         return kernel, runtime.getDevice, cupy.cuda.Device, cupy_function.CPointer
+
+    def _file(self) -> Path:
+        """The cubin, compiled anew where somebody has cleared the cache since."""
+        return self.path if self.path.exists() else compile(self.spec, self.arch).path
 
     def prepare(self) -> None:
         _ = self._loaded
@@ -323,6 +327,12 @@ class _Stream:
 
 class EmulatedKernel(Kernel):
     """Runs the same text on the emulator, on host memory."""
+
+    def __init__(self, spec: KernelSpec, arch: Arch, path: Path, text: str) -> None:
+        from .. import emulator
+
+        super().__init__(spec, arch, path, text)
+        emulator.open_kernel(path, spec.entry)  # now: somebody may clear the cache before the first launch
 
     def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
         from .. import emulator
@@ -379,7 +389,10 @@ def load(spec: KernelSpec, arch: Arch, backend: str = "cuda", device: int | None
 
 def _load(spec: KernelSpec, arch: Arch, backend: str, device: int | None) -> Kernel:
     if backend == "emulator":
-        return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+        try:
+            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+        except OSError:  # the cache was cleared since it was looked into
+            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
     if device is None:
         raise ArgumentError("backend='cuda' needs the index of a device")
     return CudaKernel(compile(spec, arch), device)
