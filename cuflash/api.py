@@ -410,6 +410,7 @@ class _Call:
             if prepared.slopes_folded:
                 views[f"captured{len(prepared.mods.arrays) - 1}"] = views.pop("alibi_slopes")
             numbers = {**numbers, "scalars": self.scalars}
+        prepared.compile()
         on_device = device[0] == "cuda"
         where: dict[str, Any] = {"backend": "emulator"}
         if on_device:
@@ -457,7 +458,7 @@ class _Call:
 _GRADIENTS = ("dq", "dk", "dv", "dsink", "dslopes")  # as reference.attention_backward returns them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
     """What one kind of call needs, whatever its pointers: checked once, then found by the call's metadata."""
 
@@ -478,6 +479,19 @@ class _Prepared:
         """Scratch arrays that a run on a GPU needs: (shape, dtype) by name."""
         return getattr(self.plan, "workspace", {})
 
+    def compile(self) -> None:
+        """Before the first launch of several: what does not compile refuses a call that has written nothing yet."""
+        if self in _compiled:
+            return
+        from .jit import module
+
+        index = self.device[1] if self.device[0] == "cuda" else None
+        for spec in self.plan.specs:
+            module.load(spec, self.plan.arch, "emulator" if index is None else "cuda", index)
+        if len(_compiled) >= _PREPARED_LIMIT:
+            _compiled.clear()
+        _compiled.add(self)
+
     def load(self, device: int) -> None:
         """Compiles and loads the kernels on a GPU."""
         from .jit import module
@@ -487,6 +501,7 @@ class _Prepared:
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
+_compiled: set[_Prepared] = set()
 _PREPARED_LIMIT = 4096  # then the table starts afresh: preparing again costs microseconds and compiles nothing
 
 

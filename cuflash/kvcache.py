@@ -523,6 +523,7 @@ class _Step:
         for name, (shape, dtype) in prepared.workspace.items():
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
+        prepared.attention.compile()
         if prepared.append is not None:
             table = views.get("block_table") or views.get("cache_batch_idx")
             arrays = views if table is None else {**views, "page_table": table}

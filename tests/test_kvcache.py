@@ -15,7 +15,7 @@ from test_paging import ABSURD
 
 import cuflash
 from cuflash import arch, reference
-from cuflash.errors import ArgumentError, EmulatorError, UnsupportedError
+from cuflash.errors import ArgumentError, CompileError, EmulatorError, UnsupportedError
 from cuflash.jit import layout, module
 from cuflash.jit.source import Edit
 from cuflash.ops import append, decode, forward
@@ -539,6 +539,19 @@ def refused(changes: dict[str, Any], match: str, error: type[Exception], backend
     assert "\n" not in str(caught.value)
     for n, a in before.items():
         np.testing.assert_array_equal(arguments[n], a, err_msg=f"{n} was written")
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_cache(monkeypatch):
+    """Attention's kernel is compiled before the launch that appends."""
+    cache, new = np.zeros((2, 16, 2, 64), np.float16), np.ones((2, 1, 2, 64), np.float16)
+    q = np.ones((2, 1, 4, 64), np.float16)
+    with using("emulator"):
+        cuflash.flash_attn_with_kvcache(q, cache.copy(), cache.copy(), new, new, cache_seqlens=3)
+        monkeypatch.setattr(cuflash.config, "on_compile", "error")
+        never = lambda b, h, q_idx, kv_idx: (q_idx * 7919 + kv_idx) % 104729 > 3  # noqa: E731  compiled nowhere
+        with pytest.raises(CompileError, match="would have to be compiled"):
+            cuflash.flash_attn_with_kvcache(q, cache, cache.copy(), new, new, cache_seqlens=3, mask_mod=never)
+    assert not cache.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
