@@ -26,8 +26,9 @@ class _Lines:
 
         with self._lock:
             if self._status is None:
-                # Notebooks get plain lines: rich's own way needs ipywidgets.
-                console = Console(stderr=True, highlight=False, force_jupyter=False)
+                # Plain lines wherever there is no terminal: rich's way in notebooks needs ipywidgets, and a kernel of
+                # Jupyter claims to be a terminal by FORCE_COLOR.
+                console = Console(stderr=True, highlight=False, force_jupyter=False, force_terminal=on_terminal())
                 self._status = console.status("")
                 self._status.start()
             if line is None:
