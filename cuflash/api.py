@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 import inspect
 import math
+import numbers
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,8 @@ from .settings import config
 from .trace import tracer
 from .trace.derive import gradients
 from .trace.expr import Mods, walk
-from .trace.fold import fold, numbers
+from .trace.fold import fold
+from .trace.fold import numbers as folded_numbers
 from .trace.tracer import Bound
 
 Array = Any  # of NumPy, CuPy, PyTorch, JAX or any other producer of DLPack
@@ -172,7 +174,7 @@ def attention(
     if operation is not None:
         if page_table is not None and framework is not frameworks.torch:
             raise UnsupportedError(f"page_table: {_UNSUPPORTED_OPERATION['page_table']}")
-        if kernel_options:
+        if _options_of(kernel_options):
             raise UnsupportedError(f"kernel_options: {_UNSUPPORTED_OPERATION['kernel_options']}")
         if out is not None:
             raise UnsupportedError(f"out: {_UNSUPPORTED_OPERATION['out']}")
@@ -188,12 +190,15 @@ def attention(
             scale=None if scale is None else validate.number("scale", scale),
             window_size=validate.window(window_size, causal), softcap=validate.number("softcap", softcap),
             alibi_slopes=alibi_slopes, sink=sink, dropout_p=validate.dropout_p(dropout_p), seed=seed, offset=offset,
-            deterministic=bool(deterministic), split_size=validate.split_size(split_size), aux=names, bound=bound,
+            deterministic=validate.flag("deterministic", deterministic), split_size=validate.split_size(split_size),
+            aux=names, bound=bound,
         )  # fmt: skip
         if not names:
             return results[0]
         others: dict[str, Array] = {"lse": results[1], "max_logit": results[2]}
         return AttentionOutput(results[0], **{name: others[name] for name in names})
+    if deterministic is not False:
+        validate.flag("deterministic", deterministic)
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
@@ -303,7 +308,10 @@ def attention_backward(
     return _bind(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q, seqused_k, page_table, scale,
         causal, window_size, softcap, alibi_slopes, sink, bound, dropout_p, seed, offset, split_size, kernel_options,
-        None, (), _Backward(given, targets, bool(deterministic), bool(captured_grads)),
+        None, (), _Backward(
+            given, targets, validate.flag("deterministic", deterministic),
+            validate.flag("captured_grads", captured_grads),
+        ),
     ).gradients()  # fmt: skip
 
 
@@ -403,6 +411,7 @@ class _Call:
             if prepared.slopes_folded:
                 views[f"captured{len(prepared.mods.arrays) - 1}"] = views.pop("alibi_slopes")
             numbers = {**numbers, "scalars": self.scalars}
+        prepared.compile()
         on_device = device[0] == "cuda"
         where: dict[str, Any] = {"backend": "emulator"}
         if on_device:
@@ -450,7 +459,7 @@ class _Call:
 _GRADIENTS = ("dq", "dk", "dv", "dsink", "dslopes")  # as reference.attention_backward returns them
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
     """What one kind of call needs, whatever its pointers: checked once, then found by the call's metadata."""
 
@@ -471,6 +480,19 @@ class _Prepared:
         """Scratch arrays that a run on a GPU needs: (shape, dtype) by name."""
         return getattr(self.plan, "workspace", {})
 
+    def compile(self) -> None:
+        """Before the first launch of several: what does not compile refuses a call that has written nothing yet."""
+        if self in _compiled:
+            return
+        from .jit import module
+
+        index = self.device[1] if self.device[0] == "cuda" else None
+        for spec in self.plan.specs:
+            module.load(spec, self.plan.arch, "emulator" if index is None else "cuda", index)
+        if len(_compiled) >= _PREPARED_LIMIT:
+            _compiled.clear()
+        _compiled.add(self)
+
     def load(self, device: int) -> None:
         """Compiles and loads the kernels on a GPU."""
         from .jit import module
@@ -480,6 +502,7 @@ class _Prepared:
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
+_compiled: set[_Prepared] = set()
 _PREPARED_LIMIT = 4096  # then the table starts afresh: preparing again costs microseconds and compiles nothing
 
 
@@ -534,7 +557,7 @@ def _bind(
     if bound is not None:
         if bound.arrays:
             views |= _captured_views(framework, bound)
-        if softcap:
+        if type(softcap) is not float or softcap:
             softcap = validate.softcap(softcap)
         mods, scalars, softcap = _folded(bound, views, softcap)
         if backward is not None:
@@ -565,6 +588,8 @@ def _bind(
             max_seqlen_k = _longest(host_values["cu_seqlens_k"])
 
     random: dict[str, int] = {}
+    if type(dropout_p) is not float:
+        dropout_p = validate.dropout_p(dropout_p)
     if dropout_p:
         dropout_p = validate.dropout_p(dropout_p)
         if seed is None:
@@ -590,7 +615,7 @@ def _bind(
         window_size = tuple(window_size)
     if type(aux) is not tuple:
         aux = validate.aux_names(aux)
-    if "dropout_mask" in aux and max_seqlen_k is None and "cu_seqlens_k" in host_values:
+    if aux and max_seqlen_k is None and "cu_seqlens_k" in host_values and "dropout_mask" in validate.aux_names(aux):
         max_seqlen_k = _longest(host_values["cu_seqlens_k"])
     key = (
         framework.NAME, config.version, alignment,
@@ -669,15 +694,20 @@ def _lengths_view(framework: Framework, x: Any, name: str) -> TensorView:
     """View of cu_seqlens, seqused or page_table: of the framework of q, or plain host values."""
     if isinstance(x, (list, tuple)):
         require(name != "page_table", f"page_table is a {type(x).__name__}: pass an int32 array [batch, max_pages]")
-        for i, value in enumerate(x):
-            if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
-                raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
-        return of_numpy(np.array(x, np.int32))
+        return of_numpy(host_lengths(name, x))
     if isinstance(x, np.ndarray):
         own = frameworks.of(x)
         # Beside arrays of another framework it may have to be copied to a device, as it lies.
         x, framework = x if own is framework else np.ascontiguousarray(x), own
     return _views(framework, {name: x})[name]
+
+
+def host_lengths(name: str, x: Sequence[Any]) -> np.ndarray:
+    """cu_seqlens or seqused given as a list or tuple, int32."""
+    for i, value in enumerate(x):
+        if not isinstance(value, (int, np.integer)) or not -(2**31) <= value < 2**31:
+            raise ArgumentError(f"{name}[{i}]={value!r} must be an int of 32 bits")
+    return np.array(x, np.int32)
 
 
 def _random_number(name: str, x: Any, framework: Framework) -> int | None:
@@ -847,7 +877,7 @@ def _folded(bound: Bound, views: dict[str, TensorView], softcap: float) -> tuple
     if mods.score is None or not (softcap or slopes is not None):
         return mods, scalars, softcap
     alibi = None if slopes is None else "head" if slopes.ndim == 1 else "batch"
-    return fold(mods, softcap > 0, alibi), numbers(mods, scalars, softcap), 0.0
+    return fold(mods, softcap > 0, alibi), folded_numbers(mods, scalars, softcap), 0.0
 
 
 def _captured_uploads(
@@ -868,11 +898,14 @@ def _captured_uploads(
 
 def _options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
     """Checked, and as part of a key."""
-    if not kernel_options:
+    if kernel_options is None:
         return ()
+    if not isinstance(kernel_options, dict):
+        raise ArgumentError(f"kernel_options is a {type(kernel_options).__qualname__} and must be a dict, or None")
     either = (None, True, False)
     allowed = {"kernel": (None, "sm_80"), "persistent": either, "pack_heads": either, "cluster": (None, 1, 2)}
-    if not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
+    plain = all(value is None or isinstance(value, (str, int, np.bool_)) for value in kernel_options.values())
+    if not plain or not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
         raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
     return tuple(sorted(kernel_options.items()))
 
@@ -1302,9 +1335,11 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     >>> explain(q, q, q, causal=True).backend
     'reference'
     """
-    captured_grads = backward and bool(keywords.pop("captured_grads", False))
+    backward = validate.flag("backward", backward)
+    captured_grads = backward and validate.flag("captured_grads", keywords.pop("captured_grads", False))
     bound = inspect.signature(attention).bind(q, k, v, **keywords)
     bound.apply_defaults()
+    deterministic = validate.flag("deterministic", bound.arguments["deterministic"])
     named = {name: value for name, value in bound.arguments.items() if name != "deterministic"}
     if named["seed"] is None and frameworks.of(q) is frameworks.torch:
         named["seed"] = 0  # any will do: a draw would move the generator on
@@ -1314,7 +1349,7 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     captured, notes = _described_mods(call.views, traced), () if traced is None else traced.notes
     prepared = call.prepared
     if backward:
-        gradients = _Backward({}, {}, bool(bound.arguments["deterministic"]), captured_grads)
+        gradients = _Backward({}, {}, deterministic, captured_grads)
         prepared = _prepare_backward_of(call, named, gradients)
     plan = prepared.plan
     if plan is None:
@@ -1442,7 +1477,8 @@ def supports(
     'head_dim=512: head dims go from 1 to 256'
     """
     for name, value in (("head_dim", head_dim), ("head_dim_v", head_dim if head_dim_v is None else head_dim_v)):
-        require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive int")
+        plain = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        require(plain and value > 0, f"{name}={value!r} must be a positive int")
         if value > validate.MAX_HEAD_DIM:
             return Support(f"{name}={value}: head dims go from 1 to {validate.MAX_HEAD_DIM}")
     element = _dtype_named(dtype)
@@ -1456,7 +1492,8 @@ def supports(
             arch_table.named(arch)
         except UnsupportedError as error:
             return Support(str(error))
-    used = {n for n, x in features.items() if not (x is None or (isinstance(x, (bool, int, float)) and not x))}
+    used = {name for name, x in features.items() if _is_used(x)}
+    backward = validate.flag("backward", backward)
     for name in features:
         if name in _SERVED and not (backward and name == "page_table"):
             continue
@@ -1472,6 +1509,12 @@ def supports(
         if used & {"cu_seqlens", "cu_seqlens_k"} and "page_table" not in used:
             return Support(f"split_size: {_decode().NO_PACKED_KEYS}")
     return Support("")
+
+
+def _is_used(feature: Any) -> bool:
+    """Whether a keyword of `supports` and `warmup` says that calls use it: a number or flag by its value, and arrays,
+    functions and the like by being there."""
+    return not (feature is None or (isinstance(feature, (numbers.Number, np.bool_)) and not feature))
 
 
 def warmup(
@@ -1499,8 +1542,10 @@ def warmup(
         raise UnsupportedError(support.reason)
     if config.backend == "reference":
         return
-    element = _dtype_named(dtype)
-    head_dim_v = head_dim_v or head_dim
+    if device is not None:
+        device = validate.count("device", device, least=0)
+    element, head_dim = _dtype_named(dtype), int(head_dim)
+    head_dim_v = head_dim if head_dim_v is None else int(head_dim_v)
     load_bytes = _load_bytes(0, element.itemsize, [], [head_dim, head_dim_v])
     rows, values = (head_dim, head_dim, head_dim), (head_dim_v, head_dim_v, head_dim_v)
     mods, wanted = _mods_of_features(features)
@@ -1521,17 +1566,17 @@ def warmup(
         out_strides=values,
         load_bytes=load_bytes,
         scale=1.0,
-        dropout_p=0.5 if features.get("dropout_p") else 0.0,
+        dropout_p=0.5 if _is_used(features.get("dropout_p")) else 0.0,
         mods=mods,
     )
-    paged = features.get("page_table") is not None and features["page_table"] is not False
-    split_size = features.get("split_size")
-    make = _forward().plan if not split_size else lambda *given: _decode().DecodePlan(*given, 64)  # any size will do
+    paged = _is_used(features.get("page_table"))
+    splits = _is_used(features.get("split_size"))
+    make = _forward().plan if not splits else lambda *given: _decode().DecodePlan(*given, 64)  # any size will do
     problems: list[tuple[Any, Any]] = [(make, _forward().ForwardProblem(**fields, page_size=int(paged)))]
     if backward:
         gradients = dict(dout_strides=values, dq_strides=rows, dk_strides=rows, dv_strides=values, max_seqlen_k=None)
-        sums = dict(dsink=bool(features.get("sink")), dcaptured=wanted)
-        sums["dslopes"] = bool(features.get("alibi_slopes")) and (mods is None or mods.score is None)
+        sums = dict(dsink=_is_used(features.get("sink")), dcaptured=wanted)
+        sums["dslopes"] = _is_used(features.get("alibi_slopes")) and (mods is None or mods.score is None)
         problems.append((_backward().plan, _backward().BackwardProblem(**fields, **gradients, **sums)))
     from .jit import module
 
@@ -1553,22 +1598,22 @@ def warmup(
 def _mods_of_features(features: dict[str, Any]) -> tuple[Mods | None, tuple[tuple[int, int], ...]]:
     """The mods among the features of `warmup`, with what is folded into a score_mod, and (slot, size) of the arrays
     that want a gradient: slopes, and tensors that require one."""
-    given = [features.get(name) for name in _MODS]
-    if not any(given):
+    given = [mod if _is_used(mod) else None for mod in map(features.get, _MODS)]
+    if all(mod is None for mod in given):
         return None, ()
     for name, mod in zip(_MODS, given, strict=True):
         require(mod is not True, f"{name}=True: a kernel is made for one function; pass the function itself")
-    bound = bind_mods(None, None, *(mod or None for mod in given))
+    bound = bind_mods(None, None, *given)
     mods = bound.mods
     if mods.score is None:
         return mods, ()
     wanted = tuple((i, 1) for i, x in enumerate(bound.arrays) if getattr(x, "requires_grad", False))
     slopes = features.get("alibi_slopes")
     by_sequence = len(getattr(slopes, "shape", ())) == 2
-    alibi = None if slopes is None or slopes is False else "batch" if by_sequence else "head"
+    alibi = None if not _is_used(slopes) else "batch" if by_sequence else "head"
     if alibi is not None:
         wanted += ((len(mods.arrays), 1),)
-    return fold(mods, bool(features.get("softcap")), alibi), wanted
+    return fold(mods, _is_used(features.get("softcap")), alibi), wanted
 
 
 def _dtype_named(dtype: Any) -> DType:
@@ -1579,8 +1624,8 @@ def _dtype_named(dtype: Any) -> DType:
     found = dtypes.BY_NAME.get(name)
     if found is None:
         try:
-            found = dtypes.BY_NUMPY.get(np.dtype(dtype))
-        except TypeError:
+            found = None if isinstance(dtype, np.generic) else dtypes.BY_NUMPY.get(np.dtype(dtype))
+        except Exception:  # NumPy has several for what is no dtype
             found = None
     if found is None:
         raise ArgumentError(f"dtype={dtype!r} must be one of {', '.join(dtypes.BY_NAME)}")

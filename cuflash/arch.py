@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
-from .errors import UnsupportedError
+from .errors import ArgumentError, UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Arch:
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 _KB = 1024
+_LONGEST_NAME = 32  # of what is taken for somebody's way to write an architecture, as 90, "sm90" or "9.0"
 ARCHES = {
     a.name: a
     for a in (
@@ -55,14 +57,20 @@ def named(name: str) -> Arch:
     >>> named("sm_90").name
     'sm_90a'
     """
-    arch = ARCHES.get(name) or ARCHES.get(name + "a")
-    if arch is None:
-        raise UnsupportedError(
-            f"arch={name!r} is not one of {', '.join(ARCHES)}: kernels use mma.sync and cp.async of "
-            "bfloat16, which begin with compute capability 8.0; on older GPUs pass host arrays "
-            "(the NumPy reference) instead"
-        )
-    return arch
+    arch = (ARCHES.get(name) or ARCHES.get(name + "a")) if isinstance(name, str) else None
+    if arch is not None:
+        return arch
+    digits = "".join(re.findall("[0-9]+", str(name)[:_LONGEST_NAME]))
+    meant = next((a.name for a in ARCHES.values() if digits == "".join(map(str, a.capability))), None)
+    if meant is not None:
+        raise ArgumentError(f"arch={name!r} is no architecture's name: pass {meant!r}")
+    if not isinstance(name, str):
+        raise ArgumentError(f"arch is a {type(name).__qualname__} and must be a name: pass one of {', '.join(ARCHES)}")
+    raise UnsupportedError(
+        f"arch={name!r} is not one of {', '.join(ARCHES)}: kernels use mma.sync and cp.async of "
+        "bfloat16, which begin with compute capability 8.0; on older GPUs pass host arrays "
+        "(the NumPy reference) instead"
+    )
 
 
 def of_capability(major: int, minor: int) -> Arch:

@@ -191,7 +191,7 @@ def of_numpy(x: np.ndarray) -> TensorView:
     """View of a NumPy array (bfloat16 being `ml_dtypes.bfloat16`)."""
     dtype = dtypes.BY_NUMPY.get(x.dtype)
     if dtype is None:
-        raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(dtypes.BY_NAME)}")
+        raise ArgumentError(dtypes.unknown(x.dtype))
     strides = strides_in_elements(x.strides, dtype.itemsize)
     return TensorView(x.ctypes.data, x.shape, strides, dtype, HOST, not x.flags.writeable, x)
 

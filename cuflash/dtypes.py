@@ -68,6 +68,17 @@ ALL = (
 )  # fmt: skip
 KERNEL = (float16, bfloat16, float32)
 
+
+def unknown(name: object) -> str:
+    """What to say of a dtype that is not in the table."""
+    said = str(name)
+    if "complex" in said:
+        return f"dtype {said}: attention is of real numbers; pass arrays of float16, bfloat16 or float32"
+    if said in ("object", "O") or "<U" in said or "|S" in said or "str" in said:
+        return f"dtype {said}: elements must be numbers; pass an array of float16, bfloat16 or float32"
+    return f"dtype {said} is not one cuflash knows: use one of {', '.join(BY_NAME)}"
+
+
 BY_NAME = {t.name: t for t in ALL}
 BY_NUMPY = {t.numpy: t for t in ALL}
 BY_DLPACK = {t.dlpack: t for t in ALL}

@@ -29,11 +29,15 @@ A fault raises `cuflash.errors.EmulatorError`. Its message begins with what it i
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import functools
+import math
+import numbers
 import os
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -43,12 +47,15 @@ from typing import Protocol
 
 from .arch import GRID_LIMITS
 from .errors import EmulatorError, require
+from .jit import progress
+from .settings import config
 
 DEFAULT_SEED = 20260
 LANDINGS = ("late", "early")
 DEFAULT_STEP_LIMIT = 400_000_000  # of one block: accesses and meetings of its threads; some 10 seconds
 MAX_THREADS = 1024
 MAX_SMEM_BYTES = 227 * 1024
+_MOST_THREADS = 1024
 
 __all__ = ["Counters", "Event", "Schedule", "Trace", "counting", "launch", "schedule", "speed", "tracing"]
 
@@ -64,6 +71,10 @@ class Buffer(Protocol):
     def nbytes(self) -> int: ...
     @property
     def writable(self) -> bool: ...
+
+
+def _is_count(value: object, least: int = 1, most: int = 2**64 - 1) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
 
 # --- What a launch costs ------------------------------------------------------------------------------------------
@@ -226,7 +237,9 @@ def tracing(limit: int = 200_000) -> Iterator[Trace]:
     >>> trace.events, trace.dropped
     ([], 0)
     """
-    require(limit > 0, f"limit={limit!r} must be at least 1: the events that are kept of a block")
+    require(
+        _is_count(limit), f"limit={limit!r} must be an int from 1 to 2**64 - 1: the events that are kept of a block"
+    )
     entry = Trace(), limit
     _tracing.append(entry)
     try:
@@ -256,14 +269,15 @@ class Schedule:
     os_threads: int | None = None
 
     def __post_init__(self) -> None:
+        require(_is_count(self.seed, least=0), f"seed={self.seed!r} must be an integer of 64 bits")
         require(
-            isinstance(self.seed, int) and 0 <= self.seed < 2**64, f"seed={self.seed!r} must be an integer of 64 bits"
+            isinstance(self.landing, str) and self.landing in LANDINGS,
+            f"landing={self.landing!r} must be one of {', '.join(LANDINGS)}",
         )
-        require(self.landing in LANDINGS, f"landing={self.landing!r} must be one of {', '.join(LANDINGS)}")
-        require(self.step_limit > 0, f"step_limit={self.step_limit!r} must be at least 1")
+        require(_is_count(self.step_limit), f"step_limit={self.step_limit!r} must be an int from 1 to 2**64 - 1")
         require(
-            self.os_threads is None or self.os_threads > 0,
-            f"os_threads={self.os_threads!r} must be at least 1, or None",
+            self.os_threads is None or _is_count(self.os_threads, most=_MOST_THREADS),
+            f"os_threads={self.os_threads!r} must be an int from 1 to {_MOST_THREADS}, or None",
         )
 
 
@@ -306,7 +320,11 @@ def _os_threads() -> int:
 # --- Launching ----------------------------------------------------------------------------------------------------
 
 
-class _Buffer(ctypes.Structure):  # CuflashEmuBuffer in kernels_cu/hw_emu/runtime.cpp, and so on
+class _Control(ctypes.Structure):  # CuflashEmuControl in kernels_cu/hw_emu/runtime.cpp, and so on
+    _fields_ = (("stop", ctypes.c_int32), ("done", ctypes.c_uint64))
+
+
+class _Buffer(ctypes.Structure):
     _fields_ = (
         ("begin", ctypes.c_uint64),
         ("bytes", ctypes.c_uint64),
@@ -332,6 +350,7 @@ class _Launch(ctypes.Structure):
         ("clocked", ctypes.c_int32),
         ("event_limit", ctypes.c_uint64),
         ("cluster", ctypes.c_int32),
+        ("control", ctypes.POINTER(_Control)),
     )
 
 
@@ -376,7 +395,7 @@ def _runtime() -> ctypes.CDLL:
 
 
 @functools.cache
-def _entry(library: Path, entry: str) -> tuple[int, int, bool, int]:
+def open_kernel(library: Path, entry: str) -> tuple[int, int, bool, int]:
     """Address of a kernel in a shared object, the threads of a block it was compiled for, whether its warps meet at
     other barriers than the block's, and how many blocks are a cluster."""
     _runtime()
@@ -417,9 +436,11 @@ def launch(
     text           the flattened text that the library was made from, for `tracing` to quote
 
     Raises EmulatorError with a report at the first fault in the order of the blocks; what the blocks before it have
-    written stays written.
+    written stays written. Ctrl-C, and what else a signal's handler raises in the main thread, stops a launch of that
+    thread within milliseconds. One of some seconds shows on a terminal how many blocks have ended, where
+    `config.on_compile` is "progress".
     """
-    address, compiled_threads, clocked, cluster = _entry(library, entry)
+    address, compiled_threads, clocked, cluster = open_kernel(library, entry)
     given = {"seed": seed, "landing": landing}
     how = replace(_schedule, **{name: value for name, value in given.items() if value is not None})
     shape = f"kernel {entry}, grid {grid}, {threads} threads, {smem_bytes} bytes of shared memory"
@@ -453,10 +474,11 @@ def launch(
         clocked=clocked,
         event_limit=max((limit for _, limit in traced), default=0),
         cluster=cluster,
+        control=ctypes.pointer(_Control()),
     )
     result = _Result()
-    _runtime().cuflash_emu_launch(ctypes.byref(request), ctypes.byref(result))
     try:
+        _run(request, result, f"{entry.removeprefix('cuflash_')} on the emulator")
         report, counters = result.report, result.counters
         for trace, _ in traced:
             _add_events(trace, result, entry, grid, buffers, text)
@@ -468,6 +490,62 @@ def launch(
     if report is not None:
         again = f"cuflash.emulator.schedule(seed={how.seed}, landing={how.landing!r})"
         raise EmulatorError(f"{report.decode(errors='replace')}\n  {shape}\n  the same again: with {again}")
+
+
+_LOOK_SECONDS = 0.1
+_LONG_SECONDS = 2.0  # before that nothing is shown
+
+
+def _run(request: _Launch, result: _Result, what: str) -> None:
+    """Runs a launch such that signals are heard meanwhile.
+
+    Python hears them in the main thread, and only while that runs Python: it waits, and another thread runs the launch.
+    """
+    native = functools.partial(_runtime().cuflash_emu_launch, ctypes.byref(request), ctypes.byref(result))
+    if threading.get_ident() != threading.main_thread().ident:
+        native()
+        return
+    ended, control = threading.Event(), request.control.contents
+
+    def work() -> None:
+        try:
+            native()
+        finally:
+            ended.set()
+
+    try:
+        # Not threading.Thread, whose start() can be interrupted when the thread runs already and nobody knows it.
+        _thread.start_new_thread(work, ())
+    except RuntimeError:  # the system gives no more threads, or the interpreter ends
+        native()
+        return
+    except BaseException:
+        _stop(control, ended)
+        raise
+    try:
+        _wait(ended, control, request, what)
+    except BaseException:
+        _stop(control, ended)
+        raise
+
+
+def _wait(ended: threading.Event, control: _Control, request: _Launch, what: str) -> None:
+    """Until the launch has ended; says how far it is where it takes long."""
+    blocks = request.grid[0] * request.grid[1] * request.grid[2] // request.cluster
+    if ended.wait(_LONG_SECONDS):
+        return
+    with progress.running() as show:
+        while not ended.wait(_LOOK_SECONDS):
+            if config.on_compile == "progress":
+                show(f"running {what}: {control.done} of {blocks} blocks")
+
+
+def _stop(control: _Control, ended: threading.Event) -> None:
+    """Ends a launch, and comes back when it no longer uses its memory, whatever interrupts."""
+    control.stop = 1
+    while not ended.is_set():
+        with contextlib.suppress(KeyboardInterrupt):
+            ended.wait()
 
 
 _DEFINITION = re.compile(r"^\s*(?:HW_DEVICE\b|HW_(?:CLUSTER_)?KERNEL\([^)]*\)).*?\b(\w+)\(")
@@ -525,7 +603,9 @@ def speed(seconds: float = 0.5) -> float:
     """
     from .jit import hostcxx, layout, source
 
-    require(seconds > 0, f"seconds={seconds} must be more than 0")
+    require(
+        isinstance(seconds, numbers.Real) and 0 < seconds < math.inf, f"seconds={seconds!r} must be a number above 0"
+    )
     text = source.flatten("hw_emu/speed.cu", "emu")
     library = hostcxx.compile(text)
     length, dim, heads = 512, 64, 1

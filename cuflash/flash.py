@@ -20,7 +20,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from . import frameworks, peers, validate
-from .api import attention
+from .api import attention, host_lengths
 from .errors import ArgumentError, UnsupportedError, require
 
 Array = Any
@@ -161,7 +161,13 @@ def flash_attn_varlen_func(
     )
     more["page_table"] = more.get("page_table") if block_table is None else block_table
     if more["page_table"] is not None and cu_seqlens_k is not None:
-        starts = np.asarray(cu_seqlens_k, np.int32) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        starts = host_lengths("cu_seqlens_k", cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
+        frameworks.of(starts, "cu_seqlens_k")
+        shape, dtype = getattr(starts, "shape", ()), getattr(starts, "dtype", None)
+        if len(shape) != 1 or "int32" not in str(dtype):
+            raise ArgumentError(
+                f"cu_seqlens_k is {dtype} of shape {tuple(shape)} and must be int32 [batch + 1]: cast it"
+            )
         if more.get("seqused_k") is None:
             more["seqused_k"] = starts[1:] - starts[:-1]
         cu_seqlens_k = None
@@ -242,11 +248,7 @@ def _call(
 ) -> Any:
     foreign = {name: keywords.pop(name) for name in [*keywords] if name not in _OURS}
     peers.refuse(**foreign)
-    if not isinstance(return_attn_probs, (bool, np.bool_)):
-        raise ArgumentError(
-            f"return_attn_probs is a {type(return_attn_probs).__qualname__} and must be True or False: pass True for "
-            "the lse beside the result"
-        )
+    return_attn_probs = validate.flag("return_attn_probs", return_attn_probs)
     keywords["sink"] = peers.sink(sink=sink, learnable_sink=learnable_sink, s_aux=s_aux)
     attention_chunk = peers.chunk_size(attention_chunk)
     framework = frameworks.of(q)
@@ -296,7 +298,7 @@ _NO_WEIGHTS = {
 def _split_size(num_splits: int, k: Array, keywords: dict[str, Any]) -> int | None:
     """`split_size` for so many parts of the room that keys have."""
     shape, table = getattr(k, "shape", ()), keywords.get("page_table")
-    peers.check_splits(num_splits)
+    num_splits = peers.splits(num_splits)
     if num_splits < 2 or len(shape) < 2:
         return None
     if keywords.get("cu_seqlens_k") is not None:
@@ -328,6 +330,7 @@ def _weights(
 
 def _split(packed: Array, name: str, parts: int, ndim: int) -> tuple[Array, ...]:
     """The parts of a packed array, as views: the dimension before the heads counts them."""
+    frameworks.of(packed, name)
     shape = getattr(packed, "shape", None)
     if shape is None or not hasattr(packed, "__getitem__"):
         raise ArgumentError(f"{name} is a {type(packed).__qualname__}: pass an array, or its parts to flash_attn_func")

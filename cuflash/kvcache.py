@@ -118,7 +118,7 @@ def flash_attn_with_kvcache(
         qv=qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale, scheduler_metadata=scheduler_metadata,
         sm_margin=sm_margin,
     )  # fmt: skip
-    peers.check_splits(num_splits, split_size)
+    num_splits = peers.splits(num_splits, split_size)
     sink = peers.sink(sink=sink, learnable_sink=learnable_sink, s_aux=s_aux)
     require(
         block_table is None or page_table is None,
@@ -140,8 +140,9 @@ def flash_attn_with_kvcache(
     options = CacheOptions(
         validate.window(window_size, causal),
         None if softmax_scale is None else validate.number("scale", softmax_scale), validate.softcap(softcap),
-        bool(rotary_interleaved), num_splits, validate.split_size(split_size),
-        validate.hint("max_seqlen_q", max_seqlen_q), bool(return_softmax_lse), length is not None,
+        validate.flag("rotary_interleaved", rotary_interleaved), num_splits,
+        validate.split_size(split_size), validate.hint("max_seqlen_q", max_seqlen_q),
+        validate.flag("return_softmax_lse", return_softmax_lse), length is not None,
     )  # fmt: skip
     framework = frameworks.of(q)
     bound = None
@@ -533,6 +534,7 @@ class _Step:
         for name, (shape, dtype) in prepared.workspace.items():
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
+        prepared.attention.compile()
         if prepared.append is not None:
             table = views.get("block_table") or views.get("cache_batch_idx")
             arrays = views if table is None else {**views, "page_table": table}
@@ -614,8 +616,8 @@ def _batch(views: Views, framework: Framework) -> int:
     )
     require(
         len(shape) == 3 + (starts is None),
-        f"q.shape={shape} must have {3 + (starts is None)} dimensions, {layout}: reshape it"
-        + (", or pass cu_seqlens_q for packed queries" if starts is None else ""),
+        f"q.shape={shape} must have {3 + (starts is None)} dimensions, {layout}: "
+        + validate.with_heads("q", shape, "batch, q_len" if starts is None else "total_q"),
     )
     if starts is None:
         return shape[0]

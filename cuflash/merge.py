@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .errors import require
-from .packing import _device_of, _namespace, _type_name
+from .packing import _device_of, _listed, _namespace, _type_name
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
@@ -50,7 +50,7 @@ def merge_states(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, A
     >>> bool(np.allclose(out, attention(q, whole, whole, causal=True), atol=1e-6))
     True
     """
-    outs, lses = list(outs), list(lses)
+    outs, lses = _listed(outs, "outs"), _listed(lses, "lses")
     _check(outs, lses)
     xp = _namespace(outs[0], "outs[0]")
     out_dtype, lse_dtype = outs[0].dtype, lses[0].dtype
@@ -99,6 +99,9 @@ def _check(outs: list[Array], lses: list[Array]) -> None:
                 "same queries; pad or split them",
             )
             require(x.dtype == first.dtype, f"{what}[{i}].dtype={x.dtype} must be {first.dtype} as of {what}[0]: cast")
+    require(
+        "float" in str(outs[0].dtype), f"outs[0].dtype={outs[0].dtype} must be a float: pass what attention returned"
+    )
     shape, lse_shape = tuple(outs[0].shape), tuple(lses[0].shape)
     require(
         len(shape) in (3, 4),

@@ -73,22 +73,24 @@ def chunk_mask(attention_chunk: int, mask_mod: Callable[..., Any] | None) -> Cal
 _chunked = lru_cache(maxsize=256)(mods.chunked)  # one function a size, so that it is traced once
 
 
-def check_splits(num_splits: Any, split_size: Any = None) -> None:
+def splits(num_splits: Any, split_size: Any = None) -> int:
     require(
-        isinstance(num_splits, numbers.Integral) and int(num_splits) >= 0,
-        f"num_splits={num_splits!r} must be an int of at least 0: pass 0 for an even share of keys for each block",
+        isinstance(num_splits, numbers.Integral) and 0 <= int(num_splits) < 2**31,
+        f"num_splits={num_splits!r} must be an int of at least 0, below 2**31: pass 0 for an even share of keys for "
+        "each block",
     )
     require(
         not num_splits or split_size is None,
         f"num_splits={num_splits} and split_size={split_size} are both given: one number of parts, or parts of one "
         "size; pass one of them",
     )
+    return int(num_splits)
 
 
 def split_size(num_splits: Any, keys: int) -> int | None:
     """The `split_size` that makes num_splits parts of so many keys. None for 0 and 1, as nothing is split then."""
-    check_splits(num_splits)
-    return None if num_splits < 2 else max(1, math.ceil(keys / int(num_splits) / _KEY_BLOCK)) * _KEY_BLOCK
+    parts = splits(num_splits)
+    return None if parts < 2 else max(1, math.ceil(keys / parts / _KEY_BLOCK)) * _KEY_BLOCK
 
 
 _KEY_BLOCK = 64  # that of every kernel which splits keys, or a divisor

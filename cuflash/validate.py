@@ -46,18 +46,18 @@ def layout(views: Views) -> bool:
         if packed:
             require(
                 len(shape) == 3,
-                f"{name}.shape={shape} must have 3 dimensions, {_PACKED[name]}, as cu_seqlens are given: merge batch "
-                f"and length by {name}.reshape(-1, heads, head_dim), or leave cu_seqlens out for {_DENSE[name]}",
+                f"{name}.shape={shape} must have 3 dimensions, {_PACKED[name]}, as cu_seqlens are given: "
+                + (
+                    f"merge batch and length by {name}.reshape(-1, heads, head_dim), or leave cu_seqlens out for "
+                    f"{_DENSE[name]}"
+                    if len(shape) == 4
+                    else with_heads(name, shape, "total")
+                ),
             )
         else:
             require(
                 len(shape) == 4,
-                f"{name}.shape={shape} must have 4 dimensions, {_DENSE[name]}: "
-                + (
-                    f"for one sequence pass {name}[None], for packed sequences also cu_seqlens_q and cu_seqlens_k"
-                    if len(shape) == 3
-                    else "reshape it"
-                ),
+                f"{name}.shape={shape} must have 4 dimensions, {_DENSE[name]}: {with_heads(name, shape, 'batch, len')}",
             )
         require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
     return packed
@@ -74,6 +74,23 @@ def _as_packed(name: str, shape: tuple[int, ...]) -> str:
         f"{with_v}, with cu_seqlens_{name}=np.arange({batch + 1}, dtype=np.int32) * {rows}, beside which "
         f"seqused_{name} says how many rows each has"
     )
+
+
+def with_heads(name: str, shape: tuple[int, ...], rows: str) -> str:
+    """How to mend an array of another rank, what its dimensions may be being told by their number."""
+    if len(shape) == 3 and "batch" in rows:
+        return f"for one sequence pass {name}[None], for packed sequences also cu_seqlens_q and cu_seqlens_k"
+    if len(shape) == 2:
+        first = f"1, {shape[0]}" if "batch" in rows else f"{shape[0]}"
+        return (
+            f"if a row of {shape[1]} holds all heads, pass {name}.reshape({first}, heads, {shape[1]} // heads), "
+            f"if it is one head, {name}.reshape({first}, 1, {shape[1]})"
+        )
+    if len(shape) == 5:
+        return (
+            f"q, k, v of one array are for flash_attn_qkvpacked_func; else pass {name}.reshape({rows}, heads, head_dim)"
+        )
+    return f"say which dimension is which by {name}.reshape({rows}, heads, head_dim)"
 
 
 def _paged_layout(views: Views) -> bool:
@@ -96,7 +113,8 @@ def _paged_layout(views: Views) -> bool:
         require(
             len(shape) == dimensions,
             f"{name}.shape={shape} must have {dimensions} dimensions, {layout}"
-            + (", as cu_seqlens_q are given: reshape it" if dimensions == 3 else " beside page_table: reshape it"),
+            + (", as cu_seqlens_q are given: " if dimensions == 3 else " beside page_table: ")
+            + with_heads(name, shape, layout[1:].rpartition(", heads")[0]),
         )
         require(max(shape) <= _MAX_ROWS, f"{name}.shape={shape}: no dimension may exceed {_MAX_ROWS}; split the call")
     require(views["k"].shape[1] > 0, "k.shape[1]=0, the page size, must be at least 1: a page holds keys")
@@ -108,7 +126,8 @@ def element_types(views: Views, backend: str, framework: Framework) -> None:
     dtype = views["q"].dtype
     if not dtype.is_float:
         raise ArgumentError(
-            f"q.dtype={dtype} must be float16, bfloat16 or float32: pass {framework.advise('bfloat16', 'q')}"
+            f"q.dtype={dtype} must be float16, bfloat16 or float32: pass what a projection to heads gives, not "
+            "positions, token ids or a mask; quantized values must be multiplied by their scale first"
         )
     for name in "kv":
         require(
@@ -230,7 +249,7 @@ def strides(views: Views, framework: Framework) -> None:
     """Unit step within a row of q, k, v, and of out and their gradients; no backward steps."""
     for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv"):
         view = views.get(name)
-        if view is None:
+        if view is None or view.ndim == 0:  # whose shape is refused elsewhere
             continue
         written = name in ("dq", "dk", "dv") or (name == "out" and "dout" not in views)
         remedy = "allocate it contiguous" if written else f"pass {framework.advise('contiguous', name)}"
@@ -450,7 +469,11 @@ def number(name: str, value: Any) -> float:
         value = float(value)
     except OverflowError:  # an int past every float
         value = math.inf
-    require(-math.inf < value < math.inf, f"{name}={value} must be finite")  # compilers follow comparisons
+    if not -_LARGEST <= value <= _LARGEST:  # compilers follow comparisons
+        raise ArgumentError(
+            f"{name}={value} must be finite, and at most {_LARGEST:.4g} in magnitude, for kernels get it as a float32: "
+            f"{_REMEDIES.get(name, 'pass such a number')}"
+        )
     return value
 
 
@@ -460,6 +483,14 @@ def _plain(name: str, value: Any, what: str, by_mod: bool = True) -> str:
         return f"pass {what}"
     captured = ", or pass a score_mod or mask_mod that captures the traced value and does its work" if by_mod else ""
     return f"JAX traces it, so name it in static_argnames of jax.jit, or compute it outside{captured}"
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+_REMEDIES = {
+    "scale": "pass None for 1 / sqrt(head_dim)",
+    "softcap": "pass 0.0 for no cap",
+    "dropout_p": "pass 0.0 for no dropout",
+}
 
 
 def softcap(value: Any) -> float:
@@ -516,17 +547,22 @@ def window(window_size: Any, causal: bool) -> tuple[int, int]:
             )
         if int(side) < -1:  # the message is made only then: a compiler's symbolic int has no repr
             raise ArgumentError(f"window_size={window_size!r}: {side} must be -1 (or None: unlimited), 0 or more")
-        sides.append(int(side))
+        sides.append(-1 if int(side) >= _MAX_ROWS else int(side))  # further than any row: unlimited
     left, right = sides
     return left, 0 if causal else right
 
 
 def window_of(window_size: Any) -> Any:
-    """A window that may be an integer array of two, which flash-attn takes, as a tuple."""
-    if not hasattr(window_size, "tolist"):
+    """An array of two, which flash-attn takes for a window, as a tuple; anything else as it is."""
+    if not hasattr(window_size, "tolist") or isinstance(window_size, type):
         return window_size
     if frameworks.traced(window_size):
         raise ArgumentError(f"window_size={window_size!r} must hold two ints: {_plain('window_size', window_size, '')}")
+    shape = getattr(window_size, "shape", ())
+    require(
+        math.prod(shape) == 2,
+        f"window_size.shape={tuple(shape)} must be (2,), left and right: pass a tuple, (-1, -1) for no window",
+    )
     return tuple(np.ravel(window_size.tolist()).tolist())
 
 
@@ -576,5 +612,23 @@ def aux_names(aux: Any) -> tuple[str, ...]:
     except TypeError:
         raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass () for none") from None
     for name in names:
-        require(name in AUX, f"aux names {name!r}: it must be one of {', '.join(AUX)}")
+        require(isinstance(name, str) and name in AUX, f"aux names {name!r}: it must be one of {', '.join(AUX)}")
     return names
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False; None is False."""
+    if value is None or value is False or value is True:
+        return bool(value)
+    # An array has no one truth, or one that waits for the device; any text is true.
+    if not isinstance(value, (int, np.bool_, np.integer)) or value not in (0, 1):
+        raise ArgumentError(f"{name} is a {type(value).__qualname__} and must be True or False: pass bool({name})")
+    return bool(value)
+
+
+def count(name: str, value: Any, least: int = 1, most: int = _MAX_ROWS) -> int:
+    """A host int within bounds."""
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ArgumentError(f"{name}={value!r} must be an int: pass int({name})")
+    require(least <= int(value) <= most, f"{name}={value!r} must be from {least} to {most}")
+    return int(value)

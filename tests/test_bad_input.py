@@ -43,10 +43,15 @@ WRONG = {
     "None for k": (dense(k=None), r"k is a NoneType"),
     "an array for scale": (dense(scale=np.ones(3)), r"scale is a ndarray and must be a Python number.*float\(scale\)"),
     "a string for scale": (dense(scale="1"), r"scale is a str and must be a Python number"),
-    "scale not finite": (dense(scale=float("nan")), r"scale=nan must be finite"),
+    "scale not finite": (dense(scale=float("nan")), r"scale=nan must be finite.*pass None for 1 / sqrt\(head_dim\)"),
+    "scale past float32": (dense(scale=1e39), r"scale=1e\+39 must be finite, and at most 3\.403e\+38"),
+    "a deterministic of text": (dense(deterministic="no"), r"deterministic is a str and must be True or False"),
+    "kernel options a number": (dense(kernel_options=1.5), r"kernel_options is a float and must be a dict, or None"),
+    "aux of numbers": (dense(aux=np.arange(2)), r"aux names np\.int64\(0\): it must be one of lse"),
     "scale past every float": (dense(scale=10**400), r"scale=inf must be finite"),
     "causal a string": (dense(causal="no"), r"causal is a str and must be True or False: pass bool\(causal\)"),
     "causal an array": (dense(causal=np.array([True, False])), r"causal is a ndarray and must be True or False"),
+    "softcap an array": (dense(softcap=np.ones(2)), r"softcap is a ndarray and must be a Python number"),
     "softcap negative": (dense(softcap=-1.0), r"softcap=-1\.0 must be positive, or 0"),
     "softcap infinite": (dense(softcap=float("inf")), r"softcap=inf must be finite"),
     "max_seqlen a text": (packed(max_seqlen_q="4"), r"max_seqlen_q is a str and must be an int or None: pass int\("),
@@ -57,6 +62,13 @@ WRONG = {
     "aux None": (dense(aux=None), r"aux=None must be a tuple of names: pass \(\) for none"),
     "aux unknown": (dense(aux=("probs",)), r"aux names 'probs': it must be one of lse, max_logit"),
     # shapes
+    "q of 2 dimensions": (
+        dense(q=x(6, 64)),
+        r"q\.shape=\(6, 64\) must have 4.*q\.reshape\(1, 6, heads, 64 // heads\), if .* one head, q\.reshape\(1, 6, 1,",
+    ),
+    "packed q of 2 dimensions": (packed(q=x(6, 64)), r"must have 3.*as cu_seq.*q\.reshape\(6, heads, 64 // heads\)"),
+    "q, k, v in one": (dense(q=x(2, 6, 3, 4, 16)), r"must have 4 dim.*flash_attn_qkvpacked_func.*q\.reshape"),
+    "a scalar array for q": (dense(q=np.array(1, np.float16)), r"q\.shape=\(\) must have 4 dim.*q\.reshape"),
     "q of 3 dimensions": (dense(q=x(6, 4, 16)), r"q\.shape=\(6, 4, 16\) must have 4 dim.*q\[None\].*cu_seqlens_q"),
     "k of 5 dimensions": (dense(k=x(2, 9, 1, 2, 16)), r"k\.shape=\(2, 9, 1, 2, 16\) must have 4 dimensions.*reshape"),
     "packed q of 4 dimensions": (
@@ -84,8 +96,11 @@ WRONG = {
         r"512 key heads over 8 keys; heads and length look swapped.*q\.swapaxes\(1, 2\)",
     ),
     # dtypes
-    "integers": (dense(q=x(2, 6, 4, 16, dtype=np.int8)), r"q\.dtype=int8 must be float16, bfloat16 or float32.*astype"),
-    "complex": (dense(q=x(2, 6, 4, 16, dtype=np.complex64)), r"q: dtype complex64 is not one cuflash knows"),
+    "integers": (dense(q=x(2, 6, 4, 16, dtype=np.int8)), r"q\.dtype=int8 must be float16, bfloat16 or float32.*quant"),
+    "token ids": (dense(q=x(2, 6, 4, 16, dtype=np.int64)), r"q\.dtype=int64 must be float16.*not positions, token ids"),
+    "complex": (dense(q=x(2, 6, 4, 16, dtype=np.complex64)), r"q: dtype complex64: attention is of real numbers; pass"),
+    "Python objects": (dense(k=x(2, 9, 2, 16, dtype=object)), r"k: dtype object: elements must be numbers"),
+    "out of no dimension": (dense(out=np.array(3, np.float16)), r"out\.shape=\(\) must be \(2, 6, 4, 16\)"),
     "dtypes differ": (
         dense(k=x(2, 9, 2, 16, dtype=np.float32)),
         r"k\.dtype=float32 must equal q\.dtype=float16: pass k\.astype\(np\.float16\)",
@@ -183,6 +198,7 @@ WRONG = {
     ),
     "out strided in a row": (dense(out=x(2, 6, 4, 32)[..., ::2]), r"out\.strides=.*must end in 1"),
     # dropout
+    "dropout_p an array": (dense(dropout_p=np.ones(2)), r"dropout_p is a ndarray and must be a Python number"),
     "dropout_p of 1": (dense(dropout_p=1), r"dropout_p=1\.0 must be from 0 up to, not including, 1"),
     "dropout_p below 0": (dense(dropout_p=-0.1, seed=1), r"dropout_p=-0\.1 must be from 0 up to"),
     "dropout_p not a number": (dense(dropout_p="a", seed=1), r"dropout_p is a str and must be a Python number"),
@@ -208,6 +224,7 @@ UNSUPPORTED = {
     ),
     "head dim of v 257": (dense(v=x(2, 9, 2, 257)), r"v\.shape\[3\]=257: head dims go from 1 to 256"),
     "kernel options": (dense(kernel_options={"BLOCK_M": 64}), r"kernel_options=\{'BLOCK_M': 64\}.*leave it None"),
+    "kernel options of arrays": (dense(kernel_options={"cluster": np.arange(2)}), r"kernel_options=.*leave it None"),
 }
 
 

@@ -24,7 +24,7 @@ from cuflash.cli import doctor, machine
 from cuflash.cli.machine import Driver, Gpu
 from cuflash.dtypes import bfloat16
 from cuflash.errors import CompileError
-from cuflash.jit import nvrtc
+from cuflash.jit import cache, nvrtc
 from cuflash.jit.source import folder as kernel_folder
 from cuflash.ops import forward
 
@@ -127,6 +127,20 @@ def test_doctor_reports_a_cache_that_cannot_be_written(pretend, monkeypatch, tmp
     monkeypatch.setattr(cuflash.config, "cache_dir", in_the_way / "cache")
     (line,) = [line for line in pretend() if line.name == "cache"]
     assert line.state == "missing" and "CUFLASH_CACHE_DIR" in line.remedy
+
+
+def test_the_cache_is_told_and_cleared(pretend, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cuflash.config, "cache_dir", tmp_path)
+    cache.build("emulator", cache.key_of("kernel"), ".so", lambda: b"0" * 3_000_000)
+    weights = tmp_path / "encoder" / "model.bin"
+    weights.parent.mkdir()
+    weights.write_bytes(b"0" * 5_000_000)
+    said = f"{tmp_path}: 1 kernels, 3.0 MB; besides 5.0 MB, the demo's encoder and the like"
+    (line,) = [line for line in pretend() if line.name == "cache"]
+    assert (line.state, line.found) == ("ok", said)
+    assert invoke("cache").stdout == said + "\n"
+    told = json.loads(invoke("cache", "--clear", "--json").stdout)
+    assert told["deleted_files"] == 3 and told["kernels"] == 0 and told["other_bytes"] == weights.stat().st_size
 
 
 def test_compile_leaves_no_kernel_out() -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import cuflash
 from cuflash import cli, config, reference
 from cuflash.cli import demo, encoder, machine
+from cuflash.errors import ArgumentError
 from cuflash.packing import cu_seqlens_from
 
 SENTENCES = ["Rain again.", "How far is the Moon?"]
@@ -98,6 +99,15 @@ def test_files_are_cut_into_sentences(tmp_path: Path, network: encoder.Encoder) 
     report = json.loads(done.stdout)
     assert (report["backend"], report["launches"], report["sentences"]) == ("reference", 0, 2)
     assert {report["pairs"][0]["a"], report["pairs"][0]["b"]} == {"Rain again.", "How far is the Moon?"}
+
+
+def test_an_endless_file_is_read_to_a_bound(tmp_path: Path) -> None:
+    if not Path("/dev/zero").exists():
+        pytest.skip("no /dev/zero")
+    with pytest.raises(ArgumentError, match=r"0 sentences in the first 1,048,576 characters of /dev/zero: at least 2"):
+        demo.read_sentences([Path("/dev/zero")], most=9)
+    done = CliRunner().invoke(cli.app(), ["demo", str(tmp_path)])
+    assert done.exit_code == 2 and "directory" in done.output
 
 
 def test_without_the_weights_random_arrays_stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,17 +5,22 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from backends import using
 
+import cuflash
 from cuflash import emulator
 from cuflash.errors import ArgumentError, CompileError, EmulatorError
-from cuflash.jit import cache, hostcxx, layout, module, source
+from cuflash.jit import cache, hostcxx, layout, module, progress, source
 
 SPEED = "hw_emu/speed.cu"
 LENGTH = 128
@@ -212,3 +217,60 @@ assert child.exitcode == 0
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("survived") == 5, done.stderr
+
+
+# --- Somebody waits -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_call():
+    """A call that takes the emulator half a minute, of a kernel that other tests compile, too."""
+    x = np.ones((1, 4000, 16, 64), np.float16)
+    with using("emulator"):
+        cuflash.attention(x[:, :9, :1], x[:, :9, :1], x[:, :9, :1])  # compiles
+        yield lambda: cuflash.attention(x, x, x)
+
+
+def interrupt_soon() -> None:
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def test_an_interrupt_ends_a_launch_and_leaves_the_emulator_usable(long_call):
+    for _ in range(2):
+        interrupt_soon()
+        began = time.perf_counter()
+        with pytest.raises(KeyboardInterrupt):
+            long_call()
+        assert time.perf_counter() - began < 10  # of some 30 s
+        out = attend()[3]
+        assert np.isfinite(out.astype(np.float32)).all()
+
+
+def test_an_interrupt_ends_a_block_that_never_does():
+    endless = source.Edit(SPEED, BARRIER, BARRIER + "\n    for (;;) hw::sync_threads();")
+    compiled(endless)
+    interrupt_soon()
+    with emulator.schedule(step_limit=2**63), pytest.raises(KeyboardInterrupt):
+        attend(0, endless)
+
+
+def test_a_long_launch_shows_on_a_terminal_how_far_it_is(long_call, monkeypatch):
+    lines = []
+    monkeypatch.setattr(emulator, "_LONG_SECONDS", 0.0)
+    monkeypatch.setattr(emulator, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(progress._lines, "change", lambda key, line, said="": lines.append(line))
+    for terminal, mode in ((False, "progress"), (True, "quiet"), (True, "progress")):
+        assert lines == []
+        monkeypatch.setattr(progress, "on_terminal", lambda terminal=terminal: terminal)
+        monkeypatch.setattr(cuflash.config, "on_compile", mode)
+        interrupt_soon()
+        with pytest.raises(KeyboardInterrupt):
+            long_call()
+    assert re.fullmatch(r"running forward_sm80 on the emulator: \d+ of 512 blocks", lines[0]) and lines[-1] is None
+
+
+def test_a_notebook_says_beforehand_what_it_waits_for(monkeypatch, capfd):
+    monkeypatch.setattr(progress, "in_notebook", lambda: True)
+    with progress.compiling("forward_sm80 for [emulator]"):
+        assert capfd.readouterr().err == "cuflash: compiling forward_sm80 for [emulator] ...\n"
+    assert re.fullmatch(r"cuflash: compiling forward_sm80 for \[emulator\]: 0\.\d s\n", capfd.readouterr().err)

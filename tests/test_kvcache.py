@@ -15,7 +15,7 @@ from test_paging import ABSURD
 
 import cuflash
 from cuflash import arch, reference
-from cuflash.errors import ArgumentError, EmulatorError, UnsupportedError
+from cuflash.errors import ArgumentError, CompileError, EmulatorError, UnsupportedError
 from cuflash.jit import layout, module
 from cuflash.jit.source import Edit
 from cuflash.ops import append, decode, forward
@@ -490,7 +490,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "head dim of the cache": ({"k_cache": x(2, 12, 2, 8)}, r"k_cache\.shape\[3\]=8 must equal q\.shape\[3\]=16"),
     "another batch": ({"k_cache": x(3, 12, 2, 16), "v_cache": x(3, 12, 2, 16)},
                       r"k_cache\.shape\[0\]=3 must equal the batch, 2: pass cache_batch_idx"),
-    "q of 3 dimensions": ({"q": x(3, 4, 16)}, r"q\.shape=\(3, 4, 16\) must have 4 dimensions.*or pass cu_seqlens_q"),
+    "q of 3 dimensions": ({"q": x(3, 4, 16)}, r"q\.shape=\(3, 4, 16\) must have 4 dimensions.*also cu_seqlens_q"),
     "no cache": ({"k_cache": None}, r"k_cache is a NoneType"),
     "index out of range": ({"cache_batch_idx": i32(0, 2)}, r"cache_batch_idx\[1\]=2 must be from 0 to 1, the last seq"),
     "index twice": ({"cache_batch_idx": i32(1, 1), "cache_seqlens": 4},
@@ -538,6 +538,19 @@ def refused(changes: dict[str, Any], match: str, error: type[Exception], backend
     assert "\n" not in str(caught.value)
     for n, a in before.items():
         np.testing.assert_array_equal(arguments[n], a, err_msg=f"{n} was written")
+
+
+def test_a_kernel_that_does_not_compile_leaves_the_cache(monkeypatch):
+    """Attention's kernel is compiled before the launch that appends."""
+    cache, new = np.zeros((2, 16, 2, 64), np.float16), np.ones((2, 1, 2, 64), np.float16)
+    q = np.ones((2, 1, 4, 64), np.float16)
+    with using("emulator"):
+        cuflash.flash_attn_with_kvcache(q, cache.copy(), cache.copy(), new, new, cache_seqlens=3)
+        monkeypatch.setattr(cuflash.config, "on_compile", "error")
+        never = lambda b, h, q_idx, kv_idx: (q_idx * 7919 + kv_idx) % 104729 > 3  # noqa: E731  compiled nowhere
+        with pytest.raises(CompileError, match="would have to be compiled"):
+            cuflash.flash_attn_with_kvcache(q, cache, cache.copy(), new, new, cache_seqlens=3, mask_mod=never)
+    assert not cache.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

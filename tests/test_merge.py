@@ -175,6 +175,8 @@ def test_a_prompt_that_many_continuations_share(xp, rng):
 X, L = np.ones((1, 3, 2, 4), np.float16), np.zeros((1, 2, 3), np.float32)
 WRONG = {
     "no parts": ([], [], r"outs=\[\] must hold at least one part: pass what attention"),
+    "numbers": (1, 2, r"outs is a int and must be a sequence: pass a list"),
+    "integers": ([X.astype("i4")], [L], r"outs\[0\]\.dtype=int32 must be a float"),
     "one lse missing": ([X, X], [L], r"len\(lses\)=1 must equal len\(outs\)=2: one lse a part"),
     "a list": ([[1.0]], [L], r"outs\[0\] is a list, not an array of NumPy"),
     "shapes differ": ([X, X[:, :2]], [L, L], r"outs\[1\]\.shape=\(1, 2, 2, 4\) must equal outs\[0\]\.shape=\(1, 3,"),

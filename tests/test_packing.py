@@ -257,6 +257,36 @@ REFUSED = {
         "position_ids begin with [1], not with 0",
         "lengths=",
     ),
+    "a number for arrays": (lambda: packing.pack(1.5), "arrays is a float and must be a sequence", "pass a list"),
+    "a dtype": (lambda: packing.pack([np.dtype("f4")]), "arrays[0] is a numpy.dtypes.Float32DType, not an array", ""),
+    "a matrix": (lambda: packing.unpad_input(X[0].view(np.matrix), X), "x is a numpy.matrix", "np.asarray(x)"),
+    "rows past memory": (
+        lambda: packing.pack([np.broadcast_to(X[:1], (2**31, 3, 4))]),
+        "sum(lengths)=2147483648 must be below 2**31",
+        "split the batch",
+    ),
+    "a scalar to unpack": (lambda: packing.unpack(np.float32(1), [0]), "data.shape=() must be [total, ...]", ""),
+    "cu_seqlens a dict": (lambda: packing.unpack(X, {}), "cu_seqlens is a dict, not an array", "asarray"),
+    "cu_seqlens a text": (lambda: packing.unpack(X, "02"), "cu_seqlens[0]='0' must be an int", ""),
+    "cu_seqlens of None": (lambda: packing.unpack(X, [None]), "cu_seqlens[0]=None must be an int", ""),
+    "cu_seqlens of halves": (lambda: packing.unpack(X, [0, 1.5]), "cu_seqlens[1]=1.5 must be an int", ""),
+    "indices a list": (lambda: packing.pad_input(X, [0, 1], 1, 3), "indices is a list, not an array", "asarray"),
+    "indices past the rows": (
+        lambda: packing.pad_input(X, np.array([0, 6]), 2, 3),
+        "indices[1]=6 must be from 0 to 5",
+        "the batch and length",
+    ),
+    "indices below 0": (lambda: packing.pad_input(X, np.array([-1, 0]), 2, 3), "indices[0]=-1 must be from 0 to 5", ""),
+    "indices of floats": (lambda: packing.pad_input(X, np.zeros(2), 2, 3), "indices.dtype=float64 must be an int", ""),
+    "a batch of a float": (lambda: packing.pad_input(X, np.arange(2), 2.0, 3), "batch=2.0 must be an int", ""),
+    "a batch below 0": (lambda: packing.pad_input(X, np.arange(2), -2, 3), "batch=-2 must be from 0 to", ""),
+    "a batch too large": (lambda: packing.pad_input(X, np.arange(2), 2**20, 2**12), "must be below 2**31", "split"),
+    "a length too large": (lambda: packing.pad_input(X, np.arange(2), 2, np.uint64(2**63)), "seqlen=9223372036854", ""),
+    "unsigned lengths": (
+        lambda: packing.cu_seqlens_from(lengths=np.array([2**63, 2**63], np.uint64)),
+        "sum(lengths)=18446744073709551616 must be below 2**31",
+        "split the batch",
+    ),
     "positions of floats": (
         lambda: packing.cu_seqlens_from(position_ids=np.zeros(2)),
         "position_ids.dtype=float64",
@@ -277,7 +307,7 @@ def test_mixed_frameworks_are_refused():
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     with pytest.raises(errors.ArgumentError, match=re.escape("arrays[1] is a torch.Tensor, arrays[0] a numpy.ndarray")):
         packing.pack([np.zeros(2), torch.zeros(2)])
-    with pytest.raises(errors.ArgumentError, match=re.escape("mask is a numpy.ndarray beside a torch.Tensor")):
+    with pytest.raises(errors.ArgumentError, match=re.escape("mask is a numpy.ndarray, x a torch.Tensor")):
         packing.unpad_input(torch.zeros(2, 3), np.ones((2, 3), bool))
 
 
@@ -286,3 +316,34 @@ def test_subclasses_are_arrays_of_their_framework():
     parameter = torch.nn.Parameter(torch.ones(2, 3))
     assert tuple(packing.pack([parameter, parameter]).data.shape) == (4, 3)
     assert packing.pack([np.ma.ones(2)]).data.shape == (2,)
+
+
+def test_indices_of_a_tensor_on_the_host_are_checked():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    with pytest.raises(errors.ArgumentError, match=re.escape("indices[1]=6 must be from 0 to 5")):
+        packing.pad_input(torch.zeros(2, 4), torch.tensor([0, 6]), 2, 3)
+    with pytest.raises(errors.ArgumentError, match="x is a nested or sparse tensor"):
+        packing.pad_input(torch.eye(2).to_sparse(), torch.tensor([0, 1]), 2, 3)
+
+
+def test_lengths_the_host_knows_break_no_graph():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch._dynamo.reset()
+    x = torch.randn(9, 2)
+    compiled = lambda f: torch.compile(f, backend="eager", fullgraph=True)  # noqa: E731
+    pack = compiled(lambda *arrays: tuple(packing.pack(arrays)))
+    for sequences in ([x, x[:3]], [x[:5], x[:4]]):  # other lengths: the same graph, or another one
+        data, starts, longest = pack(*sequences)
+        assert torch.equal(data, torch.cat(sequences)) and starts.dtype == torch.int32
+        assert starts.tolist() == [0, len(sequences[0]), len(data)] and longest == len(sequences[0])
+    for starts in (np.array([0, 2, 9]), [0, 2, 9]):
+        parts = compiled(lambda x, starts=starts: packing.unpack(x, starts))(x)
+        assert [len(part) for part in parts] == [2, 7] and torch.equal(torch.cat(parts), x)
+    with pytest.raises(RuntimeError):  # what only the run can know, the run refuses
+        compiled(lambda x, starts: packing.unpack(x, starts))(x, np.array([0, 2, 10]))
+
+
+def test_traced_cu_seqlens_cannot_shape_what_is_unpacked():
+    jax = pytest.importorskip("jax", reason="JAX is not installed")
+    with pytest.raises(errors.ArgumentError, match=r"cu_seqlens is traced.*pass it as a NumPy array"):
+        jax.jit(lambda x, starts: packing.unpack(x, starts))(jax.numpy.zeros(3), jax.numpy.array([0, 3]))

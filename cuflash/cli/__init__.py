@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
 
 from ..errors import CuflashError
+from ..settings import config
 
 
 def app() -> typer.Typer:
     """The typer application with every command.
 
     >>> sorted(command.name for command in app().registered_commands)
-    ['bench', 'bench-compare', 'bench-report', 'compile', 'demo', 'device-check', 'doctor', 'explain']
+    ['bench', 'bench-compare', 'bench-report', 'cache', 'compile', 'demo', 'device-check', 'doctor', 'explain']
     """
     from .bench import bench, bench_compare, bench_report
+    from .cache import cache
     from .compile import compile_kernels
     from .demo import demo
     from .device_check import device_check
@@ -34,6 +37,7 @@ def app() -> typer.Typer:
     application.command("doctor")(doctor)
     application.command("explain")(explain)
     application.command("compile")(compile_kernels)
+    application.command("cache")(cache)
     application.command("bench")(bench)
     application.command("bench-report")(bench_report)
     application.command("bench-compare")(bench_compare)
@@ -43,6 +47,8 @@ def app() -> typer.Typer:
 
 def main() -> None:
     """Run the command line; an error of cuflash's own is a line on stderr and exit status 1, not a traceback."""
+    if not os.environ.get("CUFLASH_ON_COMPILE"):
+        config.on_compile = "quiet"  # a command shows by itself how far it is
     try:
         app()(prog_name="cuflash")
     except CuflashError as error:

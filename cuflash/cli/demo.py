@@ -28,6 +28,7 @@ from . import encoder as minilm
 from . import machine
 
 DTYPE = np.dtype(np.float16)
+_MOST_CHARACTERS = 2**20  # of a file: some 10,000 sentences
 _EPSILON = 1e-5  # about the spacing of float16 where attention's outputs lie, so that a lucky dense result fails nobody
 
 
@@ -65,7 +66,12 @@ class Report:
 def demo(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(help="Text files whose sentences to embed; without any, a sample.", exists=True),
+        typer.Argument(
+            help="Text files whose sentences to embed; without any, a sample.",
+            exists=True,
+            dir_okay=False,
+            readable=True,
+        ),
     ] = None,
     sentences: Annotated[int, typer.Option(help="Use at most this many sentences of the files.", min=2)] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the random arrays used when the encoder cannot be had.")] = 0,
@@ -268,12 +274,22 @@ def sample() -> list[str]:
 
 
 def read_sentences(files: Sequence[Path], most: int) -> list[str]:
-    """The first `most` sentences of text files: cut behind full stops, question and exclamation marks."""
+    """The first `most` sentences of text files: cut behind full stops, question and exclamation marks.
+
+    Of each file the first 2**20 characters are read, for it may be endless.
+    """
     found: list[str] = []
     for file in files:
-        text = " ".join(file.read_text(encoding="utf-8", errors="replace").split())
+        if len(found) >= most:
+            break
+        with file.open(encoding="utf-8", errors="replace") as opened:
+            text = " ".join(opened.read(_MOST_CHARACTERS).replace("\0", " ").split())
         found += [s for s in re.split(r"(?<=[.!?])\s+", text) if s]
-    require(len(found) >= 2, f"{len(found)} sentences in {', '.join(map(str, files))}: at least 2 must be given")
+    require(
+        len(found) >= 2,
+        f"{len(found)} sentences in the first {_MOST_CHARACTERS:,} characters of {', '.join(map(str, files))}: at "
+        "least 2 must be given; pass a text",
+    )
     return found[:most]
 
 

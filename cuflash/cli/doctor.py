@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -205,8 +205,8 @@ def _emulator() -> Iterator[Line]:
 def _cache() -> Iterator[Line]:
     from ..jit import cache
 
-    folder, entries, size = cache.usage()
-    what = f"{folder}: {entries} kernels, {size / 1e6:.1f} MB"
+    held = cache.usage()
+    folder, what = held.folder, f"{held.folder}: {described(held)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".doctor"
@@ -217,6 +217,14 @@ def _cache() -> Iterator[Line]:
         yield Line("cache", "missing", f"{folder} cannot be written: {error}", remedy)
         return
     yield Line("cache", "ok", what)
+
+
+def described(held: Any) -> str:
+    """A `cache.Usage` in words."""
+    text = f"{held.payloads} kernels, {held.payload_bytes / 1e6:.1f} MB"
+    return text + (
+        f"; besides {held.other_bytes / 1e6:.1f} MB, the demo's encoder and the like" if held.other_bytes else ""
+    )
 
 
 def _nvdisasm() -> Iterator[Line]:

@@ -15,7 +15,7 @@ import numpy as np
 from .. import arch as arch_table
 from ..arch import Arch
 from ..array import Device, TensorView, strides_in_elements
-from ..dtypes import BY_NAME, BY_NUMPY, DType
+from ..dtypes import BY_NUMPY, DType, unknown
 from ..errors import ArgumentError, UnsupportedError
 
 NAME: str = "CuPy"
@@ -30,7 +30,7 @@ def _cupy() -> Any:
 def view(x: Any) -> TensorView:
     dtype = BY_NUMPY.get(x.dtype)
     if dtype is None:
-        raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
+        raise ArgumentError(unknown(x.dtype))
     memory = x.data
     strides = strides_in_elements(x.strides, dtype.itemsize)
     return TensorView(memory.ptr, x.shape, strides, dtype, ("cuda", memory.device_id), False, x)

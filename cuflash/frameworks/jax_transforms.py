@@ -447,7 +447,7 @@ def _spec(name: str, x: Any) -> jax_ffi.Spec:
     dtype = dtypes.BY_NAME.get(str(x.dtype))
     if dtype is None:
         _adapter.refuse_key(x, name)
-        raise ArgumentError(f"{name}.dtype={x.dtype} is not one cuflash knows: use one of {', '.join(dtypes.BY_NAME)}")
+        raise ArgumentError(f"{name}: {dtypes.unknown(x.dtype)}")
     return jax_ffi.Spec(name, tuple(x.shape), dtype)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..array import HOST, Device, TensorView
-from ..dtypes import BY_NAME, DType
+from ..dtypes import BY_NAME, DType, unknown
 from ..errors import ArgumentError, UnsupportedError
 
 NAME: str = "PyTorch"
@@ -40,7 +40,7 @@ def view(x: Any) -> TensorView:
         raise UnsupportedError(NESTED)
     dtype = _dtypes().get(x.dtype)
     if dtype is None:
-        raise ArgumentError(f"dtype {x.dtype} is not one cuflash knows: use one of {', '.join(BY_NAME)}")
+        raise ArgumentError(unknown(x.dtype))
     where = x.device
     kind = where.type
     if kind == "cuda":

@@ -5,6 +5,7 @@ variant   the compile-time choices, as the text of `struct Variant`
 layout    the launch parameters: byte layout of the structs in kernels_cu/params/
 nvrtc     string -> cubin          hostcxx   string -> shared object for the emulator
 cache     compiled files on disk, each built once a machine
+progress  says on stderr what one waits for
 module    KernelSpec -> Kernel, and its launch
 sass      reads the machine code of a cubin
 """

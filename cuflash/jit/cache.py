@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -34,6 +35,9 @@ from ..settings import config
 
 POLL_SECONDS = 0.02
 LOCK_SECONDS = 300.0  # longer than any compile; a lock held longer is ignored, which costs a second build and no more
+
+_OWN = re.compile(r"[0-9a-f]{64}\.(json|lock|cubin|so|bin)")
+_TEMPORARY = ".tmp-"
 
 Make = Callable[[], bytes | tuple[bytes, Mapping[str, Any]]]
 
@@ -121,11 +125,60 @@ def keep(kind: str, name: str, data: bytes) -> Path:
         return _temporary(kind) / name
 
 
-def usage() -> tuple[Path, int, int]:
-    """(cache folder, payloads in it, bytes of all its files)."""
+@dataclass(frozen=True)
+class Usage:
+    """What lies in the cache folder: how many payloads, bytes of these and what belongs to them, and bytes of the rest
+    (texts that did not compile, the demo's encoder)."""
+
+    folder: Path
+    payloads: int
+    payload_bytes: int
+    other_bytes: int
+
+
+def usage() -> Usage:
     root = config.cache_dir
-    files = [f for f in root.glob("*/*") if f.is_file()] if root.is_dir() else []
-    return root, sum(f.suffix == ".json" for f in files), sum(f.stat().st_size for f in files)
+    payloads = payload_bytes = other_bytes = 0
+    for path in root.rglob("*") if root.is_dir() else ():
+        try:
+            size = path.stat().st_size if path.is_file() else None
+        except OSError:  # gone meanwhile
+            continue
+        if size is None:
+            continue
+        if _OWN.fullmatch(path.name) and path.parent.parent == root:
+            payloads, payload_bytes = payloads + (path.suffix == ".json"), payload_bytes + size
+        else:
+            other_bytes += size
+    return Usage(root, payloads, payload_bytes, other_bytes)
+
+
+def clear() -> tuple[int, int]:
+    """Deletes payloads, and texts that did not compile -> (files, bytes). Nothing that this module did not write.
+
+    Other processes may use the cache meanwhile: what they have loaded they keep, what they look for they build again.
+    """
+    root, count, freed = config.cache_dir, 0, 0
+    files = [f for f in (root.glob("*/*") if root.is_dir() else ()) if _is_own(f)]
+    for path in sorted(files, key=lambda f: f.suffix != ".json"):  # a payload that nothing names is not looked for
+        with contextlib.suppress(OSError):  # deleted by another, or not ours to delete
+            size = path.stat().st_size
+            path.unlink()
+            count, freed = count + 1, freed + size
+    return count, freed
+
+
+def _is_own(path: Path) -> bool:
+    """Whether this module wrote the file, and nobody writes it now."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    if path.name.startswith(_TEMPORARY):  # left behind, unless it is young
+        try:
+            return time.time() - path.stat().st_mtime > LOCK_SECONDS
+        except OSError:
+            return False
+    kept = path.parent.name == "failed" and path.suffix == ".cu"
+    return kept or _OWN.fullmatch(path.name) is not None
 
 
 # --- Looking and storing ------------------------------------------------------------------------------------------
@@ -151,7 +204,7 @@ def _store(folder: Path, key: str, suffix: str, data: bytes, note: dict[str, Any
 
 
 def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".tmp-")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=_TEMPORARY)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)

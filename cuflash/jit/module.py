@@ -24,7 +24,7 @@ from typing import Any
 from ..arch import GRID_LIMITS, Arch
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..settings import config
-from . import cache, layout, nvrtc, sass, source, variant
+from . import cache, layout, nvrtc, progress, sass, source, variant
 
 BACKENDS = ("cuda", "emulator")
 DEFAULT_SMEM_BYTES = 48 * 1024  # more must be asked for, once a kernel and device
@@ -201,7 +201,7 @@ def _announced(spec: KernelSpec, target: str) -> Iterator[None]:
     if config.on_compile != "progress":
         yield
         return
-    with _progress.showing(f"compiling {spec.name} for {target}"):
+    with progress.compiling(f"{spec.name} for {target}"):
         yield
 
 
@@ -209,45 +209,6 @@ def _tell(spec: KernelSpec, target: str, start: float, *, cached: bool) -> None:
     if callable(config.on_compile):
         described = variant.describe(spec.variant) if spec.variant is not None else ""
         config.on_compile(CompileEvent(spec.name, target, described, time.perf_counter() - start, cached))
-
-
-class _Progress:
-    """One line on stderr while anything compiles, whichever threads do it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._lines: list[str] = []
-        self._status: Any = None
-
-    @contextlib.contextmanager
-    def showing(self, line: str) -> Iterator[None]:
-        self._change(add=line)
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._change(remove=line, done=f"{line}: {time.perf_counter() - start:.1f} s")
-
-    def _change(self, add: str = "", remove: str = "", done: str = "") -> None:
-        from rich.console import Console
-
-        with self._lock:
-            if self._status is None:
-                self._status = Console(stderr=True, highlight=False).status("")
-                self._status.start()
-            if add:
-                self._lines.append(add)
-            if remove:
-                self._lines.remove(remove)
-                self._status.console.print(f"cuflash: {done}")
-            if self._lines:
-                self._status.update("; ".join(self._lines))
-            else:
-                self._status.stop()
-                self._status = None
-
-
-_progress = _Progress()
 
 
 def _dump(spec: KernelSpec, target: str, key: str, text: str, cubin: bytes | None) -> None:
@@ -335,11 +296,15 @@ class CudaKernel(Kernel):
                 'device arrays need CuPy: pip install "cuflash[cuda13]" ("cuflash[cuda12]" for a driver older than 580)'
             ) from error
         with cupy.cuda.Device(self.device):
-            kernel = cupy.RawModule(path=str(self.path)).get_function(self.spec.entry)
+            kernel = cupy.RawModule(path=str(self._file())).get_function(self.spec.entry)
             if self.spec.smem_bytes > DEFAULT_SMEM_BYTES:
                 kernel.max_dynamic_shared_size_bytes = self.spec.smem_bytes
             kernel.compile()
         return kernel, runtime.getDevice, cupy.cuda.Device, cupy_function.CPointer
+
+    def _file(self) -> Path:
+        """The cubin, compiled anew where somebody has cleared the cache since."""
+        return self.path if self.path.exists() else compile(self.spec, self.arch).path
 
     def prepare(self) -> None:
         _ = self._loaded
@@ -381,6 +346,12 @@ class _Stream:
 
 class EmulatedKernel(Kernel):
     """Runs the same text on the emulator, on host memory."""
+
+    def __init__(self, spec: KernelSpec, arch: Arch, path: Path, text: str) -> None:
+        from .. import emulator
+
+        super().__init__(spec, arch, path, text)
+        emulator.open_kernel(path, spec.entry)  # now: somebody may clear the cache before the first launch
 
     def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
         from .. import emulator
@@ -437,7 +408,10 @@ def load(spec: KernelSpec, arch: Arch, backend: str = "cuda", device: int | None
 
 def _load(spec: KernelSpec, arch: Arch, backend: str, device: int | None) -> Kernel:
     if backend == "emulator":
-        return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+        try:
+            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+        except OSError:  # the cache was cleared since it was looked into
+            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
     if device is None:
         raise ArgumentError("backend='cuda' needs the index of a device")
     return CudaKernel(compile(spec, arch), device)
@@ -454,7 +428,6 @@ def _after_fork() -> None:
     # Threads that held these do not exist in the child.
     _state = threading.Lock()
     _locks.clear()
-    _progress.__init__()
 
 
 if hasattr(os, "register_at_fork"):

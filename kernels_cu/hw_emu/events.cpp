@@ -109,7 +109,7 @@ NEVER_INLINE void add_event(Fiber* f, const char* what, Site site, i32 object, i
   if (lanes == 1) events.nth[key] = me;
   const u64 gx = static_cast<u64>(b->launch->grid[0]), gy = static_cast<u64>(b->launch->grid[1]);
   const u64 block = static_cast<u64>(b->index[0]) + gx * (static_cast<u64>(b->index[1]) + gy * static_cast<u64>(b->index[2]));
-  events.append({b->launch->step_limit - b->steps_left, copied.begin, copied.end, what, site.file, site.line,
+  events.append({steps_taken(b), copied.begin, copied.end, what, site.file, site.line,
                  static_cast<i32>(block), static_cast<i32>(warp), lanes, object, phase, passed},
                 behind);
   if (lanes == 1) events.reached[f->index] = me;

@@ -95,6 +95,12 @@ struct Random {
 // ---- What a launch is (the same structs in cuflash/emulator.py) ----
 
 extern "C" {
+// What a launch and the thread that waits for it tell each other meanwhile.
+struct CuflashEmuControl {
+  std::atomic<i32> stop;  // not 0: the launch is to end; it looks every kStepsBetweenLooks
+  std::atomic<u64> done;  // blocks that have ended
+};
+
 struct CuflashEmuBuffer {
   u64 begin;
   u64 bytes;
@@ -118,6 +124,7 @@ struct CuflashEmuLaunch {
   i32 clocked;      // warps meet at mbarriers or named barriers
   u64 event_limit;  // of one block; 0: events are not recorded
   i32 cluster;      // blocks that run as one
+  CuflashEmuControl* control;
 };
 
 struct CuflashEmuEvent;
@@ -303,7 +310,7 @@ struct Block {
   i32 alive_of[kMaxCluster];      // of each of its blocks
   Meeting at_barrier[kMaxCluster];  // likewise
   Meeting at_cluster;
-  u64 steps_left;
+  u64 steps_left, steps_beyond;  // until the block looks whether it is to stop, and of the limit behind that
 
   const CuflashEmuBuffer* recent_buffer;
   const char* recent_file;
@@ -612,15 +619,29 @@ std::string positions(Block* b) {
   fail(b, "deadlock: no thread of the block can run" + positions(b));
 }
 
-[[noreturn]] NEVER_INLINE void fail_runaway(Fiber* f, Site site) {
-  f->site = site;
-  fail(f->block, format("runaway: the block took more than %llu steps; ",
-                        f->block->launch->step_limit) +
-                     who(f) + " is at " + place(site) + positions(f->block));
+constexpr u64 kStepsBetweenLooks = 1 << 18;  // milliseconds
+
+void allow_steps(Block* b, u64 limit) {
+  b->steps_left = std::min(limit, kStepsBetweenLooks);
+  b->steps_beyond = limit - b->steps_left;
+}
+
+u64 steps_taken(const Block* b) { return b->launch->step_limit - b->steps_left - b->steps_beyond; }
+
+// The steps that were allowed are taken: goes on with further ones, unless the launch is to stop or none are left.
+NEVER_INLINE void look_around(Fiber* f, Site site) {
+  Block* b = f->block;
+  if (b->launch->control->stop) fail(b, "stopped");
+  if (b->steps_beyond == 0) {
+    f->site = site;
+    fail(b, format("runaway: the block took more than %llu steps; ", b->launch->step_limit) + who(f) + " is at " +
+                place(site) + positions(b));
+  }
+  allow_steps(b, b->steps_beyond);
 }
 
 ALWAYS_INLINE void step(Fiber* f, Site site) {
-  if (UNLIKELY(--f->block->steps_left == 0)) fail_runaway(f, site);
+  if (UNLIKELY(--f->block->steps_left == 0)) look_around(f, site);
 }
 
 #include "events.cpp"
@@ -1306,7 +1327,7 @@ void run_block(Arena* arena, u64 linear) {
   b->alive = threads;
   for (i32 rank = 0; rank < launch.cluster; rank++) b->alive_of[rank] = launch.threads, b->at_barrier[rank] = Meeting();
   b->at_cluster = Meeting();
-  b->steps_left = launch.step_limit;
+  allow_steps(b, launch.step_limit);
   b->recent_buffer = nullptr;
   b->fault_signal = 0;
 
@@ -1475,8 +1496,9 @@ struct Run {
       b->shadow = arena->shadow;
       for (;;) {
         const u64 place = next++;
-        if (place >= blocks || place > failed) break;
+        if (place >= blocks || place > failed || launch->control->stop) break;
         run_block(arena, (place * stride + start) % blocks);
+        launch->control->done++;
         if (launch->event_limit) {
           const std::vector<CuflashEmuEvent> ordered = b->events->ordered();
           std::lock_guard<std::mutex> lock(mutex);

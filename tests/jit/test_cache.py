@@ -52,7 +52,8 @@ def test_a_payload_is_made_once_and_kept_with_its_note(folder: Path) -> None:
     assert first.path == second.path == cache.build("test", KEY, ".bin", make)
     assert first.path.read_bytes() == b"payload" and first.path.suffix == ".bin"
     assert second.note == {"call": 1}
-    assert cache.usage()[:2] == (folder, 1)
+    held = cache.usage()
+    assert (held.folder, held.payloads, held.other_bytes) == (folder, 1, 0) and held.payload_bytes > len(b"payload")
 
 
 def test_files_are_private_and_whole(folder: Path) -> None:
@@ -289,3 +290,20 @@ def test_builds_can_be_watched_and_refused() -> None:
         cache.build("test", KEY, ".bin", make)
         cache.build("test", KEY, ".bin", make)
     assert seen == ["begin", "end"]
+
+
+def test_clearing_deletes_what_is_ours_and_nothing_else(folder: Path) -> None:
+    path = cache.build("test", KEY, ".bin", Maker())
+    cache.keep("failed", "forward.0123456789.cu", b"text")
+    elsewhere = folder / "encoder" / "weights.safetensors"
+    elsewhere.parent.mkdir()
+    others = (elsewhere, folder / "README", folder / "test" / "notes.json", folder / "test" / ".tmp-young")
+    for other in others:
+        other.write_bytes(b"12345")
+    (folder / "test" / f"{'0' * 64}.bin").symlink_to(elsewhere)
+    assert cache.usage().other_bytes == len(b"text") + 4 * 5
+    count, freed = cache.clear()
+    assert count == 4 and freed > len(b"payload") + len(b"text")  # payload, record, lock, text
+    assert not path.exists() and all(other.read_bytes() == b"12345" for other in others)
+    assert cache.usage().payloads == 0 and cache.clear() == (0, 0)
+    assert cache.build("test", KEY, ".bin", Maker()) == path  # the same again
