@@ -61,6 +61,7 @@ class BlockMask:
     at. Batch and heads of one element serve all. A mask can be pickled where its function can: those of `mods` and
     those that a module defines. In PyTorch it is a pytree, whose leaves are its block arrays.
 
+    >>> from cuflash import create_block_mask
     >>> block_mask = create_block_mask(mods.sliding_window(100, 0), None, None, 512, 512)
     >>> print(block_mask)
     BlockMask(shape=(1, 1, 512, 512), sparsity=56.25%,
@@ -480,6 +481,7 @@ class BlockMask:
         An int keeps its axis, with one element, as in PyTorch. The part can be used like the whole, for queries that
         are those of its rows: its q_len is theirs.
 
+        >>> from cuflash import create_block_mask
         >>> block_mask = create_block_mask(mods.causal(), 4, 2, 512, 512)
         >>> block_mask[0].shape, block_mask[1:3, 1].shape, block_mask[:, :, 3].shape
         ((1, 2, 512, 512), (2, 1, 512, 512), (4, 2, 128, 512))
