@@ -1231,7 +1231,8 @@ class Explanation:
     why              reasons for the choices made, a sentence each
     grid             blocks launched, (x, y, z)
     variant          the compile-time choices, in one line
-    source           the CUDA C text: `cupy.RawModule(code=source, options=options)` compiles it too
+    source           the CUDA C text: `cupy.RawModule(code=source, options=options)` compiles it too, with -ftz=true
+                     added by CuPy: denormal floats that a mod compares or rounds are 0 then
     options          of NVRTC
     shared_bytes     shared memory of a block
     workspace_bytes  device memory needed besides the arrays
