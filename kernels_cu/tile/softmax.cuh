@@ -71,12 +71,12 @@ struct OnlineSoftmax {
   // a bit changes, whichever rows are in the warp.
   template <class S>
   HW_DEVICE void center_far_rows(S& s, const float (&before)[kRows], float (&subtract)[kRows],
-                                 float (&fall)[kRows]) const {
+                                 float (&rescale)[kRows]) const {
     float shift[kRows];
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) {
       const bool far = is_far(subtract[i]);
-      fall[i] = fall_of(before[i], maximum[i], scale);
+      rescale[i] = hw::exp2_approx(fall_of(before[i], maximum[i], scale));
       shift[i] = far ? maximum[i] : 0.0f;
       subtract[i] = far ? 0.0f : subtract[i];
     }
@@ -92,22 +92,19 @@ struct OnlineSoftmax {
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) tile_maximum[i] = maximum[i];
     s.for_each([&](float& x, i32 row, i32) { tile_maximum[row] = hw::max(tile_maximum[row], x); });
-    float before[kRows], subtract[kRows], fall[kRows];
+    float before[kRows], subtract[kRows];
     bool far = false;
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) {
       before[i] = maximum[i];
       maximum[i] = quad_max(tile_maximum[i]);
       subtract[i] = reference_of(maximum[i], scale);
-      fall[i] = hw::mul(before[i], scale) - subtract[i];
       far |= hw::abs(subtract[i]) >= kNearlyFar;
+      rescale[i] = hw::exp2_approx(hw::mul(before[i], scale) - subtract[i]);
     }
-    if (hw::any(far)) center_far_rows(s, before, subtract, fall);
+    if (hw::any(far)) center_far_rows(s, before, subtract, rescale);
     HW_UNROLL
-    for (i32 i = 0; i < kRows; ++i) {
-      rescale[i] = hw::exp2_approx(fall[i]);
-      sum[i] *= rescale[i];
-    }
+    for (i32 i = 0; i < kRows; ++i) sum[i] *= rescale[i];
     s.for_each([&](float& x, i32 row, i32) {
       x = hw::exp2_approx(hw::fma(x, scale, -subtract[row]));
       sum[row] += x;
