@@ -274,8 +274,10 @@ def attention_backward(
     dq, dk, dv     where to write these gradients, strided as they may be: with slices of one array, packed
                    projections get a packed gradient
 
-    The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
-    sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
+    The scores are computed again, a tile at a time, so memory grows with the length and not with its square; the
+    weights, exp(score - lse), are right to half a unit in the last place of the float32 lse: 2^-16 of themselves at an
+    lse of 300, nothing is left of that at 1e8, where they are held to at most 1. A row that sees no key has gradient 0
+    whatever dout and dlse have there (a sink receives its dlse), and so has a row that no sequence owns.
 
     Raises `UnsupportedError` for what `attention` does not serve, and for the gradient of an array whose rows a mod
     multiplies by `dot`. Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.

@@ -123,3 +123,21 @@ def test_a_rows_bits_do_not_depend_on_how_large_its_neighbours_are(name, seed):
     alone = np.where(near[:, None], scores, np.float32(0))
     outs = [check(name, s, None, np.random.default_rng(seed)) for s in (scores, alone)]
     np.testing.assert_array_equal(outs[0][near], outs[1][near])
+
+
+@pytest.mark.parametrize(
+    "name, by", [("float16", "argument"), ("float32", "argument"), ("sm_90", "argument"), ("float16", "mod")]
+)
+def test_a_soft_cap_keeps_the_digits_of_float32(name, by):
+    """Of one key the largest score is the score: cap tanh(s / cap), for caps far above all scores, too."""
+    dtype, arch, _ = KERNELS[name]
+    kind = dtypes.BY_NAME[dtype].numpy
+    q, k = (np.zeros((1, rows, 1, 16), kind) for rows in (70, 1))
+    q[0, :, 0, 0], k[..., 0] = np.linspace(-60, 60, 70).astype(kind), 1
+    s = q[0, :, 0, 0].astype(np.float64)
+    for cap in (0.7, 20.0, 50.0, 1e3, 1e5, 1e8, 1e30):
+        for scale in (1.0, 2.0**-8):
+            keywords = {"softcap": cap} if by == "argument" else {"score_mod": cuflash.mods.softcap(cap)}
+            with using("emulator", arch):
+                found = cuflash.attention(q, k, k, scale=scale, aux=("max_logit",), **keywords).max_logit[0, 0]
+            np.testing.assert_allclose(found, cap * np.tanh(s * scale / cap), rtol=2.0**-21)
