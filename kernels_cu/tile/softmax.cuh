@@ -67,6 +67,9 @@ struct OnlineSoftmax {
     }
   }
 
+  // What the exponent subtracts.
+  HW_DEVICE float reference(i32 row) const { return reference_of(maximum[row], scale); }
+
   // For the rows that are far, or come from there: scores less m, nothing to subtract from the exponent. Of the others not
   // a bit changes, whichever rows are in the warp.
   template <class S>
@@ -98,7 +101,7 @@ struct OnlineSoftmax {
     for (i32 i = 0; i < kRows; ++i) {
       before[i] = maximum[i];
       maximum[i] = quad_max(tile_maximum[i]);
-      subtract[i] = reference_of(maximum[i], scale);
+      subtract[i] = reference(i);
       far |= hw::abs(subtract[i]) >= kNearlyFar;
       rescale[i] = hw::exp2_approx(hw::mul(before[i], scale) - subtract[i]);
     }
