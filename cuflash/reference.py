@@ -258,9 +258,9 @@ def _attend_backward(
     delta: np.ndarray,  # [heads_q, q_len]
     lse: np.ndarray,  # [heads_q, q_len]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One sequence -> dq, dk, dv in the shapes of q, k, v, dslopes [heads_q], and which rows keep nothing [heads_q, q_len].
+    """One sequence -> dq, dk, dv in the shapes of q, k, v, dslopes [heads_q], which rows keep nothing [heads_q, q_len].
 
-    Those ignore dout and delta, for 0 times these may be NaN.
+    The latter ignore dout and delta, for 0 times these may be NaN.
     """
     dq, dk, dv = (np.zeros((x.shape[1], x.shape[0], x.shape[2]), rule.dtype) for x in (q, k, v))  # heads first
     dslopes = np.zeros(q.shape[1], rule.dtype)

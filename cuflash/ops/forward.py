@@ -679,7 +679,7 @@ def score_values(p: Any) -> dict[str, Any]:
     # score, must stay -inf.
     by_mod = p.mods is not None and p.mods.score is not None
     raw = p.softcap == 0 and p.alibi is None and scale_log2 >= 1e-30 and not by_mod
-    # Scores are in natural units, for in base 2 the largest would be past float32; the exponential brings them to base 2.
+    # Scores are in natural units, for in base 2 the largest would be past float32; the exponential goes over to base 2.
     score_scale = p.scale / p.softcap if p.softcap else p.scale
     if not max(abs(scale_log2), abs(score_scale), p.softcap) < 3e38:
         raise ArgumentError(

@@ -188,7 +188,9 @@ def test_denormal_floats_are_flushed_by_approximate_instructions_alone(kernel: s
     if kernel == "forward":
         spec = forward.kernel_spec(forward.choose_variant(dtypes.float16, 64, 64, 16, SM80, mods=mods))
     else:
-        spec = backward.kernel_spec(backward.choose_variants(dtypes.float16, 64, 64, 16, deterministic=False, mods=mods)[0])
+        spec = backward.kernel_spec(
+            backward.choose_variants(dtypes.float16, 64, 64, 16, deterministic=False, mods=mods)[0]
+        )
     flags = [f.replace("-arch=sm_", "-arch=compute_") for f in nvrtc.command(SM80) if "ptxas" not in f]
     library = nvrtc._library()[0]
     program = nvrtc._ok(library.nvrtcCreateProgram(spec.text("cuda").encode(), b"denormals.cu", 0, [], []))[0]

@@ -319,7 +319,10 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         (Edit(KERNEL, "return weight == 0.0f ? 0.0f : hw::max(hw::fma(-t, t, 1.0f), 0.0f);", "return 1.0f;"),),
         None,
     ),
-    "rows that keep nothing left in": ((Edit("backward_delta.cu", "nothing = lse == -kInfinity;", "nothing = false;"),), None),
+    "rows that keep nothing left in": (
+        (Edit("backward_delta.cu", "nothing = lse == -kInfinity;", "nothing = false;"),),
+        None,
+    ),
     "gradient stored past the end": (
         (Edit("tile/store.cuh", "if (row < owned) write(", "if (row <= owned) write("),),
         None,

@@ -83,7 +83,7 @@ def test_atomic_gradients_and_mods_ignore_them_too():
 
 
 def far_scores(rng: np.random.Generator) -> np.ndarray:
-    """[ROWS, KEYS] float32: each row of one size, from 1e3 to the largest float; some of equal scores, some one apart."""
+    """[ROWS, KEYS] float32: each row of one size, from 1e3 to the largest float, its scores equal or apart."""
     sizes = np.minimum(10.0 ** np.linspace(3, 38.6, ROWS), LARGEST) * rng.choice([-1, 1], ROWS)
     spread = rng.choice([0.0, 1.0, 1e-7, 0.1], ROWS)[:, None] * rng.uniform(0, 1, (ROWS, KEYS))
     return np.clip(sizes[:, None] * (1 - spread), -LARGEST, LARGEST).astype(np.float32)
@@ -109,7 +109,7 @@ def test_weights_are_at_most_1_however_lse_is_rounded(backend, seed):
 
 
 def test_gradients_of_large_scores_stay_in_bounds(seed):
-    """No number, or one far too large, in none of the ways to a large score: a scale, ALiBi beside a soft cap, a sink."""
+    """No NaN, and none far too large, in any way to a large score: a scale, ALiBi beside a soft cap, a sink."""
     q, k, v, dout = inputs("float32", seed=seed)
     dlse = np.ones((1, 2, ROWS), np.float32)
     for size in (1e5, 1e8, 1e20, 1e36):

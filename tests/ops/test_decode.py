@@ -467,7 +467,8 @@ BUGS = {
     "the last piece missed": (COMBINE, Edit(PIECES, "- share + 1;", "- share;")),
     "a piece's row forgotten": (COMBINE, Edit(PIECES, "+ row % kTileRows;", ";")),
     "the first piece's largest score": (
-        COMBINE, Edit(COMBINE, "m, hw::load_global(p.partial_max + line_of(s)", "m, hw::load_global(p.partial_max + line_of(0)"),
+        COMBINE, Edit(COMBINE, "maximum, hw::load_global(p.partial_max + line_of(s)",
+                      "maximum, hw::load_global(p.partial_max + line_of(0)"),
     ),
     "a count of one sequence too few": (PLAN, Edit(PLAN, "sum += before;", "sum += before - own;")),
     "barrier of the sums missing": (PLAN, Edit(PLAN, "they are there\n    hw::sync_threads();", "they are there\n")),

@@ -27,7 +27,7 @@ KERNELS = {
 
 
 def row_of(rng: np.random.Generator) -> np.ndarray:
-    """One row of scores, float32 [KEYS]: of a magnitude between 1e-30 and the largest float, of one of several kinds."""
+    """One row of scores, float32 [KEYS]: of a magnitude from 1e-30 to the largest float, of one of several kinds."""
     size = min(10.0 ** rng.uniform(-30, 38.6), LARGEST) * rng.choice([-1, 1])
     if rng.random() < 0.3:
         size = FAR * rng.choice([-1, 1]) * (1 + rng.uniform(-1e-6, 1e-6))
