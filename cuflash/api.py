@@ -280,8 +280,10 @@ def attention_backward(
     dq, dk, dv     where to write these gradients, strided as they may be: with slices of one array, packed
                    projections get a packed gradient
 
-    The scores are computed again, a tile at a time, so memory grows with the length and not with its square. A row that
-    sees no key has gradient 0 (a sink receives its dlse), and so has a row that no sequence owns.
+    The scores are computed again, a tile at a time, so memory grows with the length and not with its square; the
+    weights, exp(score - lse), are right to half a unit in the last place of the float32 lse: 2^-16 of themselves at an
+    lse of 300, nothing is left of that at 1e8, where they are held to at most 1. A row that sees no key has gradient 0
+    whatever dout and dlse have there (a sink receives its dlse), and so has a row that no sequence owns.
 
     Raises `UnsupportedError` for what `attention` does not serve, and for the gradient of an array whose rows a mod
     multiplies by `dot`. Wrong arguments raise `ArgumentError`; a refused call has launched and written nothing.
@@ -1267,7 +1269,8 @@ class Explanation:
     why              reasons for the choices made, a sentence each
     grid             blocks launched, (x, y, z)
     variant          the compile-time choices, in one line
-    source           the CUDA C text: `cupy.RawModule(code=source, options=options)` compiles it too
+    source           the CUDA C text: `cupy.RawModule(code=source, options=options)` compiles it too, with -ftz=true
+                     added by CuPy: denormal floats that a mod compares or rounds are 0 then
     options          of NVRTC
     shared_bytes     shared memory of a block
     workspace_bytes  device memory needed besides the arrays

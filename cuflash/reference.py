@@ -235,15 +235,15 @@ def attention_backward(
             at_lse = _heads_first(at_q)
             d_o, lse_b = dout[at_q].astype(dtype), lse[at_lse].astype(dtype)
             delta = (d_o * out[at_q].astype(dtype)).sum(axis=2).T  # [heads, rows]
-            if dlse is not None:
-                delta = delta - dlse[at_lse].astype(dtype)
-            lse_b = np.where(lse_b == -np.inf, dtype.type(np.inf), lse_b)  # a row of nothing: exp(-inf - inf) is 0
-            if sink is not None:
-                weights = np.exp(np.asarray(sink).astype(dtype)[:, None] - lse_b)
-                dsink -= (weights * delta).sum(axis=1)
-            dq[at_q], dk[at_k], dv[at_k], dslopes[rule.b] = _attend_backward(
-                rule, q[at_q], k[at_k], v[at_k], d_o, delta, lse_b
+            d_lse = dtype.type(0) if dlse is None else dlse[at_lse].astype(dtype)
+            dq[at_q], dk[at_k], dv[at_k], dslopes[rule.b], nothing = _attend_backward(
+                rule, q[at_q], k[at_k], v[at_k], d_o, delta - d_lse, lse_b
             )
+            if sink is not None:
+                own = np.asarray(sink).astype(dtype)[:, None]
+                weights = np.exp(np.minimum(own - lse_b, 0))
+                terms = weights * (np.where(nothing, dtype.type(0), delta) - d_lse)
+                dsink -= np.where(own == -np.inf, dtype.type(0), terms).sum(axis=1)
     if alibi_slopes is not None and np.ndim(alibi_slopes) == 1:
         dslopes = dslopes.sum(axis=0)
     return dq, dk, dv, None if sink is None else dsink, None if alibi_slopes is None else dslopes
@@ -256,15 +256,23 @@ def _attend_backward(
     v: np.ndarray,  # [k_len, heads_kv, d_v]
     dout: np.ndarray,  # [q_len, heads_q, d_v]
     delta: np.ndarray,  # [heads_q, q_len]
-    lse: np.ndarray,  # [heads_q, q_len], +inf for rows that keep nothing
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """One sequence -> dq, dk, dv in the shapes of q, k, v, and dslopes [heads_q]."""
+    lse: np.ndarray,  # [heads_q, q_len]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """One sequence -> dq, dk, dv in the shapes of q, k, v, dslopes [heads_q], which rows keep nothing [heads_q, q_len].
+
+    The latter ignore dout and delta, for 0 times these may be NaN.
+    """
     dq, dk, dv = (np.zeros((x.shape[1], x.shape[0], x.shape[2]), rule.dtype) for x in (q, k, v))  # heads first
     dslopes = np.zeros(q.shape[1], rule.dtype)
+    nothing = np.ones(lse.shape, bool)
     for block in _blocks(rule, q, k, v):
         at, at_kv = (block.heads, block.rows), (block.heads_kv, block.keys)
         d_o = np.ascontiguousarray(dout[at[::-1]].swapaxes(0, 1))  # [heads, rows, d_v]
-        p = np.exp(block.s - lse[at][:, :, None])
+        nothing[at] = (block.s == -np.inf).all(axis=2)
+        d_o[nothing[at]] = 0
+        # No weight is above 1: where lse is large its round-off alone would say so.
+        exponent = np.minimum(block.s - lse[at][:, :, None], 0)
+        p = np.where(block.s == -np.inf, rule.dtype.type(0), np.exp(exponent))
         dp = _matmul_grouped(d_o, block.v.swapaxes(1, 2))
         if block.dropout is not None:
             dp *= block.dropout
@@ -280,7 +288,7 @@ def _attend_backward(
             ds *= 1 - block.tanh**2
         dq[at] = rule.scale * _matmul_grouped(ds, block.k)
         dk[at_kv] += rule.scale * _matmul_summed(ds, block.q, len(block.k))
-    return dq.swapaxes(0, 1), dk.swapaxes(0, 1), dv.swapaxes(0, 1), dslopes
+    return dq.swapaxes(0, 1), dk.swapaxes(0, 1), dv.swapaxes(0, 1), dslopes, nothing
 
 
 def dropout_mask(

@@ -50,7 +50,7 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   float sink_sum = 0.0f;
   if (lane < 16 && first + lane < seq.q_len) {
     const i64 at = row_offset(seq, p.lse_stride_batch, seq.q_begin + first + lane, 1) + head * p.lse_stride_head;
-    const float weight = hw::exp2_approx(read_sink<Element>(p, head) - hw::load_global(p.lse_base2 + at));
+    const float weight = sink_weight(read_sink<Element>(p, head), hw::load_global(p.lse + at));
     sink_sum = -weight * hw::load_global(p.delta + at);
   }
   HW_UNROLL

@@ -3,6 +3,10 @@
 //   delta     = sum(dout out) - dlse       dS = P (dP - delta), the softmax's own derivative
 //   lse_base2 = lse log2(e)                +inf where the row keeps nothing: then P = 2^(s - inf) = 0
 //
+// A row that keeps nothing ignores dout, and dlse but for what the sink has of it. Its lse is -inf, or with a sink the sink:
+// as it is of a row that keeps next to nothing, less than 2^-24. So of rows with such an lse, and nothing but 0 in out,
+// those keep nothing whose gradient would be no number.
+//
 //   grid    (row block, head, sequence); packed arrays are one long sequence here, for rows do not meet
 //   roles   kLanes neighbouring threads share a row
 #include <base.cuh>
@@ -10,6 +14,7 @@
 #include <hw/math.cuh>
 #include <hw/warp.cuh>
 #include <params/backward.cuh>
+#include <tile/score.cuh>
 #include <tile/shared_tile.cuh>
 #include <variant.cuh>
 
@@ -30,6 +35,19 @@ HW_DEVICE float dot_unit(const u32x4& a, const u32x4& b) {
     }
   }
   return sum;
+}
+
+// The bits of a unit's elements that are not 0; signs left out.
+template <class Element>
+HW_DEVICE u32 bits_of_unit(const u32x4& a) {
+  return (a.x[0] | a.x[1] | a.x[2] | a.x[3]) & (sizeof(Element) == 2 ? 0x7fff7fffu : 0x7fffffffu);
+}
+
+// lse in base 2: finite where lse is, for +inf has a meaning.
+HW_DEVICE float to_base2(float lse) {
+  constexpr float kLargest = 3.4028234e38f;
+  const float scaled = lse * kLog2e;
+  return hw::abs(lse) <= kLargest ? hw::max(hw::min(scaled, kLargest), -kLargest) : scaled;
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_backward_delta(HW_GRID_CONSTANT BackwardParams p) {
@@ -61,6 +79,7 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_delta(HW_GRID_CONSTANT BackwardPar
   const i32 sequences = p.cu_seqlens_q == nullptr ? p.batch : 1;
   for (i64 batch = hw::block_idx_z(); batch < sequences; batch += hw::grid_dim_z()) {
     float sum = 0.0f;
+    u32 out_bits = 0;
     if (row < p.q_len) {
       const i64 at_out = batch * p.out_stride_batch + row * p.out_stride_row + head * p.out_stride_head;
       const i64 at_dout = batch * p.dout_stride_batch + row * p.dout_stride_row + head * p.dout_stride_head;
@@ -70,17 +89,25 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_delta(HW_GRID_CONSTANT BackwardPar
       for (i32 unit = 0; unit < kUnits; unit += kLanes) {
         const i32 at = (unit + lane) * 16;
         const i32 left = p.head_dim_v * kBytes - at;
-        sum += dot_unit<Element>(read_unit<V::kLoadBytes>(out + at, left), read_unit<V::kLoadBytes>(dout + at, left));
+        const u32x4 own = read_unit<V::kLoadBytes>(out + at, left);
+        sum += dot_unit<Element>(own, read_unit<V::kLoadBytes>(dout + at, left));
+        out_bits |= bits_of_unit<Element>(own);
       }
     }
     HW_UNROLL
-    for (i32 mask = 1; mask < kLanes; mask *= 2) sum += hw::shfl_xor(sum, mask);
+    for (i32 mask = 1; mask < kLanes; mask *= 2) {
+      sum += hw::shfl_xor(sum, mask);
+      out_bits |= hw::shfl_xor(out_bits, mask);
+    }
     if (row < p.q_len && lane == 0) {
       const i64 at = batch * p.lse_stride_batch + head * p.lse_stride_head + row;
       const float lse = hw::load_global(p.lse + at);
-      if (p.dlse != nullptr) sum -= hw::load_global(p.dlse + at);
-      hw::store_global(p.delta + at, sum);
-      hw::store_global(p.lse_base2 + at, lse == -kInfinity ? kInfinity : lse * kLog2e);
+      const float dlse = p.dlse != nullptr ? hw::load_global(p.dlse + at) : 0.0f;
+      const float delta = sum - dlse;
+      const bool only_sink = out_bits == 0 && !(hw::abs(delta) < kInfinity) && lse == read_sink<Element>(p, head);
+      const bool nothing = lse == -kInfinity;
+      hw::store_global(p.delta + at, nothing ? 0.0f : only_sink ? -dlse : delta);
+      hw::store_global(p.lse_base2 + at, nothing || only_sink ? kInfinity : to_base2(lse));
     }
   }
 }

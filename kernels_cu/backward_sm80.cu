@@ -8,6 +8,10 @@
 //
 // With dropout Z (0, or 1 / (1 - p) where kept): dv = (Z P)^T dout, dS = P (Z dP - delta).
 //
+// lse is of float32: P is right to half an ulp of it, and so are the gradients. Where that is more than little, P is held
+// to at most 1, as every weight is, so that no gradient is wildly too large.
+// A row that keeps nothing (lse_base2 is +inf) has P = 0 whatever its dout, NaN included.
+//
 // One text, three kernels. A block holds the tiles of one side and moves over the other side's:
 //   kKeysHeld      holds k and v, moves over q and dout     S^T, dP^T: rows are keys      gives dk and dv
 //   else           holds q and dout, moves over k and v     S, dP: rows are queries       gives dq
@@ -105,9 +109,35 @@ struct BackwardPlan {
 
 // d(score) / d(q.k), less the scale, where scores are capped: 1 - tanh^2. The capped score is had from P again, whose
 // logarithm it is; where P is 0 so is the gradient.
+// Never below 0, however lse is rounded.
 HW_DEVICE float cap_derivative(float weight, float lse_base2, float bias, float cap) {
-  const float t = (hw::log2_approx(weight) + lse_base2 - bias) * hw::rcp_approx(cap);
-  return weight == 0.0f ? 0.0f : hw::fma(-t, t, 1.0f);
+  const float t = hw::fma(hw::log2_approx(weight) + lse_base2, kLn2, -bias) * hw::rcp_approx(cap);
+  return weight == 0.0f ? 0.0f : hw::max(hw::fma(-t, t, 1.0f), 0.0f);
+}
+
+// Whether a row's weights need more than 2^(c s - lse_base2): lse is so large that its round-off shows, or it keeps nothing.
+HW_DEVICE bool is_special(float lse_base2) { return hw::abs(lse_base2) >= 16384.0f; }
+
+// The weight of a score of such a row. lse: in natural units, in which it is rounded once. c: of the exponential.
+HW_DEVICE float special_weight(float score, float c, float lse) {
+  const float exponent = hw::fma(score, c * kLn2, -lse) * kLog2e;
+  return hw::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
+}
+
+// Zeros in the moved rows of dout that keep nothing, for 0 times what lies there may be NaN. Each thread clears what it
+// has copied, and waited for. rows_smem: lse_base2 of each.
+template <class V>
+HW_DEVICE void clear_rows_of_none(u32 moved_v_smem, u32 rows_smem) {
+  using Tile = typename BackwardPlan<V>::TileV;
+  using Loader = RowLoader<Tile, V::kMoved, V::kThreads, V::kLoadBytes>;
+  HW_NO_UNROLL
+  for (i32 row = Loader::first_row(); row < V::kMoved; row += Loader::kRowStep) {
+    if (hw::load_shared<float>(rows_smem + static_cast<u32>(4 * row)) != kInfinity) continue;
+    HW_NO_UNROLL
+    for (i32 unit = Loader::first_unit(); unit < Tile::kUnits; unit += Loader::kGroup) {
+      hw::store_shared(Tile::address(moved_v_smem, row, unit), u32x4{{0, 0, 0, 0}});
+    }
+  }
 }
 
 // Adds what the held keys contribute to dq of the moved tile at row `first` of q_len: dS k, from dS^T of all warps.
@@ -325,7 +355,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
       score_by_mod<M, !kKeysHeld>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, row_first, moved_first,
                                   terms_stage);
     } else {
-      score<Element>(p, sequence, head, s, center);
+      score(p, sequence, head, s, center);
     }
     const bool mixed = moved_first < moved.all.begin || moved_first + V::kMoved > moved.all.end;
     if constexpr (M::kMask) {
@@ -350,16 +380,41 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
 
     // P = 2^(S - lse)
-    const u32 rows_stage = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes + 4 * S::first_col());
-    s.for_each([&](float& x, i32 row, i32 column) {
-      float reference;
-      if constexpr (kKeysHeld) {
-        reference = hw::load_shared<float>(rows_stage + static_cast<u32>(4 * column));
-      } else {
-        reference = lse_base2[row];
+    const u32 rows_first = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes);
+    const u32 rows_stage = rows_first + static_cast<u32>(4 * S::first_col());
+    const auto lse_base2_of = [&](i32 row, i32 column) {
+      if constexpr (kKeysHeld) return hw::load_shared<float>(rows_stage + static_cast<u32>(4 * column));
+      return lse_base2[kKeysHeld ? 0 : row];
+    };
+    bool special = false;
+    if constexpr (kKeysHeld) {
+      HW_UNROLL
+      for (i32 i = lane; i < V::kMoved; i += 32) {
+        special |= is_special(hw::load_shared<float>(rows_first + static_cast<u32>(4 * i)));
       }
-      x = hw::exp2_approx(hw::fma(x, p.softmax_scale, -reference));
-    });
+    } else {
+      HW_UNROLL
+      for (i32 i = 0; i < S::kRows; ++i) special |= is_special(lse_base2[i]);
+    }
+    special = hw::any(special);
+    if (special) {
+      const float* lse = p.lse + stat_line + group * p.lse_stride_head;
+      s.for_each([&](float& x, i32 row, i32 column) {
+        const float base2 = lse_base2_of(row, column);
+        const i32 query = kKeysHeld ? moved_first + S::first_col() + column : held_first + warp_row + S::row_of(row);
+        if (base2 == kInfinity) {
+          x = 0.0f;
+        } else if (is_special(base2)) {
+          x = special_weight(x, p.softmax_scale, hw::load_global(lse + query));
+        } else {
+          x = hw::exp2_approx(hw::fma(x, p.softmax_scale, -base2));
+        }
+      });
+    } else {
+      s.for_each([&](float& x, i32 row, i32 column) {
+        x = hw::exp2_approx(hw::fma(x, p.softmax_scale, -lse_base2_of(row, column)));
+      });
+    }
 
     if constexpr (V::kDropout) {
       // A dropped weight is remembered by its sign.
@@ -374,6 +429,9 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 
     // wait   moved_v landed <- own copies of it; those of the next tile may still be on their way
     hw::cp_async_wait<1>();
+    if constexpr (kKeysHeld) {
+      if (special) clear_rows_of_none<V>(moved_v_smem, rows_first);
+    }
     // sync   moved_v landed <-> all warps: it is whole
     hw::sync_threads();
 
@@ -403,6 +461,9 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
         }
       }
     }
+    if (special) {
+      ds.for_each([&](float& x, i32 row, i32 column) { x = lse_base2_of(row, column) == kInfinity ? 0.0f : x; });
+    }
     if constexpr (M::kScore) {
       const typename M::Tile t = M::tile(p, sequence, head, seq.q_len, seq.k_len);
       if constexpr (kKeysHeld) {
@@ -428,13 +489,8 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
             const float distance = hw::abs(static_cast<float>(center + S::row_of(row) - S::first_col() - column));
             if (p.slope_partials != nullptr) slope_sum = hw::fma(-distance, ds.x[r][c][i], slope_sum);
             if (p.score_cap != 0.0f) {
-              float reference;
-              if constexpr (kKeysHeld) {
-                reference = hw::load_shared<float>(rows_stage + static_cast<u32>(4 * column));
-              } else {
-                reference = lse_base2[row];
-              }
-              ds.x[r][c][i] *= cap_derivative(hw::abs(s.x[r][c][i]), reference, -slope * distance, p.score_cap);
+              ds.x[r][c][i] *= cap_derivative(hw::abs(s.x[r][c][i]), lse_base2_of(row, column), -slope * distance,
+                                              p.score_cap);
             }
           }
         }
@@ -504,7 +560,12 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     if (p.sink_partials != nullptr && lane % 4 == 0) {
       const float sink = read_sink<Element>(p, first_head);
       HW_UNROLL
-      for (i32 i = 0; i < S::kRows; ++i) sink_sum = hw::fma(-hw::exp2_approx(sink - lse_base2[i]), delta[i], sink_sum);
+      for (i32 i = 0; i < S::kRows; ++i) {
+        const i32 query = held_first + warp_row + S::row_of(i);
+        if (query < owner.q_len) {
+          sink_sum = hw::fma(-sink_weight(sink, hw::load_global(p.lse + stat_line + query)), delta[i], sink_sum);
+        }
+      }
     }
     HW_UNROLL
     for (i32 mask = 1; mask < 32; mask *= 2) {

@@ -1,6 +1,8 @@
 // Puts the pieces of decode_sm80.cu together:
 //
-//   out = sum of 2^(lse_s - lse) out_s,   2^lse = sum of 2^lse_s (and 2^sink)
+//   m = max of m_s,   w_s = 2^(c m_s - c m),   l = sum of w_s l_s,   O = sum of w_s O_s
+//
+// and O / l at last, as if the row had been in one piece. m and l stay apart: their lse is rounded as a large score is.
 //
 //   grid    (rows, query head, sequence); one more sequence where queries are packed: the rows behind the last
 //   roles   a warp has one row, its lanes the pieces first, then the columns. Pieces are added in their order.
@@ -12,6 +14,7 @@
 #include <tile/pieces.cuh>
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
+#include <tile/softmax.cuh>
 #include <variant.cuh>
 
 template <class Element>
@@ -36,26 +39,24 @@ HW_DEVICE void combine_row(const DecodeParams& p, i32 sequence, const Sequence& 
   using Element = typename V::Element;
   const i32 head = hw::block_idx_y(), lane = hw::lane_idx();
   RowPieces pieces;
-  pieces.count = 0;
   if (row < seq.q_len) pieces = pieces_of_row(p, sequence, seq, head, row);
   const auto line_of = [&](i32 s) { return s == 0 ? pieces.own : pieces.base + s * pieces.step; };
 
   const float sink = row < seq.q_len ? read_sink<Element>(p, head) : -kInfinity;
-  float top = sink, max_logit = -kInfinity;
+  float maximum = -kInfinity;
   for (i32 s = lane; s < pieces.count; s += 32) {
-    top = hw::max(top, hw::load_global(p.partial_lse + line_of(s)));
-    if (p.partial_max != nullptr) max_logit = hw::max(max_logit, hw::load_global(p.partial_max + line_of(s)));
+    maximum = hw::max(maximum, hw::load_global(p.partial_max + line_of(s)));
   }
-  top = warp_max(top);
-  const float safe = top == -kInfinity ? 0.0f : top;
+  maximum = warp_max(maximum);
+  const auto weight_of = [&](float own) { return hw::exp2_approx(fall_of(own, maximum, p.softmax_scale)); };
   float sum = 0.0f;
   for (i32 s = lane; s < pieces.count; s += 32) {
-    sum += hw::exp2_approx(hw::load_global(p.partial_lse + line_of(s)) - safe);
+    const float weight = weight_of(hw::load_global(p.partial_max + line_of(s)));
+    sum = hw::fma(weight, hw::load_global(p.partial_sum + line_of(s)), sum);
   }
   HW_UNROLL
   for (i32 mask = 1; mask < 32; mask *= 2) sum += hw::shfl_xor(sum, mask);
-  sum += hw::exp2_approx(sink - safe);
-  const float scale = sum == 0.0f ? 0.0f : hw::rcp_approx(sum);
+  const FinishedRow finished = finish_row(maximum, sum, p.softmax_scale, sink);
 
   u8* out = at_row(p.out, seq, p.out_stride_batch, seq.q_begin + row, p.out_stride_row) + head * p.out_stride_head;
   float x[kColumns];  // of the columns lane, lane + 32, ...
@@ -65,9 +66,9 @@ HW_DEVICE void combine_row(const DecodeParams& p, i32 sequence, const Sequence& 
   for (i32 s = 0; s < pieces.count; ++s) {
     // A piece of which the row sees nothing has nothing in partial_out.
     const i64 line = line_of(s);
-    const float lse = hw::load_global(p.partial_lse + line);
-    if (lse == -kInfinity) continue;
-    const float weight = hw::exp2_approx(lse - safe);
+    const float own = hw::load_global(p.partial_max + line);
+    if (own == -kInfinity) continue;
+    const float weight = weight_of(own);
     HW_UNROLL
     for (i32 c = 0; c < kColumns; ++c) {
       const i32 column = lane + 32 * c;
@@ -80,16 +81,13 @@ HW_DEVICE void combine_row(const DecodeParams& p, i32 sequence, const Sequence& 
   HW_UNROLL
   for (i32 c = 0; c < kColumns; ++c) {
     const i32 column = lane + 32 * c;
-    if (column < p.head_dim_v) store_element<Element>(out + column * static_cast<i32>(sizeof(Element)), x[c] * scale);
+    if (column < p.head_dim_v) {
+      store_element<Element>(out + column * static_cast<i32>(sizeof(Element)), x[c] * finished.out_scale);
+    }
   }
   const i64 at = row_offset(seq, p.lse_stride_batch, seq.q_begin + row, 1) + head * p.lse_stride_head;
-  if (p.lse != nullptr && lane == 0) {
-    hw::store_global(p.lse + at, sum == 0.0f ? -kInfinity : (safe + hw::log2_approx(sum)) * kLn2);
-  }
-  if (p.max_logit != nullptr) {
-    max_logit = warp_max(max_logit);
-    if (lane == 0) hw::store_global(p.max_logit + at, max_logit);
-  }
+  if (p.lse != nullptr && lane == 0) hw::store_global(p.lse + at, finished.lse);
+  if (p.max_logit != nullptr && lane == 0) hw::store_global(p.max_logit + at, finished.max_logit);
 }
 
 HW_KERNEL(Variant::kThreads) cuflash_combine(HW_GRID_CONSTANT DecodeParams p) {

@@ -1,9 +1,7 @@
 // Attention of few queries to many keys, for compute capability 8.0 and later: each piece of the keys by itself.
 //
 //   S = scale Q K^T, m, l, O    as forward_sm80.cu, over the piece's keys alone; through the user's mods likewise
-//   partial_out = O / l         float32
-//   partial_lse = log2(l) + m   combine.cu puts the pieces together by it
-//   partial_max                 the largest score, where it is wanted
+//   partial_out, partial_sum, partial_max = O, l, m     in float32; combine.cu puts the pieces together
 //
 //   grid    of a fixed split_size, (piece and row tile, key head, sequence): what a piece's result is made of does not
 //           depend on the grid, the batch or other lengths, so a sequence has the same bits in any batch. Else one block
@@ -186,7 +184,7 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
                             [&](float& x, const typename M::Tile& t, i32, i32, const typename M::QTerms& q,
                                 const typename M::KTerms& k) { x = M::score(p, t, q, k, x); });
       } else {
-        score_of<Element>(p, sequence, head_of, s, [&](i32 i) { return center_of(i) - k_first; });
+        score_of(p, sequence, head_of, s, [&](i32 i) { return center_of(i) - k_first; });
       }
       bool mixed = k_first < seen.all.begin || k_first + V::kBlockK > seen.all.end;
       if constexpr (M::kMask) mixed |= kAhead ? (full & 1u) == 0 : !walk.is_full(n);
@@ -246,14 +244,14 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
   const Sequence owner = read_sequence<true>(p, sequence);
   HW_UNROLL
   for (i32 i = 0; i < S::kRows; ++i) {
-    const typename OnlineSoftmax<S::kRows>::Row finished = softmax.finish(i, -kInfinity);
+    const float sum = quad_sum(softmax.sum[i]);
     const i32 row = row_of(i);
     if (row < rows_of(p, owner)) {
       const i64 line =
           piece.lines + (piece.by_row ? line_of_row(p, owner, head_of(i), row / p.head_group) : row - first);
       if (lane % 4 == 0) {
-        hw::store_global(p.partial_lse + line, finished.lse * kLog2e);
-        if (p.partial_max != nullptr) hw::store_global(p.partial_max + line, finished.max_logit);
+        hw::store_global(p.partial_sum + line, sum);
+        hw::store_global(p.partial_max + line, softmax.maximum[i]);
       }
       float* out = p.partial_out + line * p.head_dim_v;
       HW_UNROLL
@@ -261,9 +259,7 @@ HW_DEVICE void decode_piece(const DecodeParams& p, const Piece& piece) {
         HW_UNROLL
         for (i32 j = 0; j < 2; ++j) {
           const i32 column = 8 * c + O::first_col() + j;
-          if (column < p.head_dim_v && sees_keys) {
-            hw::store_global(out + column, o.x[0][c][2 * i + j] * finished.out_scale);
-          }
+          if (column < p.head_dim_v && sees_keys) hw::store_global(out + column, o.x[0][c][2 * i + j]);
         }
       }
     }

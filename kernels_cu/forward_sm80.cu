@@ -173,7 +173,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
       score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first,
                             terms_smem);
     } else {
-      score<Element>(p, sequence, head, s, center);
+      score(p, sequence, head, s, center);
     }
     if constexpr (kWalk) mixed = !walk.is_full(n);
     if (mixed) {

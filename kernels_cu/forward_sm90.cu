@@ -538,7 +538,7 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       s.for_each([&](float& x, i32, i32) { x *= p.score_scale; });
       score_by_mod<M, true>(p, M::tile(p, sequence, head, seq.q_len, seq.k_len), s, q_first + warp_row, k_first, terms);
     } else {
-      score_of<Element>(p, sequence, head_of, s, center_of);
+      score_of(p, sequence, head_of, s, center_of);
     }
     if (word & kMasked) {
       if constexpr (M::kMask) {

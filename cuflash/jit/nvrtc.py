@@ -66,13 +66,15 @@ class Cubin:
 
 def options() -> tuple[str, ...]:
     """The options the language of the kernels needs: `cupy.RawModule(code=text, options=options())` takes them too,
-    and adds the rest of `command` itself."""
+    and adds an architecture and -default-device itself; and -ftz=true, the one difference from `command`: denormal
+    floats that a mod compares or rounds are 0 then."""
     return ("-std=c++17", "--diag-suppress=177")  # 177: declared but never used
 
 
 def command(arch: Arch, extra: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """All options of a compile. -ftz=true is what CuPy compiles with, so that the same text gives the same numbers."""
-    return (*options(), "-default-device", "-ftz=true", f"-arch={arch.name}", "--ptxas-options=-v", *extra)
+    """All options of a compile. -ftz=false: denormal floats stay what they are, as on the reference and the emulator.
+    It costs nothing, for approximate instructions are spelt with .ftz where they are wrapped (hw_cuda/math.cuh)."""
+    return (*options(), "-default-device", "-ftz=false", f"-arch={arch.name}", "--ptxas-options=-v", *extra)
 
 
 def version() -> tuple[int, int]:

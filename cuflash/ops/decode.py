@@ -149,10 +149,10 @@ def combine_spec(variant: CombineVariant) -> module.KernelSpec:
 
 
 POINTERS = (
-    "q", "k", "v", "out", "lse", "max_logit", "partial_out", "partial_lse", "partial_max", "unit_begin", "cu_seqlens_q",
+    "q", "k", "v", "out", "lse", "max_logit", "partial_out", "partial_sum", "partial_max", "unit_begin", "cu_seqlens_q",
     "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "cache_leftpad", "alibi_slopes", "sink",
 )  # fmt: skip
-WRITTEN = ("out", "lse", "max_logit", "partial_out", "partial_lse", "partial_max", "unit_begin")
+WRITTEN = ("out", "lse", "max_logit", "partial_out", "partial_sum", "partial_max", "unit_begin")
 
 
 class DecodePlan:
@@ -202,10 +202,9 @@ class DecodePlan:
             raise UnsupportedError(f"split_size={split_size} makes {splits} pieces of each row: pass a larger one")
         self.workspace: dict[str, tuple[tuple[int, ...], DType]] = {
             "partial_out": ((lines * problem.head_dim_v,), dtypes.float32),
-            "partial_lse": ((lines,), dtypes.float32),
+            "partial_sum": ((lines,), dtypes.float32),
+            "partial_max": ((lines,), dtypes.float32),
         }
-        if problem.max_logit:
-            self.workspace["partial_max"] = ((lines,), dtypes.float32)
         if split_size is None:
             self.workspace["unit_begin"] = ((problem.batch + 1,), dtypes.int64)
         self.workspace_bytes = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.workspace.values())

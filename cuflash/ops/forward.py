@@ -680,9 +680,9 @@ def score_values(p: Any) -> dict[str, Any]:
     # score, must stay -inf.
     by_mod = p.mods is not None and p.mods.score is not None
     raw = p.softcap == 0 and p.alibi is None and scale_log2 >= 1e-30 and not by_mod
-    # A score_mod takes and gives natural units; what it gives is brought to base 2 inside the exponential.
-    score_scale = p.scale / p.softcap if p.softcap else p.scale if by_mod else scale_log2
-    if not (abs(score_scale) < 3e38 and abs(p.softcap * LOG2_E) < 3e38):
+    # Scores are in natural units, for in base 2 the largest would be past float32; the exponential goes over to base 2.
+    score_scale = p.scale / p.softcap if p.softcap else p.scale
+    if not max(abs(scale_log2), abs(score_scale), p.softcap) < 3e38:
         raise ArgumentError(
             f"scale={p.scale} with softcap={p.softcap} leaves float32: scale, and scale / softcap, must be below 2e38"
         )
@@ -700,8 +700,8 @@ def score_values(p: Any) -> dict[str, Any]:
         "window_right": UNLIMITED if p.window[1] < 0 else min(p.window[1], UNLIMITED),
         "sink_is_element": int(p.sink == "element"),
         "score_scale": score_scale,
-        "score_cap": p.softcap * LOG2_E,
-        "softmax_scale": scale_log2 if raw else LOG2_E if by_mod else 1.0,
+        "score_cap": p.softcap,
+        "softmax_scale": scale_log2 if raw else LOG2_E,
         "raw_scores": int(raw),
         **dropout_values(p.dropout_p, p.seed),
     }

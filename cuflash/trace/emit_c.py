@@ -34,7 +34,8 @@ _TEXT = {
 }  # fmt: skip
 _CALLS = {
     "div": "float_div", "pow": "power_of", "exp": "exp_of", "exp2": "hw::exp2_approx", "log": "log_of",
-    "log2": "hw::log2_approx", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of", "sqrt": "hw::sqrt_approx",
+    "log2": "hw::log2_approx", "tanh": "tanh_of", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of",
+    "sqrt": "hw::sqrt_approx",
     "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor", "ceil": "hw::ceil",
     "erf": "hw::erf", "expm1": "hw::expm1", "log1p": "hw::log1p", "atan": "hw::atan", "atan2": "hw::atan2",
     "signbit": "sign_bit", "float16": "rounded_to<hw::Half>", "bfloat16": "rounded_to<hw::Bfloat16>",
@@ -172,8 +173,6 @@ class Writer:
             if n.op == "const" and 0 <= n.value < 32 and x.op == "shr":
                 return f"{args[0]} >> {args[1]}"
             return f"shift_{'left' if x.op == 'shl' else 'right'}({args[0]}, {args[1]})"
-        if x.op == "tanh":
-            return f"cap_score<Variant::Element>({args[0]}, 1.0f)"
         if x.op == "div" and x.args[1].op == "const" and x.args[1].value != 0.0:
             reciprocal = _reciprocal(x.args[1].value)
             if math.frexp(x.args[1].value)[0] in (0.5, -0.5):  # exact by a power of two

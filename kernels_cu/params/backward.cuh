@@ -18,7 +18,7 @@ struct BackwardParams {
   void* dsink;                // [heads_q] of sink's type; null: not wanted
   float* dslopes;             // alibi_slopes' shape; null: not wanted
   float* lse_base2;           // [batch, heads_q, q_len] or [heads_q, total_q]: lse log2(e); +inf: the row keeps nothing
-  float* delta;               // likewise: sum of dout out, less dlse
+  float* delta;               // likewise: sum of dout out, less dlse; of a row that keeps nothing -dlse, or 0
   float* dq_accum;            // [heads_q, dq_blocks, class of head_dim / 8, 4, 32]: sums of dq, before scale, as mma.sync
                               // leaves 16 rows and 8 columns in 4 registers of 32 lanes; null: no atomics
   float* sink_partials;       // [heads_q, partials]; null where dsink is

@@ -10,9 +10,9 @@ struct DecodeParams {
   void* out;                  // [batch, q_len, heads_q, head_dim_v] or [total_q, heads_q, head_dim_v]
   float* lse;                 // [batch, heads_q, q_len] or [heads_q, total_q]; null: not wanted
   float* max_logit;           // as lse; null: not wanted
-  float* partial_out;         // [lines, head_dim_v]; lines: tile/pieces.cuh
-  float* partial_lse;         // [lines], in base 2
-  float* partial_max;         // [lines]; null: max_logit is not wanted
+  float* partial_out;         // [lines, head_dim_v]: O of tile/softmax.cuh; lines: tile/pieces.cuh
+  float* partial_sum;         // [lines]: l
+  float* partial_max;         // [lines]: m
   i64* unit_begin;            // [batch + 1]: units before each sequence, and of all; null: a fixed split_size
   const i32* cu_seqlens_q;    // [batch + 1]; null: dense
   const i32* cu_seqlens_k;    // null: keys are never packed

@@ -51,9 +51,9 @@ struct ForwardParams {
   i32 packed_grid;   // 1: grid.x counts (query block, sequence) slots; 0: grid is (query block, head, sequence)
   i32 sink_is_element;  // 1: sink has the element type; 0: float32
 
-  float score_scale;    // multiplies q.k where raw_scores is 0: scale * log2(e), or scale / softcap
-  float score_cap;      // softcap * log2(e); 0: none
-  float softmax_scale;  // > 0, multiplies scores inside exp2: scale * log2(e) where scores stay raw, else 1
+  float score_scale;    // multiplies q.k where raw_scores is 0: scale, or scale / softcap
+  float score_cap;      // softcap; 0: none
+  float softmax_scale;  // > 0, multiplies scores inside exp2: log2(e), and the scale where scores stay raw
   i32 raw_scores;       // 1: no softcap, no ALiBi, scale > 0: q.k goes to the softmax untouched
 
   // Pages (tile/paged.cuh); read where Variant::kPaged is set.

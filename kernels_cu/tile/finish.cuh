@@ -16,7 +16,7 @@ HW_DEVICE void finish_rows(const Params& p, i32 sequence, i32 head, i32 q_first,
                            const OnlineSoftmax<kRows>& softmax, O& o, u32 warp_tile) {
   using Element = typename V::Element;
   const float sink = read_sink<Element>(p, head);
-  typename OnlineSoftmax<kRows>::Row finished[kRows];
+  FinishedRow finished[kRows];
   HW_UNROLL
   for (i32 i = 0; i < kRows; ++i) {
     finished[i] = softmax.finish(i, sink);
@@ -52,7 +52,7 @@ template <class V, class OutTile, bool kPaged, class Params, i32 kRows, class O,
 HW_DEVICE void finish_heads(const Params& p, i32 sequence, const HeadOf& head_of, const QueryOf& query_of,
                             const OnlineSoftmax<kRows>& softmax, O& o, u32 warp_tile) {
   using Element = typename V::Element;
-  typename OnlineSoftmax<kRows>::Row finished[kRows];
+  FinishedRow finished[kRows];
   HW_UNROLL
   for (i32 i = 0; i < kRows; ++i) {
     finished[i] = softmax.finish(i, read_sink<Element>(p, head_of(O::row_of(i))));

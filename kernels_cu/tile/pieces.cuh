@@ -83,7 +83,7 @@ HW_DEVICE i32 sequence_of_unit(const Params& p, i64 unit) {
   return low;
 }
 
-// The line of piece 0 of a row in partial_out, partial_lse and partial_max.
+// The line of piece 0 of a row in partial_out, partial_sum and partial_max.
 template <class Params>
 HW_DEVICE i64 line_of_row(const Params& p, const Sequence& seq, i32 head, i32 query) {
   return head * p.partial_rows + seq.dense_idx * static_cast<i64>(p.q_len) + seq.q_begin + query;
@@ -138,8 +138,8 @@ HW_DEVICE bool next_piece(const Params& p, i32& done, Piece& piece) {
 
 // The pieces of one row: piece 0 in the line `own`, piece s in line base + s step.
 struct RowPieces {
-  i32 count;
-  i64 own, base, step;
+  i32 count = 0;
+  i64 own = 0, base = 0, step = 0;
 };
 
 template <class Params>
@@ -154,7 +154,6 @@ HW_DEVICE RowPieces pieces_of_row(const Params& p, i32 sequence, const Sequence&
     return pieces;
   }
   const i32 each = units_of_rows(p, seq);
-  pieces.count = 0;
   if (each == 0) return pieces;
   const i32 row = query * p.head_group + head % p.head_group;
   const i32 tile = head / p.head_group * ceil_div(rows_of(p, seq), kTileRows) + row / kTileRows;

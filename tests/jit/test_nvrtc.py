@@ -128,10 +128,10 @@ def test_the_extra_named_is_that_of_the_cupy_installed(
 
 
 def test_cupy_takes_the_same_options() -> None:
-    """CuPy adds the architecture, -default-device and -ftz=true itself; older NVRTCs refuse an option given twice."""
+    """CuPy adds the architecture, -default-device and -ftz itself; older NVRTCs refuse an option given twice."""
     assert not any(o.startswith(("-arch", "-ftz", "-default-device")) for o in nvrtc.options())
     assert set(nvrtc.options()) < set(nvrtc.command(SM80))
-    assert {"-arch=sm_90a", "-ftz=true", "-default-device"} < set(nvrtc.command(arch.named("sm_90a")))
+    assert {"-arch=sm_90a", "-ftz=false", "-default-device"} < set(nvrtc.command(arch.named("sm_90a")))
 
 
 @needs_nvrtc
@@ -168,3 +168,37 @@ ptxas info    : Used 255 registers, used 0 barriers, 16 bytes cumulative stack s
     }
     (warning,) = nvrtc.parse_warnings(log)
     assert "wgmma.mma_async instructions are serialized" in warning
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_denormal_floats_are_flushed_by_approximate_instructions_alone(kernel: str) -> None:
+    """In PTX: comparisons, roundings and products of what mods read keep them, as reference and emulator do."""
+    import numpy as np
+
+    from cuflash import dtypes
+    from cuflash.ops import backward, forward
+    from cuflash.trace import tracer
+
+    table = np.full(64, 1e-40, np.float32)
+    mods = tracer.bind(
+        lambda s, b, h, q, k: np.floor(s * table[q]) + np.exp(np.maximum(s, table[k])) / table[k],
+        lambda b, h, q, k: table[k] > 0,
+    ).mods
+    if kernel == "forward":
+        spec = forward.kernel_spec(forward.choose_variant(dtypes.float16, 64, 64, 16, SM80, mods=mods))
+    else:
+        spec = backward.kernel_spec(
+            backward.choose_variants(dtypes.float16, 64, 64, 16, deterministic=False, mods=mods)[0]
+        )
+    flags = [f.replace("-arch=sm_", "-arch=compute_") for f in nvrtc.command(SM80) if "ptxas" not in f]
+    library = nvrtc._library()[0]
+    program = nvrtc._ok(library.nvrtcCreateProgram(spec.text("cuda").encode(), b"denormals.cu", 0, [], []))[0]
+    try:
+        nvrtc._ok(library.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags]))
+        ptx = nvrtc._buffer(library.nvrtcGetPTXSize, library.nvrtcGetPTX, program).decode()
+    finally:
+        library.nvrtcDestroyProgram(program)
+    flushing = set(re.findall(r"[\w.]+\.ftz[\w.]*", ptx))
+    assert flushing and all(re.fullmatch(r"\w+\.approx\.ftz\.f32", name) for name in flushing), flushing
+    assert len(re.findall(r"\bsetp\.\w+\.f32|\bcvt\.rmi\.f32", ptx)) > 20

@@ -316,10 +316,13 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
     ),
     "delta of the wrong row": ((Edit(KERNEL, "V::kMoved + 8 * c + i % 2", "V::kMoved + 8 * c"),), None),
     "cap's derivative left out": (
-        (Edit(KERNEL, "return weight == 0.0f ? 0.0f : hw::fma(-t, t, 1.0f);", "return 1.0f;"),),
+        (Edit(KERNEL, "return weight == 0.0f ? 0.0f : hw::max(hw::fma(-t, t, 1.0f), 0.0f);", "return 1.0f;"),),
         None,
     ),
-    "rows that keep nothing left in": ((Edit("backward_delta.cu", "lse == -kInfinity ? kInfinity : ", ""),), None),
+    "rows that keep nothing left in": (
+        (Edit("backward_delta.cu", "nothing = lse == -kInfinity;", "nothing = false;"),),
+        None,
+    ),
     "gradient stored past the end": (
         (Edit("tile/store.cuh", "if (row < owned) write(", "if (row <= owned) write("),),
         None,

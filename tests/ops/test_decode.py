@@ -462,11 +462,14 @@ BUGS = {
     "a share too few keys": (KERNEL, Edit(PIECES, "block_idx_x() + 1) - unit;", "block_idx_x() + 1) - unit - 1;")),
     "a share's first piece is kept elsewhere": (KERNEL, Edit(PIECES, "by_row = skip == 0;", "by_row = true;")),
     "pieces not weighed": (COMBINE, Edit(COMBINE, "hw::fma(weight, part, x[c])", "part + x[c]")),
-    "a piece that saw nothing is added": (COMBINE, Edit(COMBINE, "if (lse == -kInfinity) continue;", "")),
-    "sink forgotten": (COMBINE, Edit(COMBINE, "sum += hw::exp2_approx(sink - safe);", "")),
+    "a piece that saw nothing is added": (COMBINE, Edit(COMBINE, "if (own == -kInfinity) continue;", "")),
+    "sink forgotten": (COMBINE, Edit(COMBINE, "p.softmax_scale, sink);", "p.softmax_scale, -kInfinity);")),
     "the last piece missed": (COMBINE, Edit(PIECES, "- share + 1;", "- share;")),
     "a piece's row forgotten": (COMBINE, Edit(PIECES, "+ row % kTileRows;", ";")),
-    "the first piece's largest score": (COMBINE, Edit(COMBINE, "partial_max + line_of(s)", "partial_max + line_of(0)")),
+    "the first piece's largest score": (
+        COMBINE, Edit(COMBINE, "maximum, hw::load_global(p.partial_max + line_of(s)",
+                      "maximum, hw::load_global(p.partial_max + line_of(0)"),
+    ),
     "a count of one sequence too few": (PLAN, Edit(PLAN, "sum += before;", "sum += before - own;")),
     "barrier of the sums missing": (PLAN, Edit(PLAN, "they are there\n    hw::sync_threads();", "they are there\n")),
 }  # fmt: skip

@@ -93,8 +93,8 @@ def _error(x: Expr, v: list[np.ndarray], e: list[np.ndarray], value: np.ndarray)
         return ea / np.sqrt(near) + own
     if x.op == "rsqrt":
         return ea * near**-1.5 + own
-    if x.op == "tanh":  # 1 - 2 / (e^2x + 1): right to a part of 1
-        return ea + 2.0**-20
+    if x.op == "tanh":
+        return ea + np.abs(value) * 2.0**-21
     if x.op == "tanh_approx":
         return ea + np.abs(value) * 2.0**-10
     if x.op == "sigmoid":
