@@ -725,7 +725,7 @@ def _random_number(name: str, x: Any, framework: Framework) -> int | None:
 
 def _longest(starts: np.ndarray) -> int | None:
     """The longest sequence, for a hint; `starts` are not checked yet."""
-    known = starts.dtype == np.int32 and starts.ndim == 1 and starts.size > 1
+    known = starts.dtype == np.int32 and starts.ndim == 1 and starts.size > 1 and starts.flags.c_contiguous
     return max(int(np.diff(starts).max()), 0) if known else None
 
 

@@ -164,7 +164,7 @@ def flash_attn_varlen_func(
         starts = host_lengths("cu_seqlens_k", cu_seqlens_k) if isinstance(cu_seqlens_k, (list, tuple)) else cu_seqlens_k
         frameworks.of(starts, "cu_seqlens_k")
         shape, dtype = getattr(starts, "shape", ()), getattr(starts, "dtype", None)
-        if len(shape) != 1 or "int32" not in str(dtype):
+        if len(shape) != 1 or "int32" not in str(dtype) or shape[0] >= 2**31:
             raise ArgumentError(
                 f"cu_seqlens_k is {dtype} of shape {tuple(shape)} and must be int32 [batch + 1]: cast it"
             )

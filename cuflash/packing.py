@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
 import operator
 import sys
 from collections.abc import Iterable, Sequence
@@ -223,10 +224,9 @@ def cu_seqlens_from(
 
     xp = _namespace(position_ids, "position_ids")
     _require_integers(position_ids, "position_ids")
-    require(
-        position_ids.ndim in (1, 2),  # type: ignore[union-attr]
-        f"position_ids.shape={tuple(position_ids.shape)} must be [total] or [batch, len]: reshape it",  # type: ignore[union-attr]
-    )
+    shape = tuple(position_ids.shape)  # type: ignore[union-attr]
+    require(len(shape) in (1, 2), f"position_ids.shape={shape} must be [total] or [batch, len]: reshape it")
+    require(math.prod(shape) <= _MOST, f"position_ids.shape={shape} must be less than 2**31 positions: split the batch")
     with _device_of(position_ids):
         positions = position_ids.reshape(-1)  # type: ignore[union-attr]
         total = positions.shape[0]

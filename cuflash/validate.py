@@ -608,12 +608,14 @@ def aux_names(aux: Any) -> tuple[str, ...]:
     if isinstance(aux, str):
         raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass aux=({aux!r},)")
     try:
-        names = tuple(aux)
+        given = iter(aux)
     except TypeError:
         raise ArgumentError(f"aux={aux!r} must be a tuple of names: pass () for none") from None
-    for name in names:
+    names: list[str] = []
+    for name in given:  # one by one: an array may have more elements than fit into a tuple
         require(isinstance(name, str) and name in AUX, f"aux names {name!r}: it must be one of {', '.join(AUX)}")
-    return names
+        names.append(name)
+    return tuple(names)
 
 
 def flag(name: str, value: Any) -> bool:
