@@ -1,0 +1,254 @@
+"""Forty tiny random models of Hugging Face Transformers on the CPU: what each gives with cuflash and with eager
+attention, in float32: logits, gradients of all parameters, and generated tokens."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from cuflash.errors import UnsupportedError  # noqa: E402
+from cuflash.integrations import transformers as integration  # noqa: E402
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 8}
+MIXTURE = {"num_local_experts": 2, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+ALTERNATE = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 3}
+LLAMA4 = {**GROUPED, **MIXTURE, "intermediate_size_mlp": 48, "num_experts_per_tok": 1}
+SEQ2SEQ = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "forced_eos_token_id": None,
+    "decoder_start_token_id": 1,
+}
+T5 = {
+    "vocab_size": 64,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 12,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 0,
+}
+
+DECODERS = {
+    "Llama": GROUPED,
+    "Mistral": {**GROUPED, "sliding_window": 3},
+    "Mixtral": {**GROUPED, **MIXTURE, "sliding_window": None},
+    "Phi": COMMON,
+    "Phi3": {**GROUPED, "sliding_window": None},
+    "GPT2": COMMON,
+    "GPTBigCode": COMMON,
+    "GPTNeoX": COMMON,
+    "Qwen2": GROUPED,
+    "Qwen3": {**GROUPED, **ALTERNATE, "use_sliding_window": True},
+    "Gemma": GROUPED,
+    "Gemma2": {**GROUPED, **ALTERNATE, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "Gemma3Text": {**GROUPED, **ALTERNATE, "query_pre_attn_scalar": 8},
+    "GptOss": {**GROUPED, **MIXTURE, **ALTERNATE},
+    "Llama4Text": {**LLAMA4, "attention_chunk_size": 4, "layer_types": ["chunked_attention", "full_attention"]},
+    "OPT": {**COMMON, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "StableLm": GROUPED,
+    "Cohere": GROUPED,
+    "Cohere2": {**GROUPED, **ALTERNATE},
+    "Olmo2": GROUPED,
+    "SmolLM3": GROUPED,
+    "Granite": GROUPED,
+    "Starcoder2": {**GROUPED, "sliding_window": 3},
+    "Persimmon": COMMON,
+    "BioGpt": COMMON,
+    "Glm": {**GROUPED, "pad_token_id": 0},
+}
+ENCODERS = {
+    "Bert": COMMON,
+    "Roberta": COMMON,
+    "Electra": {**COMMON, "embedding_size": 16},
+    "DistilBert": {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "pad_token_id": 0},
+    "ModernBert": {**COMMON, "local_attention": 4, "global_attn_every_n_layers": 2},
+    "Albert": {**COMMON, "embedding_size": 16},
+    "XLMRoberta": COMMON,
+}
+ENCODER_DECODERS = {
+    "Bart": SEQ2SEQ,
+    "MBart": SEQ2SEQ,
+    "Marian": SEQ2SEQ,
+    "M2M100": SEQ2SEQ,
+    "Pegasus": SEQ2SEQ,
+    "Blenderbot": SEQ2SEQ,
+    "T5": T5,
+    "MT5": {**T5, "tie_word_embeddings": False},
+}
+NO_DROPOUT = dict.fromkeys(
+    "attention_dropout dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout attention_probs_dropout_prob "
+    "hidden_dropout_prob activation_dropout dropout_rate classifier_dropout".split(),
+    0.0,
+)
+AUTO = {
+    **dict.fromkeys(DECODERS, "AutoModelForCausalLM"),
+    **dict.fromkeys(ENCODERS, "AutoModel"),
+    **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM"),
+}
+SIZES = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
+BATCH, LENGTH = 3, 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered():
+    integration.register()
+    integration.register("streaming")  # a name that Transformers sees no build of flash-attn in
+
+
+_made: dict[str, tuple] = {}
+
+
+def models(name):
+    """The same random weights with cuflash and with eager attention."""
+    if name not in _made:
+        made = []
+        for implementation in ("cuflash", "eager"):
+            config_class = getattr(transformers, name + "Config")
+            known = set(config_class().to_dict())
+            config = config_class(**{**{k: v for k, v in NO_DROPOUT.items() if k in known}, **SIZES[name]})
+            auto = getattr(transformers, AUTO[name])
+            made.append(auto.from_config(config, attn_implementation=implementation).eval())
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in made[0].parameters():  # so large that it shows which keys a query sees
+                if weight.ndim > 1:
+                    weight.normal_(0, 1.5 / weight.shape[-1] ** 0.5, generator=generator)
+        made[1].load_state_dict(made[0].state_dict())
+        assert made[0].config._attn_implementation == "cuflash"
+        _made.clear()  # tests come model by model
+        _made[name] = tuple(made)
+    return _made[name]
+
+
+def tokens(batch=BATCH, length=LENGTH, seed=0):
+    return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(how, batch=BATCH, length=LENGTH):
+    mask = torch.ones(batch, length, dtype=torch.long)
+    for row, n in enumerate((length, length - 3, 2)[:batch]):
+        if how == "right":
+            mask[row, n:] = 0
+        elif how == "left":
+            mask[row, : length - n] = 0
+    if how == "holes":
+        mask[0, 2:4] = mask[1, 5] = mask[2, 0] = mask[2, 3:6] = 0
+    return mask
+
+
+def assert_close(ours, eager, what):
+    error, scale = (ours - eager).abs().max().item(), eager.abs().max().item()
+    assert error <= 1e-4 * max(scale, 1e-3), f"{what}: off by {error}, the largest being {scale}"
+
+
+def assert_same(name, rows=None, key="logits", **inputs):
+    """What the models return where `rows`, and the gradients of all parameters."""
+    results = []
+    for model in models(name):
+        model.zero_grad()
+        out = getattr(model(**inputs), key)
+        out = out if rows is None else out[rows.bool()]
+        out.square().mean().backward()
+        results.append((out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
+    (ours, our_grads), (eager, eager_grads) = results
+    assert_close(ours, eager, "result")
+    assert our_grads.keys() == eager_grads.keys()
+    for parameter, gradient in eager_grads.items():
+        assert_close(our_grads[parameter], gradient, parameter)
+
+
+def assert_generates_the_same(name, inputs, **how):
+    """Six tokens, and the scores they were chosen by."""
+    results = []
+    for model in models(name):
+        out = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, output_scores=True, return_dict_in_generate=True, **how
+        )
+        results.append((out.sequences, torch.stack(out.scores)))
+    (ours, our_scores), (eager, eager_scores) = results
+    finite = eager_scores.isfinite()
+    assert_close(our_scores[finite], eager_scores[finite], "scores")
+    assert torch.equal(ours, eager)
+
+
+@pytest.mark.parametrize("how", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders(name, how):
+    if how == "none":
+        return assert_same(name, input_ids=tokens())
+    mask = padding(how)
+    assert_same(name, mask, input_ids=tokens(), attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_packed(name):
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 3)])[None].expand(BATCH, -1)
+    if "position_ids" not in inspect.signature(models(name)[0].forward).parameters:
+        pytest.skip("takes no position_ids")
+    assert_same(name, input_ids=tokens(), position_ids=positions, use_cache=False)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("how", ["none", "left", "right"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_generate(name, how, cache):
+    inputs = {"input_ids": tokens(), "attention_mask": padding(how)}
+    assert_generates_the_same(name, inputs, cache_implementation=None if cache == "dynamic" else cache)
+
+
+@pytest.mark.parametrize("how", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name, how):
+    mask = padding(how)
+    inputs = {} if how == "none" else {"attention_mask": mask}
+    assert_same(name, mask, "last_hidden_state", input_ids=tokens(), **inputs)
+
+
+@pytest.mark.parametrize("length", [LENGTH, 5])
+@pytest.mark.parametrize("how", ["none", "right", "left", "holes"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders(name, how, length):
+    """The encoder's padding and the decoder's, of one length and of two."""
+    mask, theirs = padding(how), padding("right", length=length)
+    inputs = {} if how == "none" else {"attention_mask": mask, "decoder_attention_mask": theirs}
+    rows = None if how == "none" else theirs
+    assert_same(name, rows, input_ids=tokens(), decoder_input_ids=tokens(length=length, seed=1), **inputs)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("how", ["none", "left", "right"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_encoder_decoders_generate(name, how, cache):
+    inputs = {"input_ids": tokens(), "attention_mask": padding(how)}
+    assert_generates_the_same(name, inputs, cache_implementation=None if cache == "dynamic" else cache)
