@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .. import mods
 from ..api import attention
 from ..errors import ArgumentError, UnsupportedError
 from ..packing import pad_input
@@ -77,7 +76,7 @@ def attention_mask(
     from .transformers_masks import prepare
 
     return prepare(
-        batch_size, q_length, kv_length, int(q_offset), kv_offset, mask_function, attention_mask, use_vmap, device
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
     )
 
 
@@ -111,18 +110,16 @@ def attention_forward(
     batch, q_len = q.shape[:2]
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     rule = _rule(attention_mask, q_len, k.shape[1], bool(causal), sliding_window)
-    biases = [x for x in (position_bias, rule.bias) if x is not None]
-    packed, max_seqlens = (None if biases else rule.packed), (None, None)
-    says_all = biases or rule.kept is not None or rule.written is not None
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None and not says_all:
+    packed, max_seqlens = rule.packed, (None, None)
+    if position_bias is not None or rule.bias is not None:
+        packed = None  # a bias is told by the places of queries and keys in the batch
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None and rule.kept is None and rule.written is None:
         packed, max_seqlens = Packed(_int32(cu_seq_lens_q), _int32(cu_seq_lens_k)), (max_length_q, max_length_k)
     if rule.keys is not None:
         k, v = k[:, : rule.keys], v[:, : rule.keys]
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any]
     if packed is None:
-        arguments["mask_mod"] = rule.mask_mod()
-        if biases:
-            arguments["score_mod"] = mods.compose(*[mods.bias(x) for x in biases])
+        arguments = rule.mods(position_bias)
     else:
         q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
         if packed.places_q is not None:

@@ -60,8 +60,17 @@ class Rule(NamedTuple):
     bias: Any = None
     packed: Packed | None = None
 
-    def mask_mod(self) -> Any:
-        """What arguments of `attention` cannot say, over dense queries and keys; None: nothing."""
+    # torch.compile, which leaves its graph for attention with mods, leaves it for making them too.
+    @torch.compiler.disable
+    def mods(self, position_bias: Any) -> dict[str, Any]:
+        """What other arguments of `attention` cannot say, over dense queries and keys.
+
+        position_bias   floats [batch or 1, heads or 1, q_len, k_len] that a layer adds to its scores; None: none
+        """
+        biases = [mods.bias(x) for x in (position_bias, self.bias) if x is not None]
+        return {"mask_mod": self._mask_mod(), "score_mod": mods.compose(*biases) if biases else None}
+
+    def _mask_mod(self) -> Any:
         parts = []
         if self.kept is not None:
             parts.append(_of_keys(self.kept))
@@ -133,11 +142,12 @@ class _Pattern(NamedTuple):
     positions: Any = None  # [batch, len] positions that take the columns' place
 
 
+@torch.compiler.disable
 def prepare(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int,
+    q_offset: Any,
     kv_offset: int,
     mask_function: Any,
     padding: Any,
@@ -147,8 +157,11 @@ def prepare(
     """The mask for `q_length` queries from position `q_offset` and `kv_length` keys from `kv_offset`.
 
     padding   bool [batch, positions], False at what is none of the batch's tokens; None: all are tokens
+
+    It waits for the device to learn whether there is padding, so torch.compile leaves its graph here.
     """
     shape = batch_size, 1, q_length, kv_length
+    q_offset = int(q_offset)  # of a static cache a tensor
     first = q_offset - kv_offset  # the queries' first column
     pattern = _pattern(mask_function)
     if pattern is None or not _aligned(pattern, first, q_length, kv_length):
@@ -168,7 +181,7 @@ def prepare(
     if ids is not None:
         ids = ids.expand(batch_size, -1).contiguous()
         rule = rule._replace(ids_q=ids[:, queries].contiguous(), ids_k=ids)
-    if not pattern.causal or q_length == 1 or _tracing():
+    if not pattern.causal or q_length == 1:
         # Without causality the queries may be of another sequence than the columns, and then none of them is padding.
         return Mask(shape, device, rule)
     if whole and ids is not None and q_length == keys:
@@ -218,9 +231,7 @@ def _columns(padding: Any, offset: int, keys: int) -> Any:
 
 
 def _read(kept: Any) -> tuple[bool, bool]:
-    """(whether all are kept, whether each row's stand together). Waits for the device, but in a compiler's graph."""
-    if _tracing():
-        return False, False
+    """(whether all are kept, whether each row's stand together). Waits for the device."""
     together = (kept[:, 1:] & ~kept[:, :-1]).sum(1) + kept[:, 0] <= 1
     whole, gapless = torch.stack([kept.all(), together.all()]).tolist()
     return whole, gapless
@@ -238,10 +249,6 @@ def _ids(pattern: _Pattern, offset: int, keys: int, device: Any) -> Any:
         size, padding = pattern.chunk
         changes.append(_changes((positions - padding.to(positions.device)[:, None]).div(size, rounding_mode="floor")))
     return None if not changes else torch.stack(torch.broadcast_tensors(*changes)).any(0).cumsum(1, dtype=torch.int32)
-
-
-def _tracing() -> bool:
-    return torch.compiler.is_compiling()
 
 
 # Mask functions -------------------------------------------------------------------------------------------------------

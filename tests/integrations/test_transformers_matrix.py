@@ -117,7 +117,7 @@ AUTO = {
     **dict.fromkeys(ENCODER_DECODERS, "AutoModelForSeq2SeqLM"),
 }
 SIZES = {**DECODERS, **ENCODERS, **ENCODER_DECODERS}
-BATCH, LENGTH = 3, 9
+BATCH, LENGTH = 3, 11
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -155,21 +155,22 @@ def tokens(batch=BATCH, length=LENGTH, seed=0):
     return torch.randint(3, 64, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def padding(how, batch=BATCH, length=LENGTH):
-    mask = torch.ones(batch, length, dtype=torch.long)
-    for row, n in enumerate((length, length - 3, 2)[:batch]):
+def padding(how, lengths=(LENGTH, LENGTH - 3, 2)):
+    mask = torch.ones(len(lengths), max(lengths), dtype=torch.long)
+    for row, n in enumerate(lengths):
         if how == "right":
             mask[row, n:] = 0
         elif how == "left":
-            mask[row, : length - n] = 0
+            mask[row, : max(lengths) - n] = 0
     if how == "holes":
         mask[0, 2:4] = mask[1, 5] = mask[2, 0] = mask[2, 3:6] = 0
     return mask
 
 
-def assert_close(ours, eager, what):
+def assert_close(ours, eager, what, least=0.0):
+    """Equal but for what float32 and a few layers leave: the largest error beside the largest value, or `least`."""
     error, scale = (ours - eager).abs().max().item(), eager.abs().max().item()
-    assert error <= 1e-4 * max(scale, 1e-3), f"{what}: off by {error}, the largest being {scale}"
+    assert error <= 2e-5 * max(scale, least), f"{what}: off by {error}, the largest being {scale}"
 
 
 def assert_same(name, rows=None, key="logits", **inputs):
@@ -179,13 +180,15 @@ def assert_same(name, rows=None, key="logits", **inputs):
         model.zero_grad()
         out = getattr(model(**inputs), key)
         out = out if rows is None else out[rows.bool()]
-        out.square().mean().backward()
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+        (out * weights).sum().backward()
         results.append((out.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}))
     (ours, our_grads), (eager, eager_grads) = results
     assert_close(ours, eager, "result")
     assert our_grads.keys() == eager_grads.keys()
+    least = 0.01 * max(x.abs().max().item() for x in eager_grads.values())  # a bias of keys has none but round-off
     for parameter, gradient in eager_grads.items():
-        assert_close(our_grads[parameter], gradient, parameter)
+        assert_close(our_grads[parameter], gradient, parameter, least)
 
 
 def assert_generates_the_same(name, inputs, **how):
@@ -213,7 +216,7 @@ def test_decoders(name, how):
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_packed(name):
-    positions = torch.cat([torch.arange(n) for n in (5, 1, 3)])[None].expand(BATCH, -1)
+    positions = torch.cat([torch.arange(n) for n in (5, 1, 3, 2)])[None].expand(BATCH, -1)
     if "position_ids" not in inspect.signature(models(name)[0].forward).parameters:
         pytest.skip("takes no position_ids")
     assert_same(name, input_ids=tokens(), position_ids=positions, use_cache=False)
@@ -223,7 +226,9 @@ def test_packed(name):
 @pytest.mark.parametrize("how", ["none", "left", "right"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders_generate(name, how, cache):
-    inputs = {"input_ids": tokens(), "attention_mask": padding(how)}
+    # To the right so little that the last query, which may be padding, sees a key in every window and chunk.
+    lengths = (LENGTH, LENGTH - 1, LENGTH - 2) if how == "right" else (LENGTH, LENGTH - 3, 2)
+    inputs = {"input_ids": tokens(), "attention_mask": padding(how, lengths)}
     assert_generates_the_same(name, inputs, cache_implementation=None if cache == "dynamic" else cache)
 
 
@@ -240,7 +245,7 @@ def test_encoders(name, how):
 @pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_encoder_decoders(name, how, length):
     """The encoder's padding and the decoder's, of one length and of two."""
-    mask, theirs = padding(how), padding("right", length=length)
+    mask, theirs = padding(how), padding("right", (length, length - 3, 2))
     inputs = {} if how == "none" else {"attention_mask": mask, "decoder_attention_mask": theirs}
     rows = None if how == "none" else theirs
     assert_same(name, rows, input_ids=tokens(), decoder_input_ids=tokens(length=length, seed=1), **inputs)
