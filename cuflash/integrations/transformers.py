@@ -115,24 +115,18 @@ def attention_forward(
         packed = None  # a bias is told by the places of queries and keys in the batch
     elif cu_seq_lens_q is not None and cu_seq_lens_k is not None and rule.kept is None and rule.written is None:
         packed, max_seqlens = Packed(_int32(cu_seq_lens_q), _int32(cu_seq_lens_k)), (max_length_q, max_length_k)
-    if rule.keys is not None:
-        k, v = k[:, : rule.keys], v[:, : rule.keys]
-    arguments: dict[str, Any]
+    arguments = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
     if packed is None:
-        arguments = rule.mods(position_bias)
-    else:
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        if packed.places_q is not None:
-            q, k, v = q[packed.places_q], k[packed.places_k], v[packed.places_k]
-        arguments = {
-            "cu_seqlens_q": packed.starts_q, "cu_seqlens_k": packed.starts_k,
-            "max_seqlen_q": max_seqlens[0], "max_seqlen_k": max_seqlens[1],
-        }  # fmt: skip
+        return rule.attention(q, k, v, position_bias, **arguments), None
+    k, v = k[:, : rule.keys], v[:, : rule.keys]
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    if packed.places_q is not None:
+        q, k, v = q[packed.places_q], k[packed.places_k], v[packed.places_k]
     out = attention(
-        q, k, v, scale=scaling, causal=rule.causal, window_size=rule.window, softcap=softcap or 0.0, sink=s_aux,
-        dropout_p=dropout, **arguments,
+        q, k, v, cu_seqlens_q=packed.starts_q, cu_seqlens_k=packed.starts_k, max_seqlen_q=max_seqlens[0],
+        max_seqlen_k=max_seqlens[1], causal=rule.causal, window_size=rule.window, **arguments,
     )  # fmt: skip
-    if packed is not None and packed.places_q is not None:
+    if packed.places_q is not None:
         out = pad_input(out, packed.places_q, batch, q_len)
     return out.reshape(batch, q_len, *out.shape[-2:]), None
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .. import mods
+from ..api import attention
 from ..errors import UnsupportedError
 from ..packing import cu_seqlens_from
 
@@ -60,15 +61,23 @@ class Rule(NamedTuple):
     bias: Any = None
     packed: Packed | None = None
 
-    # torch.compile, which leaves its graph for attention with mods, leaves it for making them too.
-    @torch.compiler.disable
-    def mods(self, position_bias: Any) -> dict[str, Any]:
-        """What other arguments of `attention` cannot say, over dense queries and keys.
+    def attention(self, q: Any, k: Any, v: Any, position_bias: Any = None, **arguments: Any) -> Any:
+        """`attention` over dense queries and keys, of which each sees what the rule says.
 
         position_bias   floats [batch or 1, heads or 1, q_len, k_len] that a layer adds to its scores; None: none
         """
-        biases = [mods.bias(x) for x in (position_bias, self.bias) if x is not None]
-        return {"mask_mod": self._mask_mod(), "score_mod": mods.compose(*biases) if biases else None}
+        if self.keys is not None:
+            k, v = k[:, : self.keys], v[:, : self.keys]
+        arguments |= {"causal": self.causal, "window_size": self.window}
+        biases = [x for x in (position_bias, self.bias) if x is not None]
+        if not biases and self.kept is self.ids_k is self.written is None:
+            return attention(q, k, v, **arguments)
+        return self._with_mods(q, k, v, biases, arguments)
+
+    @torch.compiler.disable  # compiled graphs have mods that were traced outside of them, and these are made anew
+    def _with_mods(self, q: Any, k: Any, v: Any, biases: list[Any], arguments: dict[str, Any]) -> Any:
+        score_mod = mods.compose(*[mods.bias(x) for x in biases]) if biases else None
+        return attention(q, k, v, mask_mod=self._mask_mod(), score_mod=score_mod, **arguments)
 
     def _mask_mod(self) -> Any:
         parts = []
@@ -186,8 +195,8 @@ def prepare(
         return Mask(shape, device, rule)
     if whole and ids is not None and q_length == keys:
         rule = rule._replace(packed=_runs(ids))
-    elif not whole and ids is None and torch.is_grad_enabled() and (gapless or pattern.window == (-1, -1)):
-        rule = rule._replace(packed=_unpadded(kept, kept[:, queries]))
+    elif rule.kept is not None and ids is None and torch.is_grad_enabled() and (gapless or pattern.window == (-1, -1)):
+        rule = rule._replace(packed=_unpadded(rule.kept, rule.kept[:, queries]))
     return Mask(shape, device, rule)
 
 
