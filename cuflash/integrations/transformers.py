@@ -4,8 +4,8 @@ Transformers calls two functions. One, once a forward pass, is told the mask a l
 over positions; the other, once a layer, computes attention with what the first returned, a `Mask`. What a layer gets
 as its mask is taken in one way:
 
-- A `Mask`, or an array [batch or 1, heads or 1, q_len, k_len], of bools or of floats added to the scores, says all about
-  which keys are seen, as with eager attention.
+- A `Mask`, or an array [batch or 1, heads or 1, q_len, k_len], of bools or of floats added to the scores, says all
+  about which keys are seen, as with eager attention.
 - An array [batch, k_len] says which keys are no padding; the layer, whether attention is causal, and its window.
 - None leaves it to the layer, whether attention is causal, and its window, as with flash-attn.
 """
