@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5.24")
 
 from cuflash.errors import UnsupportedError  # noqa: E402
 from cuflash.integrations import transformers as integration  # noqa: E402
