@@ -1,51 +1,34 @@
 """Hugging Face Transformers: `register()`, then `from_pretrained(..., attn_implementation="cuflash")`.
 
 Transformers calls two functions. One, once a forward pass, is told the mask a layer type needs, as padding and a rule
-over positions; the other, once a layer, computes attention with what the first returned. The first one here turns
-padding and packing into `cu_seqlens`, so that no layer computes on padding or waits for the device, and refuses every
-rule that causal, window and packing do not say.
+over positions; the other, once a layer, computes attention with what the first returned, a `Mask`. What a layer gets
+as its mask is taken in one way:
+
+- A `Mask`, or an array [batch or 1, heads or 1, q_len, k_len], of bools or of floats added to the scores, says all
+  about which keys are seen, as with eager attention.
+- An array [batch, k_len] says which keys are no padding; the layer, whether attention is causal, and its window.
+- None leaves it to the layer, whether attention is causal, and its window, as with flash-attn.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..api import attention
-from ..errors import UnsupportedError
-from ..packing import cu_seqlens_from, pad_input
+from ..errors import ArgumentError, UnsupportedError
+from ..packing import pad_input
 
 __all__ = ["register"]
 
 
-class Rows(NamedTuple):
-    """What a layer has to know about its mask.
-
-    window     keys a query sees, itself included; None: all before it
-    causal     whether it sees none behind it
-    starts_q   int32 [sequences + 1] where the sequences of packed queries begin; None: a dense batch
-    starts_k   likewise for keys
-    places_q   [total_q] which rows of [batch * q_len] the packed queries are; None: all, in order
-    places_k   likewise for keys, of [batch * k_len]
-    k_len      rows of the cache that are in use; None: all
-    """
-
-    window: int | None
-    causal: bool
-    starts_q: Any = None
-    starts_k: Any = None
-    places_q: Any = None
-    places_k: Any = None
-    k_len: int | None = None
-
-
 def register(name: str = "cuflash") -> None:
-    """Make `attn_implementation=name` run `cuflash.attention`. Needs Transformers 5 or a late 4.
+    """Make `attn_implementation=name` run `cuflash.attention`. Needs Transformers 5.
 
     Padded batches (`attention_mask` [batch, len]), packed ones (`position_ids` that restart, or `cu_seq_lens_q` and
-    `cu_seq_lens_k`), sliding windows, softcap, sinks, dropout and grouped heads. A model whose mask is none of these,
-    such as blocks of image tokens that see each other, raises `UnsupportedError`.
+    `cu_seq_lens_k`), encoders, decoders and cross-attention, dynamic and static caches, sliding windows and chunks,
+    softcap, sinks, position biases, dropout and grouped heads. Any other mask is served too, written out as
+    bool [batch, 1, q_len, k_len]. `docs/transformers.md` names the models that cannot be served, and why.
     """
     modeling_utils = importlib.import_module("transformers.modeling_utils")
     masking_utils = importlib.import_module("transformers.masking_utils")
@@ -54,20 +37,26 @@ def register(name: str = "cuflash") -> None:
     masking_utils.AttentionMaskInterface.register(name, attention_mask)
     _ours.add(name)
     # Transformers takes every name with "flash" in it for a build of flash-attn, which it looks for when a model is
-    # made, and swaps for another where a model lists those it knows. Elsewhere the name's meaning (sequences without
-    # padding, no mask of [len, len]) is right.
-    asked = getattr(modeling_utils, "is_flash_attention_requested", None)
-    if asked is not None and not hasattr(asked, "_cuflash"):
-
-        def is_flash_attention_requested(*positional: Any, **keywords: Any) -> bool:
-            named = keywords.get("requested_attention_implementation")
-            return named not in _ours and asked(*positional, **keywords)
-
-        is_flash_attention_requested._cuflash = True  # pyright: ignore[reportFunctionMemberAccess]
-        vars(modeling_utils)["is_flash_attention_requested"] = is_flash_attention_requested
+    # made, swaps for another where a model lists those it knows, and believes unable to mask by chunks. Elsewhere the
+    # name's meaning (sequences without padding, no mask of [len, len]) is right.
+    for module in (modeling_utils, masking_utils):
+        asked = getattr(module, "is_flash_attention_requested", None)
+        if asked is not None and not hasattr(asked, "_cuflash"):
+            vars(module)["is_flash_attention_requested"] = _unless_ours(asked)
 
 
 _ours: set[str] = set()  # the names registered
+
+
+def _unless_ours(asked: Any) -> Any:
+    def is_flash_attention_requested(
+        config: Any = None, requested_attention_implementation: str | None = None, *others: Any, **keywords: Any
+    ) -> bool:
+        named = requested_attention_implementation or getattr(config, "_attn_implementation", None)
+        return named not in _ours and asked(config, requested_attention_implementation, *others, **keywords)
+
+    is_flash_attention_requested._cuflash = True  # pyright: ignore[reportFunctionMemberAccess]
+    return is_flash_attention_requested
 
 
 def attention_mask(
@@ -81,65 +70,13 @@ def attention_mask(
     use_vmap: bool = False,
     device: Any = None,
     **unused: Any,
-) -> Rows | None:
+) -> Any:
     """Called by Transformers for every kind of layer in a model -> what `attention_forward` gets as its mask."""
-    causal, window, sequences = mask_function is None, None, None
-    for rule in _rules(mask_function) if mask_function is not None else ():
-        name = getattr(rule, "__qualname__", repr(rule)).partition(".")[0]
-        if name == "causal_mask_function":
-            causal = True
-        elif name == "sliding_window_overlay":
-            window = _closure(rule)["sliding_window"]
-        elif name == "packed_sequence_mask_function":
-            sequences = _closure(rule)["packed_sequence_mask"]
-        elif use_vmap or name != "bidirectional_mask_function":
-            raise UnsupportedError(
-                f"this model masks by {name}, which attn_implementation='cuflash' does not know (causal, sliding "
-                "window, padding and packing): use attn_implementation='sdpa'"
-            )
-    import torch
+    from .transformers_masks import prepare
 
-    if sequences is not None:
-        first = torch.ones_like(sequences, dtype=torch.bool)
-        first[:, 1:] = sequences[:, 1:] != sequences[:, :-1]
-        begins = first.flatten().nonzero().flatten()
-        starts = torch.cat([begins, begins.new_tensor([first.numel()])]).to(torch.int32)
-        return Rows(window, causal, starts, starts)
-    used = int(q_offset) + q_length - kv_offset  # a static cache is longer than what it holds
-    if attention_mask is None and 0 < used < kv_length:
-        return Rows(window, causal, k_len=used)
-    if attention_mask is not None:
-        kept = attention_mask[:, kv_offset : kv_offset + kv_length].to(torch.bool)
-        if kept.shape[1] < kv_length or not kept.all():
-            return _padded(kept, q_length, window, causal)
-    return None if causal and window is None else Rows(window, causal)
-
-
-def _padded(kept: Any, q_length: int, window: int | None, causal: bool) -> Rows:
-    """Rows of a batch with padding: `kept` bool [batch, k_len], whose last columns are the queries."""
-    queries = kept[:, -q_length:]
-    return Rows(
-        window, causal, cu_seqlens_from(mask=queries), cu_seqlens_from(mask=kept),
-        queries.flatten().nonzero().flatten(), kept.flatten().nonzero().flatten(), kept.shape[1],
-    )  # fmt: skip
-
-
-def _rules(function: Any) -> Iterator[Any]:
-    """The functions that `function` is the conjunction of."""
-    name = getattr(function, "__qualname__", "")
-    cells = _closure(function)
-    if name.startswith("and_masks."):
-        for part in cells["mask_functions"]:
-            yield from _rules(part)
-    elif name.startswith("remap_positions_for_packed_sequence."):
-        yield from _rules(cells["mask_function"])
-    else:
-        yield function
-
-
-def _closure(function: Any) -> dict[str, Any]:
-    cells = getattr(function, "__closure__", None) or ()
-    return {name: cell.cell_contents for name, cell in zip(function.__code__.co_freevars, cells, strict=True)}
+    return prepare(
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, use_vmap, device
+    )
 
 
 def attention_forward(
@@ -154,6 +91,7 @@ def attention_forward(
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: Any = None,
+    position_bias: Any = None,
     cu_seq_lens_q: Any = None,
     cu_seq_lens_k: Any = None,
     max_length_q: int | None = None,
@@ -162,43 +100,62 @@ def attention_forward(
 ) -> tuple[Any, None]:
     """Called by Transformers for every layer: query, key, value [batch, heads, len, d] -> (out [batch, len, heads, d],
     None)."""
-    for name in ("position_bias", "output_attentions", "cache"):
+    for name in ("output_attentions", "cache"):
         if others.get(name) is not None and others[name] is not False:
             raise UnsupportedError(f"{name} with attn_implementation='cuflash': use attn_implementation='eager'")
+    from .transformers_masks import Packed
+
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     batch, q_len = q.shape[:2]
-    rows = attention_mask
-    if rows is None:
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        rows = Rows(sliding_window, bool(causal))
-    elif not isinstance(rows, Rows):
-        if rows.ndim != 2:
-            raise UnsupportedError(
-                f"a mask of shape {tuple(rows.shape)} with attn_implementation='cuflash': pass the padding alone, "
-                "attention_mask [batch, len], or use attn_implementation='sdpa'"
-            )
-        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-        rows = _padded(rows.bool(), q_len, sliding_window, bool(causal))
-    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
-        rows = Rows(rows.window, rows.causal, _int32(cu_seq_lens_q), _int32(cu_seq_lens_k))
-    else:
-        max_length_q = max_length_k = None
-    if rows.k_len is not None:
-        k, v = k[:, : rows.k_len], v[:, : rows.k_len]
-    if rows.starts_q is not None:
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
-        if rows.places_q is not None:
-            q, k, v = q[rows.places_q], k[rows.places_k], v[rows.places_k]
-    before = -1 if rows.window is None else rows.window - 1
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    rule = _rule(attention_mask, q_len, k.shape[1], bool(causal), sliding_window)
+    packed, max_seqlens = rule.packed, (None, None)
+    if position_bias is not None or rule.bias is not None:
+        packed = None  # a bias is told by the places of queries and keys in the batch
+    elif cu_seq_lens_q is not None and cu_seq_lens_k is not None and rule.kept is None and rule.written is None:
+        packed, max_seqlens = Packed(_int32(cu_seq_lens_q), _int32(cu_seq_lens_k)), (max_length_q, max_length_k)
+    arguments = {"scale": scaling, "softcap": softcap or 0.0, "sink": s_aux, "dropout_p": dropout}
+    if packed is None:
+        return rule.attention(q, k, v, position_bias, **arguments), None
+    k, v = k[:, : rule.keys], v[:, : rule.keys]
+    q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
+    if packed.places_q is not None:
+        q, k, v = q[packed.places_q], k[packed.places_k], v[packed.places_k]
     out = attention(
-        q, k, v,
-        cu_seqlens_q=rows.starts_q, cu_seqlens_k=rows.starts_k, max_seqlen_q=max_length_q, max_seqlen_k=max_length_k,
-        scale=scaling, causal=rows.causal, window_size=(before, before), softcap=softcap or 0.0, sink=s_aux,
-        dropout_p=dropout,
+        q, k, v, cu_seqlens_q=packed.starts_q, cu_seqlens_k=packed.starts_k, max_seqlen_q=max_seqlens[0],
+        max_seqlen_k=max_seqlens[1], causal=rule.causal, window_size=rule.window, **arguments,
     )  # fmt: skip
-    if rows.places_q is not None:
-        out = pad_input(out, rows.places_q, batch, q_len)
+    if packed.places_q is not None:
+        out = pad_input(out, packed.places_q, batch, q_len)
     return out.reshape(batch, q_len, *out.shape[-2:]), None
+
+
+def _rule(mask: Any, q_len: int, k_len: int, causal: bool, sliding_window: int | None) -> Any:
+    """The rule for queries and keys of one layer: the mask's, or with None and padding the layer's own."""
+    from .transformers_masks import Mask, Rule
+
+    before = -1 if sliding_window is None else sliding_window - 1
+    window = before, 0 if causal else before
+    if mask is None:
+        return Rule(causal, window)
+    if isinstance(mask, Mask):
+        if tuple(mask.shape[-2:]) != (q_len, k_len):
+            raise ArgumentError(
+                f"a mask for {mask.shape[-2]} queries and {mask.shape[-1]} keys beside {q_len} and {k_len}: the model "
+                "must make its mask for the queries and keys that its layers compute with"
+            )
+        return mask.rule
+    kind = "bool" if "bool" in str(mask.dtype) else "float" if "float" in str(mask.dtype) else "other"
+    if mask.ndim == 2 and kind != "float" and mask.shape[1] == k_len:
+        return Rule(causal, window, kept=(mask != 0).contiguous())
+    if mask.ndim == 4 and kind != "other" and mask.shape[2] in (1, q_len) and mask.shape[3] >= k_len:
+        written = mask[..., :k_len].expand(-1, -1, q_len, -1).contiguous()
+        return Rule(written=written) if kind == "bool" else Rule(bias=written)
+    raise UnsupportedError(
+        f"a mask of {mask.dtype} and shape {tuple(mask.shape)} beside {q_len} queries and {k_len} keys with "
+        "attn_implementation='cuflash': pass the padding, attention_mask [batch, k_len], or a mask "
+        "[batch, heads, q_len, k_len], bool or floats to be added to the scores"
+    )
 
 
 def _int32(x: Any) -> Any:
