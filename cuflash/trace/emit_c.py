@@ -35,10 +35,10 @@ _TEXT = {
 _CALLS = {
     "div": "float_div", "pow": "power_of", "exp": "exp_of", "exp2": "hw::exp2_approx", "log": "log_of",
     "log2": "hw::log2_approx", "tanh": "tanh_of", "tanh_approx": "hw::tanh_approx", "sigmoid": "sigmoid_of",
-    "sqrt": "hw::sqrt_approx",
-    "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor", "ceil": "hw::ceil",
-    "erf": "hw::erf", "expm1": "hw::expm1", "log1p": "hw::log1p", "atan": "hw::atan", "atan2": "hw::atan2",
-    "signbit": "sign_bit", "float16": "rounded_to<hw::Half>", "bfloat16": "rounded_to<hw::Bfloat16>",
+    "sqrt": "hw::sqrt_approx", "rsqrt": "hw::rsqrt_approx", "sin": "sin_of", "cos": "cos_of", "floor": "hw::floor",
+    "ceil": "hw::ceil", "erf": "hw::erf", "expm1": "hw::expm1", "log1p": "hw::log1p", "atan": "hw::atan",
+    "atan2": "hw::atan2", "signbit": "sign_bit", "float16": "rounded_to<hw::Half>",
+    "bfloat16": "rounded_to<hw::Bfloat16>",
 }  # fmt: skip
 
 
