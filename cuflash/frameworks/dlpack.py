@@ -13,6 +13,7 @@ from . import numpy as _numpy
 NAME: str = "DLPack"
 
 stream, capturing, upload = _cupy.stream, _cupy.capturing, _cupy.upload
+keep_recorded = _cupy.keep_recorded
 retain = _cupy.retain_until_done  # the producer may reuse the memory on a stream of its own
 
 

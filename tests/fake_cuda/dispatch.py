@@ -1,4 +1,4 @@
-"""What runs when a kernel is launched on the driver stand-in: the emulator's twin of cuflash's kernels, NumPy for CuPy's.
+"""What a launch on the driver stand-in runs: of cuflash's kernels the emulator's twin, of CuPy's what NumPy has.
 
 A launch is known by its function's cubin: `module.compile` made it from a KernelSpec, of which the emulator compiles
 the twin, and runs it over the same addresses. CuPy's own kernels (a fill, a copy, a comparison) are not compiled:
@@ -37,10 +37,10 @@ def install() -> None:
 
 def _run(path: bytes, name: bytes, device: int, shape: Any, arguments: int, size: int, stream: int) -> int:
     try:
-        if path == host_kernels.PATH:
-            host_kernels.run(name.decode(), arguments)
+        if (module := path.decode()).startswith(host_kernels.PATH):
+            host_kernels.run(module, arguments)
         else:
-            _emulate(path.decode(), name.decode(), tuple(shape[:7]), ctypes.string_at(arguments, size))
+            _emulate(module, name.decode(), tuple(shape[:7]), ctypes.string_at(arguments, size))
         return 0
     except BaseException as error:  # nothing may be raised through C
         traceback.print_exc()

@@ -1,4 +1,4 @@
-"""CuPy's own kernels on the driver stand-in, done by NumPy: elementwise operations by their names, and whole reductions.
+"""CuPy's own kernels on the driver stand-in, done by NumPy: elementwise operations by name, and whole reductions.
 
 CuPy writes such a kernel as text, and its declaration says what a launch gives it:
 
@@ -21,7 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-PATH = b"kernel on the host"  # what driver/modules.cpp calls a module of these
+PATH = "kernel on the host "  # how driver/modules.cpp calls a module of these, with its number behind
 
 _DTYPES = {
     "bool": np.bool_, "signed char": np.int8, "unsigned char": np.uint8, "short": np.int16, "unsigned short": np.uint16,
@@ -37,11 +37,12 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "copy": lambda x: x,
     "fill": lambda x: x,
     "arange": lambda start, step: None,  # see `run`: it alone counts
+    "where": np.where,
     "isclose": lambda a, b, rtol, atol, nan: np.isclose(a, b, rtol, atol, nan),
     **{
         name: getattr(np, name)
         for name in (
-            "add", "subtract", "multiply", "true_divide", "negative", "absolute", "isnan", "isfinite", "isinf", "equal",
+            "exp", "log", "add", "subtract", "multiply", "true_divide", "negative", "absolute", "isnan", "isfinite", "isinf", "equal",
             "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_not",
             "bitwise_and", "bitwise_or", "invert", "maximum", "minimum",
         )
@@ -81,7 +82,7 @@ class _Argument:
         return np.asarray(holder).view(self.dtype) if size else np.empty(shape, self.dtype)
 
 
-_arguments: dict[str, list[_Argument]] = {}  # by the kernel's name
+_kernels: list[tuple[str, list[_Argument]]] = []  # names are not theirs alone: one may be of any number of axes
 
 
 def install() -> None:
@@ -90,8 +91,8 @@ def install() -> None:
 
     def read(source: str, *rest: Any, **keywords: Any) -> Any:
         name, arguments = _declared(source)
-        _arguments[name] = arguments
-        image = f"{PATH.decode()}\n{name} {' '.join(str(a.nbytes) for a in arguments)}\n"
+        _kernels.append((name, arguments))
+        image = f"{PATH}{len(_kernels) - 1}\n{name} {' '.join(str(a.nbytes) for a in arguments)}\n"
         module = function.Module()
         module.load(image.encode())
         return module
@@ -100,13 +101,11 @@ def install() -> None:
 
 
 def _declared(source: str) -> tuple[str, list[_Argument]]:
-    """A name of its own for each kernel, and what a launch of it gets."""
+    """A kernel's name, and what a launch of it gets."""
     found = _KERNEL.search(source)
     if found is None:
         raise NotImplementedError("the driver stand-in knows no kernel of this text of CuPy's")
-    name = found[1]
-    arguments = [_argument(text.strip()) for text in re.split(r",\s*(?![^<]*>)", found[2])]
-    return name, arguments
+    return found[1], [_argument(text.strip()) for text in re.split(r",\s*(?![^<]*>)", found[2])]
 
 
 def _argument(text: str) -> _Argument:
@@ -119,10 +118,11 @@ def _argument(text: str) -> _Argument:
     return _Argument("in", _DTYPES[found[1]], None)
 
 
-def run(name: str, address: int) -> None:
-    """Runs a kernel, whose arguments lie side by side at an address."""
+def run(path: str, address: int) -> None:
+    """Runs the kernel of a module, whose arguments lie side by side at an address."""
+    name, arguments = _kernels[int(path.removeprefix(PATH))]
     inputs, outputs, index = [], [], []
-    for argument in _arguments[name]:
+    for argument in arguments:
         value = argument.value(address) if argument.kind != "index" else None
         {"in": inputs, "out": outputs, "index": index}[argument.kind].append(value)
         address += argument.nbytes

@@ -129,7 +129,7 @@ _kept: list[Any] = []  # what C holds by address
 
 
 def install() -> None:
-    """Builds the driver if need be, and makes it this process's and its children's, by `VARIABLE` in the environment."""
+    """Makes the driver this process's, as `VARIABLE` in the environment says, and builds it if need be."""
     global _library
     if installed():
         return

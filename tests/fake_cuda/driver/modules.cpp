@@ -94,17 +94,16 @@ Status read_cubin(Module& module, std::string image) {
   return kSuccess;
 }
 
-// What takes the place of CuPy's own kernels, which NumPy runs: a line that says so, the name, the arguments' bytes.
-constexpr const char* kHostKernel = "kernel on the host\n";
+// What takes the place of CuPy's own kernels, which NumPy runs: "kernel on the host N", the name, the arguments' bytes.
+constexpr const char* kHostKernel = "kernel on the host ";
 
 Status read_host_kernel(Module& module, const char* image) {
-  std::istringstream text(image + strlen(kHostKernel));
+  std::istringstream text(image);
+  std::getline(text, module.path);
   auto kernel = std::make_unique<Kernel>();
   kernel->module = &module;
   text >> kernel->name;
   for (unsigned bytes; text >> bytes;) kernel->arguments.push_back(bytes);
-  module.path = kHostKernel;
-  module.path.pop_back();
   module.kernels[kernel->name] = std::move(kernel);
   return kSuccess;
 }
