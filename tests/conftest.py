@@ -5,7 +5,7 @@ CUFLASH_TEST_ARCH   the architecture that the emulator is, where a test asks for
                     of the forward run Hopper's kernel
 CUFLASH_TEST_LANDING  when its asynchronous copies land, likewise: "early"; unset: late
 CUFLASH_CACHE_DIR   compiled kernels; unset: a folder in pytest's cache, so that a second run compiles nothing
-CUFLASH_TEST_DRIVER  "stand-in": tests that need a GPU run on the driver of tests/fake_cuda, with the emulator behind it;
+CUFLASH_TEST_DRIVER  "stand-in": tests that need a GPU run on the driver of tests/fake_cuda, with the emulator behind;
                     "stand-in:8.0" is one of that compute capability. Needs CuPy
 """
 

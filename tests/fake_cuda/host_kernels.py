@@ -42,7 +42,8 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     **{
         name: getattr(np, name)
         for name in (
-            "exp", "log", "add", "subtract", "multiply", "true_divide", "negative", "absolute", "isnan", "isfinite", "isinf", "equal",
+            "exp", "log", "add", "subtract", "multiply", "true_divide", "negative", "absolute", "isnan", "isfinite",
+            "isinf", "equal",
             "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_not",
             "bitwise_and", "bitwise_or", "invert", "maximum", "minimum",
         )

@@ -23,13 +23,16 @@ BATCH, KEYS, HEADS, DIM = 3, 256, 2, 64
 
 
 class Producer:
-    """An array that has nothing but the DLPack protocol."""
+    """An array that has nothing but the DLPack protocol, of a library that works on the stream it was made on."""
 
     def __init__(self, x: Any) -> None:
-        self.x = x
+        import cupy
+
+        self.x, self.stream = x, cupy.cuda.get_current_stream()
 
     def __dlpack__(self, **keywords: Any) -> Any:
-        return self.x.__dlpack__(**keywords)
+        with self.stream:
+            return self.x.__dlpack__(**keywords)
 
     def __dlpack_device__(self) -> Any:
         return self.x.__dlpack_device__()
@@ -123,12 +126,11 @@ def a_stream_of_the_callers() -> None:
 def a_device_that_is_not_current() -> None:
     import cupy
 
-    with stand_in.settings(devices=2):
-        with cupy.cuda.Device(1):
-            arrays = uploaded()
-        out = cuflash.attention(*arrays, causal=True)
-        assert out.device.id == 1 and cupy.cuda.runtime.getDevice() == 0
-        near(out, expected())
+    with cupy.cuda.Device(1):
+        arrays = uploaded()
+    out = cuflash.attention(*arrays, causal=True)
+    assert out.device.id == 1 and cupy.cuda.runtime.getDevice() == 0
+    near(out, expected())
 
 
 def a_thread_that_has_not_used_cuda() -> None:
@@ -139,10 +141,9 @@ def a_thread_that_has_not_used_cuda() -> None:
     out = cupy.empty_like(arrays[0])
     in_thread(lambda: cuflash.attention(*arrays, causal=True, out=out))
     near(out, expected())
-    with stand_in.settings(devices=2):
-        with cupy.cuda.Device(1):
-            there = uploaded()
-        in_thread(lambda: near(cuflash.attention(*there, causal=True), expected()))
+    with cupy.cuda.Device(1):
+        there = uploaded()
+    in_thread(lambda: near(cuflash.attention(*there, causal=True), expected()))
 
 
 def a_cache_with_lengths_of_its_own() -> None:
@@ -217,19 +218,30 @@ def arrays_of_a_producer_that_die_after_the_call() -> None:
     del new
 
 
+def arrays_that_a_producer_still_writes() -> None:
+    """On its own stream: the call's waits for it."""
+    import cupy
+
+    with cupy.cuda.Stream(non_blocking=True):
+        arrays = [Producer(x) for x in uploaded()]
+    with cupy.cuda.Stream(non_blocking=True):
+        near(cuflash.attention(*arrays, causal=True), expected())
+
+
 def a_producer_under_capture() -> None:
     """Neither is the capture lost, nor any later call."""
     import cupy
 
-    arrays = [Producer(x) for x in uploaded()]
-    near(cuflash.attention(*arrays, causal=True), expected())
     stream = cupy.cuda.Stream(non_blocking=True)
-    with captured(stream) as graphs:
+    with stream:
+        arrays = [Producer(x) for x in uploaded()]
+        near(cuflash.attention(*arrays, causal=True), expected())
+    with captured(stream, RELAXED) as graphs:
         out = cuflash.attention(*arrays, causal=True)
     with stream:
         graphs[0].launch(stream)
         near(out, expected())
-    near(cuflash.attention(*arrays, causal=True), expected())
+        near(cuflash.attention(*arrays, causal=True), expected())
 
 
 # --- Graphs ---------------------------------------------------------------------------------------------------------
@@ -238,12 +250,13 @@ def a_producer_under_capture() -> None:
 def a_first_call_under_capture() -> None:
     import cupy
 
-    arrays = uploaded()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        arrays = uploaded()
     out = cupy.empty_like(arrays[0])
     for mode in (GLOBAL, RELAXED):
         module.clear()
         cupy.clear_memo()
-        stream = cupy.cuda.Stream(non_blocking=True)
         with captured(stream, mode) as graphs:
             cuflash.attention(*arrays, causal=True, out=out)
         graphs[0].launch(stream)
@@ -263,7 +276,7 @@ def a_replay_writes_to_nobodys_memory() -> None:
         attend(*arrays)
     graphs, outs = [], []
     for _ in range(2):
-        with captured(stream) as made:
+        with captured(stream, RELAXED) as made:
             outs.append(attend(*arrays))
         graphs += made
     pool.free_all_blocks()
@@ -295,7 +308,7 @@ def captures_keep_what_they_took_and_nothing_else_is_kept() -> None:
         stream.synchronize()
         held = []
         for _ in range(1000):
-            with captured(stream):
+            with captured(stream, RELAXED):
                 attend(*arrays)
             held.append(len(adapter._recorded))
     each = held[0] - before
@@ -333,19 +346,25 @@ def a_capture_while_another_thread_works() -> None:
 
     arrays = uploaded()
     near(cuflash.attention(*map(Producer, arrays), causal=True), expected())
-    stream = cupy.cuda.Stream(non_blocking=True)
+    stream, other = (cupy.cuda.Stream(non_blocking=True) for _ in range(2))
+    out = cupy.empty_like(arrays[0])
 
     def work() -> None:
-        with cupy.cuda.Stream(non_blocking=True):
+        with other:
             for _ in range(3):
                 cuflash.attention(*map(Producer, arrays), causal=True)
 
+    for _ in range(2):  # CuPy's pool must have enough: it cannot allocate while a stream is captured in this mode
+        work()
+        other.synchronize()
+    module.clear()
+    cupy.clear_memo()
     with captured(stream) as graphs:
-        out = cuflash.attention(*arrays, causal=True)
         in_thread(work)
+        cuflash.attention(*arrays, causal=True, out=out)
     graphs[0].launch(stream)
-    with stream:
-        near(out, expected())
+    stream.synchronize()
+    near(out, expected())
 
 
 # --- Failure --------------------------------------------------------------------------------------------------------
@@ -434,7 +453,8 @@ def a_kernel_that_never_ends() -> None:
 SCENARIOS = [
     a_stream_of_the_callers, a_device_that_is_not_current, a_thread_that_has_not_used_cuda,
     a_cache_with_lengths_of_its_own, host_lengths, host_lengths_under_capture, a_number_of_keys_is_no_array,
-    arrays_of_a_producer_that_die_after_the_call, a_producer_under_capture, a_first_call_under_capture,
+    arrays_of_a_producer_that_die_after_the_call, arrays_that_a_producer_still_writes, a_producer_under_capture,
+    a_first_call_under_capture,
     a_replay_writes_to_nobodys_memory, captures_keep_what_they_took_and_nothing_else_is_kept, a_backward_in_a_graph,
     a_capture_while_another_thread_works, no_memory, a_launch_is_refused, a_kernel_fails, a_module_is_not_loaded,
     a_kernel_that_never_ends,

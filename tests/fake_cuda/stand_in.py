@@ -1,7 +1,7 @@
 """A CUDA driver without a GPU, put under the real CuPy of this process; tests/fake_cuda/driver is the driver itself.
 
     install()                       # before anything imports CuPy
-    with settings(devices=2, late=False):
+    with settings(allocations=3, late=False):
         ...                         # adversaries, for a while
     with recording() as lines:
         cuflash.attention(...)      # lines: what the driver was asked for
@@ -142,8 +142,7 @@ def install() -> None:
     now = _settings()
     now.major, now.minor = capability
     now.multiprocessors, now.shared_optin = DEVICES[capability]
-    now.devices = int(os.environ.get(VARIABLE + "_DEVICES", "1"))
-    now.late = os.environ.get(VARIABLE + "_LATE", "1") == "1"
+    now.devices = 2  # CuPy makes its memory pools for as many as it sees first
     sys.meta_path.insert(0, _BeforeCupy())
 
 

@@ -102,6 +102,9 @@ Object* done(Call call) {
   return none(unlocked(call));
 }
 
+// What a query gives: that work is not done is no error.
+Object* asked(int status) { return status && status != kNotReady ? none(status) : PyLong_FromLong(status); }
+
 }  // namespace
 
 API void rt_error_class(Object* type) {
@@ -187,7 +190,10 @@ API std::intptr_t rt_streamCreateWithFlags(unsigned flags) {
 API std::intptr_t rt_streamCreateWithPriority(unsigned flags, int) { return rt_streamCreateWithFlags(flags); }
 API Object* rt_streamDestroy(std::intptr_t h) { return done([=] { return cuStreamDestroy_v2(h); }); }
 API Object* rt_streamSynchronize(std::intptr_t h) { return done([=] { return cuStreamSynchronize(h); }); }
-API Object* rt_streamQuery(std::intptr_t h) { return done([=] { return cuStreamQuery(h); }); }
+API Object* rt_streamQuery(std::intptr_t h) {
+  bind();
+  return asked(cuStreamQuery(h));
+}
 API unsigned rt_streamGetFlags(std::intptr_t h) {
   return made<unsigned>([=](unsigned* flags) { return cuStreamGetFlags(h, flags); });
 }
@@ -235,8 +241,7 @@ API Object* rt_eventRecord(std::intptr_t e, std::intptr_t h) {
 }
 API Object* rt_eventQuery(std::intptr_t e) {
   bind();
-  const int status = cuEventQuery(reinterpret_cast<Event*>(e));
-  return status && status != kNotReady ? none(status) : PyLong_FromLong(status);
+  return asked(cuEventQuery(reinterpret_cast<Event*>(e)));
 }
 API Object* rt_eventSynchronize(std::intptr_t e) {
   return done([=] { return cuEventSynchronize(reinterpret_cast<Event*>(e)); });

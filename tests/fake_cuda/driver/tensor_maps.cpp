@@ -67,9 +67,9 @@ API int cuTensorMapEncodeTiled(
   const unsigned row = box[0] * element;
   if (row % 16 || (swizzle && row > 16u << swizzle)) return refused("tensor map: the box's rows");
   Lock lock(tables);
-  // Stricter than the manual: what it describes is memory of one allocation, on this device.
+  // Stricter than the manual: what it describes is memory of one allocation.
   Block* block = block_at(begin);
-  if (!block || block->on_host || block->device != current()->device) return refused("tensor map: not this device's");
+  if (!block || block->on_host) return refused("tensor map: not of a device's memory");
   if (end > block->begin + block->bytes) return refused("tensor map: beyond the allocation's end");
   memcpy(result, &map, sizeof map);
   note("tensor map rank=%u address=%#llx dims0=%llu", rank, static_cast<unsigned long long>(begin),
