@@ -86,7 +86,8 @@ def no_gpu(
                 stack.enter_context(mock.patch.object(target, attribute, function))
 
         replace(module, launch_cuda=launch)
-        replace(tensor_map, _driver=tensor_map._emulated)  # which the driver would write in a form of its own
+        # Maps, which the driver would write in a form of its own, from all but the device.
+        replace(tensor_map, _driver=lambda *tensor: tensor_map._emulated(*tensor[:-1]))
         stack.callback(tensor_map.encode.cache_clear)
         replace(frameworks.cupy, arch_of=lambda device, cuda_version=None: arch.named(name))
 

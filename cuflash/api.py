@@ -11,7 +11,7 @@ import html
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -396,14 +396,11 @@ class _Call:
     def _execute(self) -> None:
         prepared, framework, views = self.prepared, self.framework, self.views
         device = prepared.device
-        for name, values in self.uploads.items():
-            views[name] = framework.upload(values, device)
+        upload_all(framework, self.uploads, views, device)
         for name, shape, dtype in prepared.results:
             if name not in views:
                 views[name] = framework.empty(shape, dtype, device)
-        for name, (shape, dtype) in prepared.workspace().items():
-            if name not in views:
-                views[name] = framework.empty(shape, dtype, device)
+        take_workspace(framework, prepared.workspace(), views, device)
         plan = prepared.plan
         if plan is None:
             self._run_reference()
@@ -456,6 +453,30 @@ class _Call:
             for name, values in results:
                 if name in targets:
                     targets[name][...] = values
+
+
+def upload_all(
+    framework: Framework, uploads: dict[str, np.ndarray], views: dict[str, TensorView], device: Device
+) -> None:
+    """Copies host values to the device, one that goes by several names once."""
+    copies: dict[int, TensorView] = {}
+    for name, values in uploads.items():
+        if id(values) not in copies:
+            copies[id(values)] = framework.upload(values, device)
+        views[name] = copies[id(values)]
+
+
+def take_workspace(
+    framework: Framework, workspace: Mapping[str, tuple[tuple[int, ...], DType]], views: dict[str, TensorView],
+    device: Device,
+) -> None:  # fmt: skip
+    """Allocates what kernels need beside arguments and results: (shape, dtype) by name."""
+    missing = [(name, *what) for name, what in workspace.items() if name not in views]
+    taken = {name: framework.empty(shape, dtype, device) for name, shape, dtype in missing}
+    if taken:
+        views |= taken
+        if device[0] == "cuda":
+            framework.keep_recorded(taken.values(), device[1])
 
 
 _GRADIENTS = ("dq", "dk", "dv", "dsink", "dslopes")  # as reference.attention_backward returns them
@@ -579,9 +600,10 @@ def _bind(
             ("page_table", page_table),
         ):
             if x is not None:
-                view = views[name] = _lengths_view(framework, x, name)
+                same = name == "cu_seqlens_k" and x is cu_seqlens_q
+                view = views[name] = views["cu_seqlens_q"] if same else _lengths_view(framework, x, name)
                 if view.device[0] == "cpu":
-                    host_values[name] = view.as_numpy()
+                    host_values[name] = host_values["cu_seqlens_q"] if same else view.as_numpy()
                 if isinstance(x, (list, tuple, np.ndarray)):
                     plain.append(name)
         if max_seqlen_q is None and "cu_seqlens_q" in host_values:

@@ -6,7 +6,10 @@ All derive from `CuflashError`; each also derives from the built-in exception a 
 
 from __future__ import annotations
 
-__all__ = ["ArgumentError", "CompileError", "CuflashError", "EmulatorError", "TraceError", "UnsupportedError"]
+__all__ = [
+    "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "EmulatorError", "TraceError",
+    "UnsupportedError",
+]  # fmt: skip
 
 
 class CuflashError(Exception):
@@ -32,6 +35,14 @@ class CompileError(CuflashError):
         super().__init__(message)
         self.log = log
         self.source = source
+
+
+class DeviceError(CuflashError, RuntimeError):
+    """A GPU, or its driver, failed at what no argument explains: a launch, a module, an earlier kernel's fault."""
+
+
+class DeviceMemoryError(DeviceError, MemoryError):
+    """A GPU has too little memory left for a call's results or workspace. Nothing was launched for the call."""
 
 
 class TraceError(CuflashError):

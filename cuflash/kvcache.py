@@ -242,6 +242,7 @@ class _Prepared:
     extents: dict[str, tuple[int, int]]  # of every array the bytes before and behind its pointer
     results: tuple[tuple[str, tuple[int, ...], DType], ...]  # (name, shape, dtype)
     workspace: dict[str, tuple[tuple[int, ...], DType]]  # of kernels: (shape, dtype) by name
+    length_by_value: bool  # whether attention is told of the keys by a number, and not by an array
 
     @property
     def device(self) -> Device:
@@ -319,9 +320,11 @@ def _prepare(
         given["page_table"] = next((n for n in ("block_table", "cache_batch_idx") if n in views), "pages")
         if given["page_table"] == "pages":
             workspace["pages"] = ((batch,), dtypes.int32)
+    # A number that is all sequences' is a number of the launch's.
+    by_value = options.counted and not pad and "cu_seqlens_k_new" not in views and backend != "reference"
     if "cache_seqlens" in views and k is None and not pad:
         given["seqused_k"] = "cache_seqlens"
-    elif counted or "page_table" in given:
+    elif not by_value and (counted or "page_table" in given):
         given["seqused_k"] = "seqused_k"
         workspace["seqused_k"] = ((batch,), dtypes.int32)
     if "rotary_cos" in views:
@@ -337,6 +340,8 @@ def _prepare(
     made = {name: _spec(shape, dtype, device) for name, (shape, dtype) in workspace.items()}
     attend = _attended(given, views | there | made)
     attend.pop("cache_leftpad", None)  # which `attention` does not have
+    if by_value:  # in whose place `attention` would have an array
+        attend["seqused_k"] = _spec((batch,), dtypes.int32, device)
     attention = api._prepare(
         framework, attend, (), alignment, options.scale, False, options.window, options.softcap, options.max_seqlen_q,
         None, ("lse",) if options.lse else (), mods, 0.0, (), None, backend,
@@ -349,7 +354,7 @@ def _prepare(
         workspace |= attention.workspace()
     return _Prepared(
         attention, append, options, batch, None if "cu_seqlens_k_new" in views else 0 if k is None else k.shape[1],
-        page_size, pages, given, {name: x.extent for name, x in views.items()}, attention.results, workspace,
+        page_size, pages, given, {name: x.extent for name, x in views.items()}, attention.results, workspace, by_value,
     )  # fmt: skip
 
 
@@ -523,17 +528,21 @@ class _Step:
         attend = self._run_reference() if prepared.attention.plan is None else self._launch_append()
         names = [*(name for name, _, _ in prepared.results), *prepared.attention.workspace()]
         attend |= {name: views[name] for name in names if name in views}
-        api._Call(framework, attend, {}, prepared.attention, {}, self.scalars, {})._execute()
+        api._Call(framework, attend, {}, prepared.attention, {}, self.scalars, self._numbers())._execute()
         views |= {name: attend[name] for name, _, _ in prepared.results}
+
+    def _numbers(self) -> dict[str, int]:
+        """What attention is told beside arrays: how many keys every sequence has, where no array says so."""
+        if not self.prepared.length_by_value:
+            return {}
+        assert self.prepared.new is not None
+        return {"k_len": self.length + self.prepared.new}
 
     def _launch_append(self) -> Views:
         """The launch before attention -> attention's arrays."""
         prepared, framework, views, device = self.prepared, self.framework, self.views, self.prepared.device
-        for name, values in self.uploads.items():
-            views[name] = framework.upload(values, device)
-        for name, (shape, dtype) in prepared.workspace.items():
-            if name not in views:
-                views[name] = framework.empty(shape, dtype, device)
+        api.upload_all(framework, self.uploads, views, device)
+        api.take_workspace(framework, prepared.workspace, views, device)
         prepared.attention.compile()
         if prepared.append is not None:
             table = views.get("block_table") or views.get("cache_batch_idx")

@@ -5,6 +5,8 @@ CUFLASH_TEST_ARCH   the architecture that the emulator is, where a test asks for
                     of the forward run Hopper's kernel
 CUFLASH_TEST_LANDING  when its asynchronous copies land, likewise: "early"; unset: late
 CUFLASH_CACHE_DIR   compiled kernels; unset: a folder in pytest's cache, so that a second run compiles nothing
+CUFLASH_TEST_DRIVER  "stand-in": tests that need a GPU run on the driver of tests/fake_cuda, with the emulator behind;
+                    "stand-in:8.0" is one of that compute capability. Needs CuPy
 """
 
 from __future__ import annotations
@@ -43,6 +45,12 @@ def pytest_configure(config: pytest.Config) -> None:
         else:
             os.environ["CUFLASH_CACHE_DIR"] = folder = tempfile.mkdtemp(prefix="cuflash-")
             config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if os.environ.get("CUFLASH_TEST_DRIVER"):
+        from fake_cuda import plugin, stand_in
+
+        stand_in.install()
+        stand_in.for_children()
+        config.pluginmanager.register(plugin)
     # Hypothesis repeats its examples likewise; a failing one prints what makes it again. A machine's speed is no bug.
     settled = os.environ["CUFLASH_TEST_SEED"] == DEFAULT_SEED
     hypothesis.settings.register_profile("cuflash", derandomize=settled, deadline=None, print_blob=True)

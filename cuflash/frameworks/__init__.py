@@ -109,6 +109,11 @@ class Framework(Protocol):
         """Keep borrowed arrays alive until the work just launched is done, where the framework would not."""
         ...
 
+    def keep_recorded(self, views: Iterable[TensorView], device: int) -> None:
+        """Keep what a call took for itself (workspace) for good where the current stream records a CUDA graph, which
+        will write there again whenever it is replayed, and whose end nobody can see."""
+        ...
+
     def cuda_version(self) -> str | None:
         """The CUDA version the framework was built for, e.g. "13.0"; None if it does not matter."""
         ...

@@ -16,7 +16,8 @@ from .. import arch as arch_table
 from ..arch import Arch
 from ..array import Device, TensorView, strides_in_elements
 from ..dtypes import BY_NUMPY, DType, unknown
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, DeviceMemoryError, UnsupportedError
+from ..jit import driver
 
 NAME: str = "CuPy"
 
@@ -50,10 +51,16 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
     cupy = _cupy()
     index = device[1]
-    if cupy.cuda.runtime.getDevice() == index:
-        return view(cupy.empty(shape, dtype.numpy))
-    with cupy.cuda.Device(index):
-        return view(cupy.empty(shape, dtype.numpy))
+    try:
+        if cupy.cuda.runtime.getDevice() == index:
+            return view(cupy.empty(shape, dtype.numpy))
+        with cupy.cuda.Device(index):
+            return view(cupy.empty(shape, dtype.numpy))
+    except MemoryError as error:
+        raise DeviceMemoryError(
+            f"no room for an array of {shape}, {dtype.name}, on GPU {index}: {error}; make the batch smaller, or free "
+            "memory, also of other libraries: cupy.get_default_memory_pool().free_all_blocks()"
+        ) from error
 
 
 def known(x: Any) -> None:
@@ -117,20 +124,35 @@ def retain(views: Iterable[TensorView], device: int) -> None:
     """CuPy's memory pool reuses memory in stream order."""
 
 
+_recorded: list[TensorView] = []
+
+
+def keep_recorded(views: Iterable[TensorView], device: int) -> None:
+    """CuPy's memory pool knows nothing of capture, and would give the memory to the next who asks."""
+    if capturing(device):
+        _recorded.extend(views)
+
+
 _in_flight: deque[tuple[Any, list[TensorView]]] = deque()
 _in_flight_lock = Lock()
 
 
 def retain_until_done(views: Iterable[TensorView], device: int) -> None:
-    """Hold views that another stream's allocator may reuse once they die, until CuPy's current stream gets here."""
+    """Hold views that another stream's allocator may reuse once they die, until CuPy's current stream gets here.
+
+    Not where that stream records a graph: whoever replays it keeps the arrays, and nobody may ask for its events.
+    """
+    if capturing(device):
+        return
     cupy = _cupy()
-    with cupy.cuda.Device(device):
-        event = cupy.cuda.Event(disable_timing=True)
-        event.record(cupy.cuda.get_current_stream())
-    with _in_flight_lock:  # between a look at the first event and its removal, no other thread may remove it
-        _in_flight.append((event, list(views)))
-        while _in_flight and _in_flight[0][0].done:
-            _in_flight.popleft()
+    with driver.unwatched():  # another thread's stream may record one
+        with cupy.cuda.Device(device):
+            event = cupy.cuda.Event(disable_timing=True)
+            event.record(cupy.cuda.get_current_stream())
+        with _in_flight_lock:  # between a look at the first event and its removal, no other thread may remove it
+            _in_flight.append((event, list(views)))
+            while _in_flight and _in_flight[0][0].done:
+                _in_flight.popleft()
 
 
 def cuda_version() -> None:

@@ -16,6 +16,7 @@ NAME: str = "DLPack"
 
 stream, capturing, upload = _cupy.stream, _cupy.capturing, _cupy.upload
 seed = _numpy.seed
+keep_recorded = _cupy.keep_recorded
 retain = _cupy.retain_until_done  # the producer may reuse the memory on a stream of its own
 
 

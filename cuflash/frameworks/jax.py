@@ -28,7 +28,7 @@ def _jax() -> Any:
 
 
 stream, capturing, upload, empty = _dlpack.stream, _dlpack.capturing, _dlpack.upload, _dlpack.empty
-retain = _cupy.retain_until_done
+retain, keep_recorded = _cupy.retain_until_done, _cupy.keep_recorded
 
 
 def view(x: Any) -> TensorView:

@@ -485,6 +485,9 @@ class _Lent:
             )
         return _adapter.empty(shape, dtype, device)
 
+    def keep_recorded(self, views: Any, device: int) -> None:
+        """The workspace is XLA's."""
+
     def retain(self, views: Any, device: int) -> None:
         """XLA reuses memory in the order of its stream."""
 

@@ -73,6 +73,10 @@ def retain(views: Iterable[TensorView], device: int) -> None:
     """Work on the host is done when the call returns."""
 
 
+def keep_recorded(views: Iterable[TensorView], device: int) -> None:
+    """The host records no graphs."""
+
+
 def cuda_version() -> None:
     return None
 

@@ -139,8 +139,11 @@ def stream(device: int) -> int:
 
 
 def capturing(device: int) -> bool:
-    torch = _torch()
-    return torch.cuda.is_current_stream_capturing()
+    cuda = _torch().cuda
+    if cuda.current_device() == device:
+        return cuda.is_current_stream_capturing()
+    with cuda.device(device):
+        return cuda.is_current_stream_capturing()
 
 
 def to_host(x: Any) -> np.ndarray:
@@ -180,6 +183,10 @@ def upload(values: np.ndarray, device: Device) -> TensorView:
 
 def retain(views: Iterable[TensorView], device: int) -> None:
     """PyTorch's allocator reuses memory in the order of the stream, which is the one used here."""
+
+
+def keep_recorded(views: Iterable[TensorView], device: int) -> None:
+    """PyTorch's graphs allocate from a memory pool of their own, which lives as long as they do."""
 
 
 def cuda_version() -> str | None:

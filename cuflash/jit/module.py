@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import GRID_LIMITS, Arch
-from ..errors import ArgumentError, CompileError, UnsupportedError
+from ..errors import ArgumentError, CompileError, DeviceError, UnsupportedError
 from ..settings import config
-from . import cache, layout, nvrtc, progress, sass, source, variant
+from . import cache, driver, layout, nvrtc, progress, sass, source, variant
 
 BACKENDS = ("cuda", "emulator")
 DEFAULT_SMEM_BYTES = 48 * 1024  # more must be asked for, once a kernel and device
@@ -295,11 +295,17 @@ class CudaKernel(Kernel):
             raise UnsupportedError(
                 'device arrays need CuPy: pip install "cuflash[cuda13]" ("cuflash[cuda12]" for a driver older than 580)'
             ) from error
-        with cupy.cuda.Device(self.device):
-            kernel = cupy.RawModule(path=str(self._file())).get_function(self.spec.entry)
-            if self.spec.smem_bytes > DEFAULT_SMEM_BYTES:
-                kernel.max_dynamic_shared_size_bytes = self.spec.smem_bytes
-            kernel.compile()
+        with cupy.cuda.Device(self.device), driver.unwatched():
+            try:
+                kernel = cupy.RawModule(path=str(self._file())).get_function(self.spec.entry)
+                kernel.compile()
+                if self.spec.smem_bytes > DEFAULT_SMEM_BYTES:
+                    kernel.max_dynamic_shared_size_bytes = self.spec.smem_bytes
+            except RuntimeError as error:  # CuPy's, of the driver or the runtime
+                raise DeviceError(
+                    f"{self.spec.name} for {self.arch.name} could not be loaded on GPU {self.device}: {error}; free "
+                    "memory of that GPU and call again, or look into its driver with: python -m cuflash doctor"
+                ) from error
         return kernel, runtime.getDevice, cupy.cuda.Device, cupy_function.CPointer
 
     def _file(self) -> Path:
@@ -328,11 +334,18 @@ def launch_cuda(
     # cost of a structured NumPy scalar.
     args = (pointer(ctypes.addressof(value)),)
     where = None if stream is None else _Stream(stream)
-    if current_device() == kernel.device:
-        function(grid, block, args, shared_mem=smem_bytes, stream=where)
-    else:
-        with device(kernel.device):
+    try:
+        if current_device() == kernel.device:
             function(grid, block, args, shared_mem=smem_bytes, stream=where)
+        else:
+            with device(kernel.device):
+                function(grid, block, args, shared_mem=smem_bytes, stream=where)
+    except RuntimeError as error:  # CuPy's, of the driver or the runtime
+        raise DeviceError(
+            f"{kernel.spec.name} could not be launched on GPU {kernel.device} with grid={grid}, block={block}, "
+            f"{smem_bytes} bytes of shared memory: {error}; what this call was to write is undefined. If an earlier "
+            "kernel failed, run the program with CUDA_LAUNCH_BLOCKING=1, or under compute-sanitizer, to see which"
+        ) from error
 
 
 class _Stream:

@@ -15,10 +15,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-import sys
-from typing import Any
 
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError
+from . import driver
 
 BYTES = 128
 MAX_AXIS, MAX_STRIDE, MAX_BOX = 2**32, 2**40, 256
@@ -42,6 +41,7 @@ def encode(
     strides: tuple[int, ...],
     box: tuple[int, ...],
     swizzle: int = 0,
+    device: int | None = None,
 ) -> bytes:
     """The 128 bytes of a map.
 
@@ -52,8 +52,9 @@ def encode(
     box      elements a copy moves along each axis
     swizzle  32, 64 or 128: a box's rows have so many bytes, and their 16-byte units are exchanged so that eight rows
              of one column lie in different banks; 0: they are not
+    device   index of the GPU whose memory it is, for threads that have not used one yet; None: the first
 
-    Raises ArgumentError where the driver would refuse, UnsupportedError where no driver is.
+    Raises ArgumentError where the driver would refuse, UnsupportedError where no driver is, DeviceError where it fails.
 
     >>> len(encode("emulator", 4096, "bfloat16", (128, 1000), (256,), (64, 16), swizzle=128))
     128
@@ -64,7 +65,7 @@ def encode(
     _check(address, dtype, dims, strides, box, swizzle)
     if backend == "emulator":
         return _emulated(address, dtype, dims, strides, box, swizzle)
-    return _driver(address, dtype, dims, strides, box, swizzle)
+    return _driver(address, dtype, dims, strides, box, swizzle, device)
 
 
 def _check(
@@ -112,13 +113,19 @@ def _emulated(
 
 
 def _driver(
-    address: int, dtype: str, dims: tuple[int, ...], strides: tuple[int, ...], box: tuple[int, ...], swizzle: int
+    address: int,
+    dtype: str,
+    dims: tuple[int, ...],
+    strides: tuple[int, ...],
+    box: tuple[int, ...],
+    swizzle: int,
+    device: int | None,
 ) -> bytes:
     # The driver wants its output at a multiple of 64 bytes, which the objects of cuda.bindings are not.
     memory = ctypes.create_string_buffer(BYTES + 127)
     start = -ctypes.addressof(memory) % 128
     rank = len(dims)
-    status = _encode_tiled()(
+    arguments = (
         ctypes.c_void_p(ctypes.addressof(memory) + start),
         ctypes.c_int(_DTYPES[dtype][1]),
         ctypes.c_uint32(rank),
@@ -132,23 +139,13 @@ def _driver(
         ctypes.c_int(_L2_PROMOTION_256B),
         ctypes.c_int(0),  # zeros outside of the tensor
     )
-    if status != 0:
+    with driver.context(device):
+        status = driver.function("cuTensorMapEncodeTiled")(*arguments)
+    if status == driver.INVALID_VALUE:
         raise ArgumentError(
             f"cuTensorMapEncodeTiled: error {status} for address={address:#x}, dtype={dtype}, dims={dims}, "
-            f"strides={strides}, box={box}, swizzle={swizzle}"
+            f"strides={strides}, box={box}, swizzle={swizzle}: copy the tensor, or use another kernel"
         )
+    if status != 0:
+        raise driver.failed("cuTensorMapEncodeTiled", status)
     return memory.raw[start : start + BYTES]
-
-
-@functools.cache
-def _encode_tiled() -> Any:
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    try:
-        function = ctypes.CDLL(name).cuTensorMapEncodeTiled
-    except (OSError, AttributeError) as error:
-        raise UnsupportedError(
-            f"{name} with cuTensorMapEncodeTiled, which writes tensor maps, is not here ({error}): a driver of CUDA 12 "
-            "or later is needed; without a GPU, use backend 'emulator'"
-        ) from error
-    function.restype = ctypes.c_int
-    return function

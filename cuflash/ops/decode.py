@@ -29,6 +29,7 @@ from .forward import (
     require_counts,
     score_values,
     strides_of,
+    with_length,
 )
 
 # (bytes an element, head-dim class) -> keys of a tile. Rows are 16 a warp, of 4 warps.
@@ -214,7 +215,7 @@ class DecodePlan:
         values |= {"splits": splits, "split_size": split_size or 0}
         fields = {f.name for f in layout.load("DecodeParams").fields}
         values = {name: value for name, value in values.items() if name in fields}
-        self._values = tuple(values.values())
+        self._values, self._k_len_at = tuple(values.values()), [*values].index("k_len")
         self._pack = layout.load("DecodeParams").packer(*POINTERS, "captured", *values)
         self._captured = Captured(problem.mods)
         self._launches = [(self.spec, self.grid), (self.combine, self.combine_grid)]
@@ -232,9 +233,12 @@ class DecodePlan:
         """The kernels a launch runs."""
         return tuple(spec for spec, _ in self._launches)
 
-    def params(self, arrays: Mapping[str, TensorView], captured: bytes = emit_c.NO_WORDS) -> bytes:
+    def params(
+        self, arrays: Mapping[str, TensorView], captured: bytes = emit_c.NO_WORDS, k_len: int | None = None
+    ) -> bytes:
         """The launch struct, the same for all kernels."""
-        return self._pack(*[arrays[name].ptr if name in arrays else 0 for name in POINTERS], captured, *self._values)
+        values = with_length(self._values, self._k_len_at, k_len)
+        return self._pack(*[arrays[name].ptr if name in arrays else 0 for name in POINTERS], captured, *values)
 
     def launch(
         self,
@@ -244,12 +248,13 @@ class DecodePlan:
         device: int | None = None,
         stream: int | None = None,
         scalars: Sequence[int | float] = (),
+        k_len: int | None = None,
     ) -> None:
         """Computes out (and lse, max_logit where they are in `arrays`) in place; `workspace` is in `arrays` too, of any
-        contents. `scalars`: as `ForwardPlan.launch` takes them."""
+        contents. `scalars` and `k_len`: as `ForwardPlan.launch` takes them."""
         if self.empty:
             return
-        params = self.params(arrays, self._captured.pack(arrays, scalars))
+        params = self.params(arrays, self._captured.pack(arrays, scalars), k_len)
         buffers = buffers_of(arrays, WRITTEN) if backend == "emulator" else ()
         for spec, grid in self._launches:
             if 0 not in grid:

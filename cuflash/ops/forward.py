@@ -543,7 +543,7 @@ class ForwardPlan:
                 "persistent_tiles": self._choose_persistence(),
                 "page_rows": self._page_rows,
             }
-        self._values = tuple(values.values())
+        self._values, self._k_len_at = tuple(values.values()), [*values].index("k_len")
         names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
         self._pack = layout.load(self.spec.params).packer(*names)
         self._captured = Captured(problem.mods)
@@ -571,10 +571,13 @@ class ForwardPlan:
         captured: bytes = emit_c.NO_WORDS,
         *,
         backend: str = "cuda",
+        device: int | None = None,
+        k_len: int | None = None,
     ) -> bytes:
-        """The launch struct, pointers in the order of POINTERS (0: null); seed and offset as `launch` takes them."""
-        maps = self._maps(backend, *pointers[:3]) if self._with_maps else ()
-        return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *self._values, *maps)
+        """The launch struct, pointers in the order of POINTERS (0: null); the others as `launch` takes them."""
+        maps = self._maps(backend, device, *pointers[:3]) if self._with_maps else ()
+        values = with_length(self._values, self._k_len_at, k_len)
+        return self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *values, *maps)
 
     @property
     def specs(self) -> tuple[module.KernelSpec, ...]:
@@ -604,9 +607,11 @@ class ForwardPlan:
         seed: int = 0,
         offset: int = 0,
         scalars: Sequence[int | float] = (),
+        k_len: int | None = None,
     ) -> None:
         """Computes out (and lse, max_logit where they are in `arrays`) in place.
 
+        k_len          keys of every sequence, at most the problem's; None: all of those
         seed, offset   dropout's, where they are not in `arrays` as one integer each
         scalars        numbers that the mods captured; their arrays are "captured0", "captured1", ... of `arrays`
         """
@@ -614,11 +619,12 @@ class ForwardPlan:
             return
         pointers = [arrays[name].ptr if name in arrays else 0 for name in POINTERS]
         buffers = buffers_of(arrays) if backend == "emulator" else ()
-        params = self.params(pointers, seed, offset, self._captured.pack(arrays, scalars), backend=backend)
+        captured = self._captured.pack(arrays, scalars)
+        params = self.params(pointers, seed, offset, captured, backend=backend, device=device, k_len=k_len)
         self.kernel(backend, device).launch(self.grid, params, stream=stream, buffers=buffers)
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - plans are kept for good, and allocators give the same addresses again
-    def _maps(self, backend: str, q: int, k: int, v: int) -> list[bytes]:
+    def _maps(self, backend: str, device: int | None, q: int, k: int, v: int) -> list[bytes]:
         """How tensor copies find q, k and v: head_dim, heads, rows, batch; head_dim, heads, rows, pages."""
         p, tile = self.problem, self.variant.tile
         block_k = self._page_rows if p.page_size else tile.block_k // (p.options.cluster or 1)
@@ -639,7 +645,7 @@ class ForwardPlan:
             # Without rows nothing is read, and there is no address.
             address = pointer if min(axes) else q
             box = (swizzle // 2, self._group_heads if name == "q" else 1, block, 1)
-            maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle))
+            maps.append(tensor_map.encode(backend, address, p.dtype.name, dims, tuple(strides), box, swizzle, device))
         return maps
 
 
@@ -671,6 +677,11 @@ def strides_of(problem: Any, *names: str) -> dict[str, int]:
         for name in names
         for axis, stride in zip(("batch", "row", "head"), getattr(problem, f"{name}_strides"), strict=True)
     }
+
+
+def with_length(values: tuple[Any, ...], at: int, k_len: int | None) -> tuple[Any, ...]:
+    """A launch's numbers with another number of keys at its place, where one is given."""
+    return values if k_len is None else (*values[:at], k_len, *values[at + 1 :])
 
 
 def score_values(p: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from benchmarks.nowhere import CupyArray
 from cuflash import array, dtypes
 from cuflash.errors import UnsupportedError
 from cuflash.frameworks import cupy as adapter
+from cuflash.jit import driver
 
 
 class CudaError(Exception):
@@ -64,6 +65,7 @@ class FakeCupy:
 def fake(monkeypatch) -> FakeCupy:
     made = FakeCupy()
     monkeypatch.setattr(adapter, "_cupy", lambda: made)
+    monkeypatch.setattr(driver, "unwatched", contextlib.nullcontext)
     return made
 
 

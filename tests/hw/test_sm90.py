@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from needs import needs_nvrtc
 
 from cuflash import arch, emulator
 from cuflash.errors import ArgumentError
-from cuflash.jit import nvrtc, tensor_map
+from cuflash.jit import driver, nvrtc, tensor_map
 
 bfloat16 = np.dtype(ml_dtypes.bfloat16)
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -285,7 +287,8 @@ def test_what_the_driver_is_asked(monkeypatch):
         ctypes.memset(place.value, 0xAB, tensor_map.BYTES)
         return 0 if address.value == 4096 else 1
 
-    monkeypatch.setattr(tensor_map, "_encode_tiled", lambda: encode_tiled)
+    monkeypatch.setattr(driver, "function", {"cuTensorMapEncodeTiled": encode_tiled}.__getitem__)
+    monkeypatch.setattr(driver, "context", lambda device: contextlib.nullcontext())
     tensor_map.encode.cache_clear()
     assert tensor_map.encode("cuda", **GOOD) == b"\xab" * tensor_map.BYTES
     assert asked == [(9, 3, 4096, [128, 8, 1000], [256, 2048], [64, 1, 128], [1, 1, 1], 0), (3, 3, 0)]

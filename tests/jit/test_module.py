@@ -27,7 +27,7 @@ from needs import needs_nvdisasm, needs_nvrtc
 
 from cuflash import arch
 from cuflash.errors import ArgumentError, CompileError, UnsupportedError
-from cuflash.jit import hostcxx, module, nvrtc, sass, source
+from cuflash.jit import driver, hostcxx, module, nvrtc, sass, source
 from cuflash.settings import config
 
 
@@ -310,6 +310,7 @@ class FakeCuPy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = 0
         self.calls: list[tuple[Any, ...]] = []
+        monkeypatch.setattr(driver, "unwatched", contextlib.nullcontext)
         cupy, cuda = types.ModuleType("cupy"), types.ModuleType("cupy.cuda")
         runtime, function = types.ModuleType("cupy.cuda.runtime"), types.ModuleType("cupy.cuda.function")
         cupy.cuda, cuda.runtime, cuda.function = cuda, runtime, function  # type: ignore[attr-defined]

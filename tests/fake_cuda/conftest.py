@@ -1,0 +1,15 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from . import stand_in
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.driver)
+            if not stand_in.installed():
+                item.add_marker(pytest.mark.skip(reason=f"needs the driver stand-in: {stand_in.VARIABLE}=stand-in"))
