@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.abc
+import importlib.util
 import os
 import shlex
 import subprocess
@@ -182,13 +183,22 @@ def _built() -> Path:
 
 
 class _BeforeCupy(importlib.abc.MetaPathFinder):
-    """Replaces CuPy's runtime just before CuPy itself is imported."""
+    """Replaces CuPy's runtime just before CuPy itself is imported, and says behind it what launches run."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "cupy":
-            sys.meta_path.remove(self)
-            from . import dispatch, runtime
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "cupy":
+            return None
+        sys.meta_path.remove(self)
+        from . import dispatch, runtime
 
-            runtime.replace(library())
-            dispatch.install()
-        return None
+        runtime.replace(library())
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def then_dispatch(module: Any) -> None:
+                execute(module)
+                dispatch.install()
+
+            spec.loader.exec_module = then_dispatch  # type: ignore[method-assign]
+        return spec
