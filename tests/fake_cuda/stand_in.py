@@ -18,7 +18,6 @@ import contextlib
 import ctypes
 import hashlib
 import importlib.abc
-import importlib.util
 import os
 import shlex
 import subprocess
@@ -188,17 +187,19 @@ class _BeforeCupy(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name != "cupy":
             return None
-        sys.meta_path.remove(self)
-        from . import dispatch, runtime
-
-        runtime.replace(library())
-        spec = importlib.util.find_spec(name)
+        # Whoever asks need not import: this stays in place until somebody does.
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def then_dispatch(module: Any) -> None:
+            def with_the_stand_in(module: Any) -> None:
+                from . import dispatch, runtime
+
+                sys.meta_path.remove(self)
+                runtime.replace(library())
                 execute(module)
                 dispatch.install()
 
-            spec.loader.exec_module = then_dispatch  # type: ignore[method-assign]
+            spec.loader.exec_module = with_the_stand_in  # type: ignore[method-assign]
         return spec
