@@ -416,12 +416,20 @@ def a_launch_is_refused() -> None:
 
 def a_kernel_fails() -> None:
     """While it runs: every later call says so, until the process is made whole."""
-    arrays = uploaded()
+    import cupy
+
+    arrays, others = uploaded(), uploaded()
+    outs = [cupy.empty_like(arrays[0]) for _ in range(2)]
     with stand_in.settings(failing_kernel=1):
-        cuflash.attention(*arrays, causal=True)
+        cuflash.attention(*arrays, causal=True, out=outs[0])
         stand_in.run_all()
-        raised((DeviceError, RuntimeError), lambda: cuflash.attention(*arrays, causal=True))  # type: ignore[arg-type]
+        # The driver refuses the map of one call and the launch of the other, whose maps are known.
+        message = raised(DeviceError, lambda: cuflash.attention(*others, causal=True, out=outs[1]))
+        assert "an earlier kernel of this process failed" in message and "LAUNCH_FAILED" in message
+        message = raised(DeviceError, lambda: cuflash.attention(*arrays, causal=True, out=outs[0]))
+        assert "LAUNCH_FAILED" in message
     near(cuflash.attention(*arrays, causal=True), expected())
+    near(cuflash.attention(*others, causal=True), expected())
 
 
 def a_module_is_not_loaded() -> None:

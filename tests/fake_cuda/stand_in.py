@@ -182,13 +182,24 @@ def _built() -> Path:
 
 
 class _BeforeCupy(importlib.abc.MetaPathFinder):
-    """Replaces CuPy's runtime just before CuPy itself is imported."""
+    """Replaces CuPy's runtime just before CuPy itself is imported, and says behind it what launches run."""
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
-        if name == "cupy":
-            sys.meta_path.remove(self)
-            from . import dispatch, runtime
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "cupy":
+            return None
+        # Whoever asks need not import: this stays in place until somebody does.
+        others = [finder for finder in sys.meta_path if finder is not self]
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
 
-            runtime.replace(library())
-            dispatch.install()
-        return None
+            def with_the_stand_in(module: Any) -> None:
+                from . import dispatch, runtime
+
+                sys.meta_path.remove(self)
+                runtime.replace(library())
+                execute(module)
+                dispatch.install()
+
+            spec.loader.exec_module = with_the_stand_in  # type: ignore[method-assign]
+        return spec

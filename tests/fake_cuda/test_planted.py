@@ -34,6 +34,9 @@ MISTAKES = {
         "jit/module.py", "with cupy.cuda.Device(self.device), driver.unwatched():",
         "with cupy.cuda.Device(self.device):", "a_first_call_under_capture",
     ),
+    "a failed kernel is the caller's argument": (
+        "jit/tensor_map.py", "if status == driver.INVALID_VALUE:", "if status:", "a_kernel_fails",
+    ),
     "another stream": (
         "api.py", "framework.stream(device[1])}\n        plan.launch", "0}\n        plan.launch",
         "a_stream_of_the_callers",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ml_dtypes
 import numpy as np
 import pytest
 from samples import DTYPES, sample
 
 import cuflash
-from cuflash import packing
+from cuflash import frameworks, packing
 from cuflash.errors import ArgumentError, UnsupportedError
 
 torch = pytest.importorskip("torch")
@@ -143,3 +145,20 @@ def test_a_window_may_be_a_tensor_in_flash_attns_functions():
         window[0] = 0
     with pytest.raises(cuflash.errors.ArgumentError, match="window_size"):
         cuflash.flash_attn_func(q, k, v, window_size=torch.tensor([3, 1, 2]))
+
+
+def test_capture_is_asked_of_the_device_of_the_call(monkeypatch):
+    """And not of the one that is current."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(index):
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+    assert [frameworks.torch.capturing(index) for index in (0, 1)] == [False, True]
+    assert current == [0]

@@ -46,7 +46,6 @@ API int cuTensorMapEncodeTiled(
   map.element = element;
   map.swizzle = swizzle;
   map.address = begin;
-  Address end = begin + dims[0] * element;
   for (unsigned i = 0; i < rank; i++) {
     // "globalDim array ... must be non-zero and less than or equal to 2^32." "boxDim ... must be non-zero and less than
     // or equal to 256." "elementStrides ... must be non-zero and less than or equal to 8": here 1.
@@ -60,17 +59,15 @@ API int cuTensorMapEncodeTiled(
     // "Each entry of the globalStrides array ... must be a multiple of 16 and less than 2^40."
     if (strides[i] % 16 || strides[i] >> 40) return refused("tensor map: the strides");
     map.strides[i] = strides[i];
-    end += map.last[i + 1] * strides[i];
   }
   // "When interleave is CU_TENSOR_MAP_INTERLEAVE_NONE, boxDim[0] * elementSizeInBytes must be a multiple of 16 bytes";
   // with a swizzle "the inner dimension must be less than or equal to the swizzle size".
   const unsigned row = box[0] * element;
   if (row % 16 || (swizzle && row > 16u << swizzle)) return refused("tensor map: the box's rows");
   Lock lock(tables);
-  // Stricter than the manual: what it describes is memory of one allocation.
+  // Stricter than the manual: it begins in a device's memory. It may end behind it, as maps of ragged rows do.
   Block* block = block_at(begin);
   if (!block || block->on_host) return refused("tensor map: not of a device's memory");
-  if (end > block->begin + block->bytes) return refused("tensor map: beyond the allocation's end");
   memcpy(result, &map, sizeof map);
   note("tensor map rank=%u address=%#llx dims0=%llu", rank, static_cast<unsigned long long>(begin),
        static_cast<unsigned long long>(dims[0]));
