@@ -14,7 +14,7 @@ from typing import Any
 
 from .cases import GROUPS, Case, cases
 from .peers import peers
-from .schema import CHECKOUT, HARNESS_TEST, OFFLINE, OURS, RESULTS, Results, Row, read_all
+from .schema import CHECKOUT, HARNESS_TEST, OFFLINE, OURS, RESULTS, STAND_IN, Results, Row, read_all
 
 MARK = "speed"
 NOTHING = "Not yet measured."
@@ -359,7 +359,7 @@ def newest(files: Sequence[tuple[Path, Results]]) -> dict[str, dict[str, tuple[P
     """{gpu: {op: the newest file that has such rows}}. Raises ValueError for a file made in trying the harness."""
     chosen: dict[str, dict[str, tuple[Path, Results]]] = {}
     for path, results in files:
-        if results.gpu == HARNESS_TEST:
+        if results.gpu in (HARNESS_TEST, STAND_IN):
             raise ValueError(f"{path} was made in trying the harness on a CPU, and tells of no GPU: remove it")
         if results.gpu == OFFLINE:
             continue

@@ -38,6 +38,7 @@ from cuflash.cli import machine
 SCHEMA = 1
 OURS = "cuflash"
 HARNESS_TEST, OFFLINE = "none (harness test)", "none (offline)"  # in place of a GPU's name
+STAND_IN = "none (driver stand-in)"  # what the driver of tests/fake_cuda calls its devices
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
 RESULTS = (HERE if (CHECKOUT / "tests").is_dir() else Path("benchmarks")) / "results"

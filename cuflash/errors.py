@@ -1,7 +1,8 @@
 """The exceptions cuflash raises. Every message says the value, the rule and the remedy.
 
 All derive from `CuflashError`; each also derives from the built-in exception a caller would expect, so
-`except ValueError` keeps working. A refused call has launched nothing and written nothing.
+`except ValueError` keeps working. A refused call has launched nothing and written nothing; where a GPU failed
+(`DeviceError`, but not `DeviceMemoryError`), what the call was to write is undefined.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 from typer.testing import CliRunner
 
 from benchmarks import cases, report, schema
@@ -159,9 +160,10 @@ def test_of_each_kind_the_newest_file_counts_and_no_gpus_are_mixed(tmp_path: Pat
     assert "none (offline)" not in long and long.index("## NVIDIA A100") != long.index("## NVIDIA H200")
 
 
-def test_what_was_tried_without_a_gpu_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [schema.HARNESS_TEST, schema.STAND_IN])
+def test_what_was_tried_without_a_gpu_is_refused(tmp_path: Path, name: str) -> None:
     results = made_up(600.0, 700.0)
-    results.gpu = schema.HARNESS_TEST
+    results.gpu = name
     path = schema.write(results, tmp_path)
     done = CliRunner().invoke(cli.app(), ["bench-report", "--results", str(tmp_path)])
     assert path.name in str(done.exception) and "tells of no GPU: remove it" in str(done.exception)

@@ -16,7 +16,6 @@ from . import host_kernels, stand_in
 _FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 
 errors: list[BaseException] = []  # what kernels failed with since somebody last looked
-launched: list[str] = []  # names of cuflash's kernels that ran, since somebody last cleared it
 _compiled: dict[str, Any] = {}  # by the cubin's path
 
 
@@ -60,4 +59,3 @@ def _emulate(path: str, name: str, shape: tuple[int, ...], params: bytes) -> Non
     assert len(params) == expected, f"{name} has {len(params)} bytes of arguments, its twin {expected}"
     memory = [module.Buffer(f"memory at {begin:#x}", begin, size, True) for begin, size in stand_in.blocks()]
     emulator.launch(kernel.path, name, (x, y, z), block[0], shared, params, memory, text=kernel.text)
-    launched.append(name)

@@ -78,12 +78,8 @@ API int cuGetProcAddress(const char* name, void** function, int version, std::ui
 
 API int cuGetExportTable(const void**, const void*) { return kNotFound; }
 
-// What says to whoever asks that this is no NVIDIA driver.
-API int cuflashDriverStandIn() { return 1; }
-
 API Settings* stand_in_settings() { return &settings; }
 API void stand_in_on_launch(LaunchFunction function) { on_launch = function; }
-API std::uint64_t stand_in_launches() { return launches; }
 API int stand_in_run_all() { return run_all(); }
 
 // A process that a kernel's failure broke, made whole: no CUDA call can do that.

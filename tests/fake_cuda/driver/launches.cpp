@@ -5,7 +5,6 @@
 #include "state.hpp"
 
 LaunchFunction on_launch = nullptr;
-std::uint64_t launches = 0;
 
 bool is_kernel(Kernel*);
 
@@ -73,7 +72,6 @@ API int cuLaunchKernel(
   note("launch %s grid=%u,%u,%u block=%u,%u,%u smem=%u params=%zu stream=%llx dev=%d%s", kernel->name.c_str(), grid_x,
        grid_y, grid_z, block_x, block_y, block_z, shared, arguments.size(), static_cast<unsigned long long>(handle),
        device, stream->capture ? " captured" : "");
-  launches++;
   return push(stream, [=] { return run(*kernel, shape, arguments, device, handle); });
 }
 

@@ -171,7 +171,6 @@ typedef int (*LaunchFunction)(
     const char* path, const char* name, int device, const unsigned* shape, const void* params, std::uint64_t bytes,
     Handle stream);
 extern LaunchFunction on_launch;
-extern std::uint64_t launches;
 
 // control.cpp
 Status refuse(Status, const char* why);  // the status, written down
