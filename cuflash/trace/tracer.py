@@ -176,7 +176,9 @@ class Mod:
     def __init__(self, function: Callable[..., Any], kind: str | None = None) -> None:
         while isinstance(function, Mod):
             function = function.function
-        if kind not in (None, "score", "mask"):
+        if not callable(function):
+            raise ArgumentError(f"{function!r} must be a function: pass a score_mod or mask_mod")
+        if kind is not None and not (isinstance(kind, str) and kind in ("score", "mask")):
             raise ArgumentError(f'kind={kind!r} must be "score" or "mask", or None to go by the parameters')
         self.function = function
         self.kind: str = kind or _kind_of(function)
