@@ -107,7 +107,7 @@ class BlockMask:
             dq_write_order is not None or dq_write_order_full is None,
             "dq_write_order_full without dq_write_order: pass both",
         )
-        listed: Any = tuple(getattr(kv_indices, "shape", ()))
+        listed: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
         require(len(listed) >= 2, f"kv_indices.shape={listed} must be [B, H, q blocks, n]")
         lengths = _lengths(seq_lengths)
         grid = Grid(lengths, block)
@@ -240,7 +240,7 @@ class BlockMask:
         ████
         """
         block = mods._pair("BLOCK_SIZE", BLOCK_SIZE)
-        shape: Any = tuple(getattr(kv_indices, "shape", ()))
+        shape: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
         require(len(shape) >= 2, f"kv_indices.shape={shape} must be [B, H, q blocks, n]")
         if seq_lengths is None:
             seq_lengths = shape[-2] * block[0], shape[-1] * block[1]

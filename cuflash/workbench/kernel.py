@@ -601,7 +601,7 @@ def _like_result(name: str, expected: Any, result: np.ndarray) -> np.ndarray:
 
 
 def _grid(grid: int | Sequence[int]) -> tuple[int, int, int]:
-    sizes = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
+    sizes: tuple[Any, ...] = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
     known = all(isinstance(n, (int, np.integer)) and 0 < int(n) < 2**31 for n in sizes)
     if not 0 < len(sizes) <= 3 or not known:
         raise ArgumentError(f"grid={grid!r} must be one to three numbers of blocks, each at least 1 and below 2**31")
