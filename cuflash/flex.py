@@ -146,7 +146,7 @@ def _is_request(x: Any) -> bool:
 
 
 def _require_4d(name: str, x: Any) -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "swapaxes"):
+    if isinstance(x, type) or not hasattr(x, "shape") or not hasattr(x, "swapaxes"):
         raise ArgumentError(f"{name} is a {type(x).__qualname__}: pass a NumPy, CuPy, PyTorch or JAX array")
     if len(x.shape) != 4:
         raise ArgumentError(

@@ -696,6 +696,7 @@ def _is_array(x: Any) -> bool:
 _MOST = 2**31 - 1  # tokens, and elements of an axis: kernels count in 32 bits
 _LARGEST = float(np.finfo(np.float32).max)
 _MOST_PRINTED = 2**22
+_MOST_TOKENS = 2**28  # of which a document mask keeps two numbers each
 
 
 def _require_int(name: str, x: Any, least: int) -> int:
@@ -783,6 +784,10 @@ def _documents_of_offsets(offsets: Any, total: int | None) -> tuple[Any, Any]:
     if total is None:
         total = int(offsets[-1])
     total = _require_int("total", total, 0)
+    require(
+        total <= _MOST_TOKENS,
+        f"total={total}: arrays of so many tokens are made, and {_MOST_TOKENS} is the most; pass how many there are",
+    )
     xp = _namespace(offsets)
     offsets = offsets.to(xp.int32) if xp.__name__ == "torch" else offsets.astype(xp.int32)
     tokens = _arange(xp, total, offsets)

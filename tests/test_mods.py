@@ -452,6 +452,7 @@ def test_documents_of_jax_arrays() -> None:
             lambda: mods.document(cu_seqlens=np.broadcast_to(np.int32(0), (2**33,))),
             r"no dimension may exceed 2147483647",
         ),
+        (lambda: mods.document(cu_seqlens=[0, 2], total=2**31 - 1), r"total=2147483647: .* 268435456 is the most"),
         (lambda: cuflash.mod(mods.noop_mask, kind=np.ones(2)), r"kind=array.* must be \"score\" or \"mask\""),
         (lambda: mods.softcap(np.ones(2)), r"cap\.shape=\(2,\) must be no dimensions"),
         (lambda: mods.relative_bias(np.zeros((2, 4))), r"table\.shape=\(2, 4\) must end in an odd number"),
