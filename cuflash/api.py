@@ -510,7 +510,12 @@ class _Prepared:
         from .jit import module
 
         index = self.device[1] if self.device[0] == "cuda" else None
-        for spec in self.plan.specs:
+        specs = list(self.plan.specs)
+        if "dropout_mask" in self.aux:
+            from .ops import dropout_mask
+
+            specs.append(dropout_mask.spec(next(shape for name, shape, _ in self.results if name == "dropout_mask")))
+        for spec in specs:
             module.load(spec, self.plan.arch, "emulator" if index is None else "cuda", index)
         if len(_compiled) >= _PREPARED_LIMIT:
             _compiled.clear()

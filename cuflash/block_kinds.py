@@ -6,6 +6,7 @@ and a block that stays undecided is computed key by key. So the cost follows the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from .trace.tracer import bind, takes_score
 _STRIP = 1 << 20  # pairs of a query and a key, or rectangles, looked at together
 _SPLIT = 8
 _MOST = 1 << 26  # blocks that are looked at one by one
+_MOST_KEYS = 1 << 32  # elements of a mask
 
 
 class Seen:
@@ -68,7 +70,14 @@ class Seen:
 
 def mask_of(mod: Seen, shape: tuple[int, int, int, int]) -> np.ndarray:
     """Which keys are seen, bool [B, H, q_len, kv_len]."""
+    if math.prod(shape) > _MOST_KEYS:
+        raise ArgumentError(
+            f"a mask of shape {shape} has {math.prod(shape)} elements, and {_MOST_KEYS} is the most: look at blocks, "
+            "create_block_mask(...).to_string(), or at one batch and head; attention needs no mask"
+        )
     mask = np.empty(shape, bool)
+    if not mask.size:
+        return mask
     keys, together = np.arange(shape[3]), max(1, _STRIP // max(shape[3], 1))
     for b, h in mod.places(shape):
         for begin in range(0, shape[2], together):

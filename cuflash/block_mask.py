@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import mods
+from . import mods, validate
 from .block_kinds import Grid, Seen, cells_of, kinds_of, mask_of, sparsity_of
 from .block_parts import BadIndexError, Chosen, elements_of, mask_at, mod_of_part
 from .block_pictures import draw, means, text_of
@@ -22,6 +22,7 @@ from .block_tables import (
     FULL,
     PARTIAL,
     as_used,
+    checked_device,
     like,
     mod_of_table,
     moved,
@@ -98,6 +99,7 @@ class BlockMask:
         """From PyTorch's block arrays, as its own constructor: `from_kv_blocks` says what they are, and makes those of
         queries where they are None here."""
         block = mods._pair("BLOCK_SIZE", BLOCK_SIZE)
+        require_mask("mask_mod", mask_mod)
         _require_together("full_kv", full_kv_num_blocks, full_kv_indices)
         _require_together("full_q", full_q_num_blocks, full_q_indices)
         _require_together("q", q_num_blocks, q_indices)
@@ -105,7 +107,7 @@ class BlockMask:
             dq_write_order is not None or dq_write_order_full is None,
             "dq_write_order_full without dq_write_order: pass both",
         )
-        listed: Any = tuple(getattr(kv_indices, "shape", ()))
+        listed: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
         require(len(listed) >= 2, f"kv_indices.shape={listed} must be [B, H, q blocks, n]")
         lengths = _lengths(seq_lengths)
         grid = Grid(lengths, block)
@@ -238,10 +240,11 @@ class BlockMask:
         ████
         """
         block = mods._pair("BLOCK_SIZE", BLOCK_SIZE)
-        shape: Any = tuple(getattr(kv_indices, "shape", ()))
+        shape: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
         require(len(shape) >= 2, f"kv_indices.shape={shape} must be [B, H, q blocks, n]")
         if seq_lengths is None:
             seq_lengths = shape[-2] * block[0], shape[-1] * block[1]
+        compute_q_blocks = validate.flag("compute_q_blocks", compute_q_blocks)
         by_rule = isinstance(dq_kv_order, bool)
         made = cls(
             seq_lengths, kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE=block,
@@ -468,7 +471,7 @@ class BlockMask:
     def to(self, device: Any) -> BlockMask:
         """The same, with block arrays on another device. What mask_mod captures stays where it is."""
         made = copy.copy(self)
-        made._device = device
+        made._device = checked_device(device)
         if self._table is not None:
             made._table = moved(self._table, device)
             made._arrays = {name: x if x is None else moved(x, device) for name, x in self._arrays.items()}
@@ -611,6 +614,4 @@ def _lengths(seq_lengths: Any) -> tuple[int, int]:
         isinstance(seq_lengths, (tuple, list)) and len(seq_lengths) == 2,
         f"seq_lengths={seq_lengths!r} must be (q_len, kv_len)",
     )
-    for name, n in zip(("q_len", "kv_len"), seq_lengths, strict=True):
-        mods._require_int(name, n, 0)
-    return int(seq_lengths[0]), int(seq_lengths[1])
+    return mods._require_int("q_len", seq_lengths[0], 0), mods._require_int("kv_len", seq_lengths[1], 0)

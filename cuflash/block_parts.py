@@ -18,6 +18,9 @@ class BadIndexError(ArgumentError, IndexError):
     """A block mask has no such part."""
 
 
+_MOST = 2**31 - 1  # elements of an axis of a mask
+
+
 class Chosen:
     """Which elements of an axis an index chooses."""
 
@@ -27,10 +30,14 @@ class Chosen:
         if not isinstance(index, slice):
             if isinstance(index, (bool, np.bool_)) or index is None or isinstance(index, (str, float)):
                 raise BadIndexError(f"index {index!r} of {where}: pass ints, slices or arrays of ints")
+            if isinstance(index, int) and not -n <= index < n:  # of any size: NumPy has none for 2**64
+                raise BadIndexError(f"index {index} is outside of {where}")
             values = np.asarray(index if isinstance(index, int) else on_host(index))
+            if values.size > _MOST:
+                raise BadIndexError(f"index of shape {values.shape} of {where}: {_MOST} elements are the most")
             if values.dtype == bool and values.shape == (n,):
                 values = np.flatnonzero(values)
-            values = values.astype(np.int32) if values.size == 0 else values
+            values = values.astype(np.int32) if isinstance(index, (list, tuple)) and not index else values
             if values.dtype.kind not in "iu" or values.ndim > 1:
                 raise BadIndexError(
                     f"index of shape {values.shape}, {values.dtype}, of {where}: pass ints, slices or arrays of ints "

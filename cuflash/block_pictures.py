@@ -25,11 +25,12 @@ def text_of(
 
     cells   (b, h, blocks of a cell as (rows, columns)) -> how much of each cell is not empty
     """
-    grid_size = grid_size if isinstance(grid_size, tuple) else (grid_size, grid_size)
+    grid_size = grid_size if isinstance(grid_size, (tuple, list)) else (grid_size, grid_size)
     require(
         len(grid_size) == 2 and all(isinstance(n, (int, np.integer)) for n in (*grid_size, limit)),
         f"grid_size={grid_size} and limit={limit!r} must be ints: (rows, columns), and a number of masks",
     )
+    grid_size, limit = tuple(map(int, grid_size)), int(limit)
     rows, columns = (max(1, -(-n // most)) if most > 0 else 1 for n, most in zip(blocks, grid_size, strict=True))
     characters = 2 * -(-blocks[0] // rows) * -(-blocks[1] // columns)
     require(

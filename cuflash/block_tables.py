@@ -126,7 +126,42 @@ def as_used(values: np.ndarray, captured: tuple[Any, ...]) -> Array:
 
 def moved(x: Array, device: Any) -> Array:
     """An array on another device."""
+    checked_device(device, there=True)
     return x.to(device) if hasattr(x, "to") else placed(on_host(x), device)
+
+
+def checked_device(device: Any, there: bool = False) -> Any:
+    """The same, if it is what `placed` takes; with `there` also of this machine. Else raises ArgumentError."""
+    root = type(device).__module__.partition(".")[0]
+    known = device is None or isinstance(device, str)
+    if root == "cupy":
+        import cupy
+
+        known = isinstance(device, cupy.cuda.Device)
+    elif root in ("jax", "jaxlib"):
+        import jax
+
+        known = isinstance(device, (jax.Device, jax.sharding.Sharding))
+    elif root == "torch" or isinstance(device, (str, int)):
+        known = known if "torch" not in sys.modules else _known_to_torch(device, there)
+    require(
+        known,
+        f"device={device!r} must be a PyTorch, CuPy or JAX device of this machine, or the name of one of PyTorch's, "
+        "such as 'cuda:0'; leave it away for the device of the arrays that the mask reads",
+    )
+    return device
+
+
+def _known_to_torch(device: Any, there: bool) -> bool:
+    import torch
+
+    try:
+        found = torch.device(device)
+        if there:
+            torch.empty(0, device=found)
+    except (TypeError, ValueError, OverflowError, RuntimeError, AssertionError):
+        return False
+    return True
 
 
 def placed(values: np.ndarray, device: Any) -> Array:
@@ -147,4 +182,5 @@ def placed(values: np.ndarray, device: Any) -> Array:
         return values  # a name such as "cpu", without the framework whose name it is
     import torch
 
+    checked_device(device, there=True)
     return torch.from_numpy(np.ascontiguousarray(values)).to(device)

@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import mods
+from . import mods, validate
 from .api import attention
 from .block_kinds import Seen, mask_of
 from .block_mask import BlockMask, require_mask
-from .block_tables import as_used, placed
+from .block_tables import as_used, checked_device, placed
 from .errors import ArgumentError, require
 from .trace.uncompiled import outside_of_compilers
 
@@ -78,6 +78,8 @@ def flex_attention(
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         _require_4d(name, x)
+    enable_gqa = validate.flag("enable_gqa", enable_gqa)
+    return_lse = validate.flag("return_lse", return_lse)
     batch, heads_q, q_len, _ = query.shape
     heads_kv, kv_len = key.shape[1], key.shape[2]
     if heads_q != heads_kv and not enable_gqa:
@@ -144,7 +146,7 @@ def _is_request(x: Any) -> bool:
 
 
 def _require_4d(name: str, x: Any) -> None:
-    if not hasattr(x, "shape") or not hasattr(x, "swapaxes"):
+    if isinstance(x, type) or not hasattr(x, "shape") or not hasattr(x, "swapaxes"):
         raise ArgumentError(f"{name} is a {type(x).__qualname__}: pass a NumPy, CuPy, PyTorch or JAX array")
     if len(x.shape) != 4:
         raise ArgumentError(
@@ -211,8 +213,9 @@ def create_block_mask(
         isinstance(dq_kv_order, bool),
         f"dq_kv_order={dq_kv_order!r} must be a bool: BlockMask.from_kv_blocks takes an order as an array",
     )
-    order = dq_kv_order if compute_dq_write_order else None
-    return BlockMask._of(mask_mod, shape, BLOCK_SIZE, device, bool(separate_full_blocks), order)
+    order = dq_kv_order if validate.flag("compute_dq_write_order", compute_dq_write_order) else None
+    separate = validate.flag("separate_full_blocks", separate_full_blocks)
+    return BlockMask._of(mask_mod, shape, BLOCK_SIZE, checked_device(device), separate, order)
 
 
 @outside_of_compilers
@@ -234,14 +237,15 @@ def create_mask(
     shape = _shape((B, H, Q_LEN, KV_LEN))
     if not callable(mod_fn):
         raise ArgumentError(f"mod_fn={mod_fn!r} must be a function f(b, h, q_idx, kv_idx) -> bool")
+    checked_device(device)
     mod = Seen(mod_fn, shape[2:])
     mask = mask_of(mod, shape)
     return as_used(mask, mod.captured) if device is None else placed(mask, device)
 
 
 def _shape(shape: Sequence[int | None]) -> tuple[int, int, int, int]:
-    for name, n in zip(("B", "H", "Q_LEN", "KV_LEN"), shape, strict=True):
-        if not (n is None and name in "BH"):
-            mods._require_int(name, n, 0)
-    b, h, q, k = (1 if n is None else int(n) for n in shape)
+    names = ("B", "H", "Q_LEN", "KV_LEN")
+    b, h, q, k = (
+        1 if n is None and name in "BH" else mods._require_int(name, n, 0) for name, n in zip(names, shape, strict=True)
+    )
     return b, h, q, k

@@ -111,13 +111,8 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
     .111
     ..11
     """
-    for name, x in (("left", left), ("right", right)):
-        unlimited = x is None or (isinstance(x, int) and x == -1)
-        require(
-            unlimited or (isinstance(x, int) and x >= 0),
-            f"{name}={x!r} must be an int from 0, or -1 or None for no limit",
-        )
-    no_left, no_right = left is None or left < 0, right is None or right < 0
+    left, right = _side("left", left), _side("right", right)
+    no_left, no_right = left < 0, right < 0
 
     def sliding_window_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         position = q_idx + (kv_len - q_len)
@@ -128,6 +123,17 @@ def sliding_window(left: int | None, right: int | None = 0) -> Mask:
         return (kv_idx >= position - left) & (kv_idx <= position + right)
 
     return _mod(sliding_window_mask)
+
+
+def _side(name: str, x: Any) -> int:
+    """How far a window reaches to one side; -1: without limit, as further than any key is, too."""
+    if x is None:
+        return -1
+    require(
+        isinstance(x, (int, np.integer)) and not isinstance(x, bool) and int(x) >= -1,
+        f"{name}={x!r} must be an int from 0, or -1 or None for no limit",
+    )
+    return int(x) if int(x) <= _MOST else -1
 
 
 @_ready_made
@@ -145,7 +151,7 @@ def prefix_lm(prefix_length: Array) -> Mask:
     if _is_array(prefix_length):
         _require_integers("prefix_length", prefix_length, (0, 1), "[batch] or no dimensions")
     else:
-        _require_int("prefix_length", prefix_length, 0)
+        prefix_length = _require_int("prefix_length", prefix_length, 0)
     by_batch = _is_array(prefix_length) and len(prefix_length.shape) == 1
 
     def prefix_lm_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
@@ -243,7 +249,7 @@ def chunked(size: int) -> Mask:
     ..1.
     ..11
     """
-    _require_int("size", size, 1)
+    size = _require_int("size", size, 1)
 
     def chunked_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         start = (q_idx + (kv_len - q_len)) // size * size
@@ -262,8 +268,7 @@ def dilated_window(window: int, dilation: int) -> Mask:
     1.1.
     .1.1
     """
-    _require_int("window", window, 0)
-    _require_int("dilation", dilation, 1)
+    window, dilation = _require_int("window", window, 0), _require_int("dilation", dilation, 1)
 
     def dilated_window_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         distance = q_idx + (kv_len - q_len) - kv_idx
@@ -286,7 +291,7 @@ def natten_1d(kernel: int) -> Mask:
     .111
     .111
     """
-    _require_int("kernel", kernel, 1)
+    kernel = _require_int("kernel", kernel, 1)
     half = kernel // 2
 
     def natten_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
@@ -311,8 +316,7 @@ def natten_2d(height: int, width: int, kernel: int | tuple[int, int], tile: tupl
     11.11.
     .11.11
     """
-    _require_int("height", height, 1)
-    _require_int("width", width, 1)
+    height, width = _require_int("height", height, 1), _require_int("width", width, 1)
     kernel_h, kernel_w = _pair("kernel", kernel)
     require(
         kernel_h <= height and kernel_w <= width,
@@ -482,11 +486,11 @@ def alibi(slopes: Array) -> Score:
     array([-2., -1.])
     """
     if not _is_array(slopes):
-        heads = slopes
         require(
-            isinstance(heads, (int, np.integer)) and int(heads) > 0,
+            isinstance(slopes, (int, np.integer)),
             f"slopes={slopes!r} must be an array, [heads] or [batch, heads], or the number of heads",
         )
+        heads = _require_int("slopes", slopes, 1)
 
         def alibi_of_heads(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
             return score - 2.0 ** (-8.0 * (h + 1) / heads) * abs(q_idx + (kv_len - q_len) - kv_idx)
@@ -515,7 +519,14 @@ def softcap(cap: Array, approximate: bool = False) -> Score:
     if _is_array(cap):
         _require_ndim("cap", cap, (0,), "no dimensions: one number")
     else:
-        require(isinstance(cap, (int, float)) and bool(cap > 0), f"cap={cap!r} must be a positive number")
+        require(
+            isinstance(cap, (int, float, np.integer, np.floating)) and bool(0 < cap <= _LARGEST),
+            f"cap={cap!r} must be a positive number, at most {_LARGEST:.4g}; for no cap leave the mod away",
+        )
+    require(
+        isinstance(approximate, (bool, np.bool_)),
+        f"approximate is a {type(approximate).__qualname__} and must be True or False: pass bool(approximate)",
+    )
 
     def softcap_score(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
         return cap * _tanh(score / cap, approximate)
@@ -603,11 +614,25 @@ def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> 
     11.
     .11
     """
-    for name, n in (("q_len", q_len), ("kv_len", kv_len), ("b", b), ("h", h)):
-        _require_int(name, n, 0)
+    given = (("q_len", q_len), ("kv_len", kv_len), ("b", b), ("h", h))
+    q_len, kv_len, b, h = (_require_int(name, n, 0) for name, n in given)
+    require(
+        max(q_len, 1) * max(kv_len, 1) <= _MOST_PRINTED,
+        f"visible prints a character for each of q_len={q_len} x kv_len={kv_len} pairs, and {_MOST_PRINTED} is the "
+        "most: pass smaller lengths, or print(create_block_mask(...)), whose characters are blocks",
+    )
     q_idx, kv_idx = np.arange(q_len, dtype=np.int32)[:, None], np.arange(kv_len, dtype=np.int32)
-    seen = _with_lengths("mask_mod", mask_mod)(np.int32(b), np.int32(h), q_idx, kv_idx, q_len, kv_len)
-    for row in np.broadcast_to(np.asarray(seen), (q_len, kv_len)):
+    try:
+        seen = _with_lengths("mask_mod", mask_mod)(np.int32(b), np.int32(h), q_idx, kv_idx, q_len, kv_len)
+        rows = np.broadcast_to(np.asarray(seen), (q_len, kv_len))
+    except ArgumentError:
+        raise
+    except Exception as error:  # the function's own: the user wrote it
+        raise ArgumentError(
+            f"mask_mod={mask_mod!r} must be a function f(b, h, q_idx, kv_idx) -> bool, and with q_len={q_len}, "
+            f"kv_len={kv_len}, b={b}, h={h} it raised {type(error).__name__}: {error}"
+        ) from error
+    for row in rows:
         print("".join("1" if x else "." for x in row))
 
 
@@ -665,20 +690,31 @@ def _tanh(x: Any, approximate: bool) -> Any:
 
 
 def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
+    return hasattr(x, "shape") and hasattr(x, "dtype") and not isinstance(x, (type, np.generic))
 
 
-def _require_int(name: str, x: Any, least: int) -> None:
+_MOST = 2**31 - 1  # tokens, and elements of an axis: kernels count in 32 bits
+_LARGEST = float(np.finfo(np.float32).max)
+_MOST_PRINTED = 2**22
+_MOST_TOKENS = 2**28  # of which a document mask keeps two numbers each
+
+
+def _require_int(name: str, x: Any, least: int) -> int:
     require(
-        isinstance(x, (int, np.integer)) and not isinstance(x, bool) and int(x) >= least,
-        f"{name}={x!r} must be an int of at least {least}",
+        isinstance(x, (int, np.integer)) and not isinstance(x, bool) and least <= int(x) <= _MOST,
+        f"{name}={x!r} must be an int of at least {least}, and at most {_MOST}",
     )
+    return int(x)
 
 
 def _require_ndim(name: str, x: Any, ndims: tuple[int, ...], shape: str) -> None:
     if not _is_array(x):
         raise ArgumentError(f"{name} is a {type(x).__qualname__}: pass an array, {shape}")
     require(len(x.shape) in ndims, f"{name}.shape={tuple(x.shape)} must be {shape}: reshape it")
+    require(
+        all(n <= _MOST for n in x.shape),
+        f"{name}.shape={tuple(x.shape)}: no dimension may exceed {_MOST}; pass a smaller array",
+    )
 
 
 def _require_integers(name: str, x: Any, ndims: tuple[int, ...], shape: str, only: tuple[str, ...] = ()) -> None:
@@ -716,9 +752,8 @@ def _from_list(name: str, x: Any, shape: str) -> Any:
 def _pair(name: str, x: Any) -> tuple[int, int]:
     pair = x if isinstance(x, (tuple, list)) else (x, x)
     require(len(pair) == 2, f"{name}={x!r} must be an int, or two of them: (high, wide)")
-    for i, n in enumerate(pair):
-        _require_int(f"{name}[{i}]", n, 1)
-    return pair[0], pair[1]
+    first, second = (_require_int(f"{name}[{i}]", n, 1) for i, n in enumerate(pair))
+    return first, second
 
 
 # Where the document of each token begins and ends, by the array's own functions ---------------------------------------
@@ -748,7 +783,11 @@ def _documents_of_offsets(offsets: Any, total: int | None) -> tuple[Any, Any]:
     require(offsets.shape[0] > 0, f"cu_seqlens.shape={tuple(offsets.shape)} must be [documents + 1]: it begins with 0")
     if total is None:
         total = int(offsets[-1])
-    _require_int("total", total, 0)
+    total = _require_int("total", total, 0)
+    require(
+        total <= _MOST_TOKENS,
+        f"total={total}: arrays of so many tokens are made, and {_MOST_TOKENS} is the most; pass how many there are",
+    )
     xp = _namespace(offsets)
     offsets = offsets.to(xp.int32) if xp.__name__ == "torch" else offsets.astype(xp.int32)
     tokens = _arange(xp, total, offsets)

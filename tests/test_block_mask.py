@@ -394,6 +394,24 @@ ONE = np.array([1]), np.array([[0]])
         (lambda: create_block_mask(causal, 1, 1, 8, 8)[True], ArgumentError, r"index True of axis 0"),
         (lambda: create_mask(3, 1, 1, 8, 8), ArgumentError, r"mod_fn=3 must be a function"),
         (lambda: mods.visible(causal, 4, -1), ArgumentError, r"kv_len=-1 must be"),
+        (lambda: mods.visible(causal, np.uint64(2**63), 1), ArgumentError, r"q_len=np.uint64\(.*at most 2147483647"),
+        (lambda: mods.visible(causal, 2**20, 2**20), ArgumentError, r"and 4194304 is the most: pass smaller lengths"),
+        (lambda: mods.visible(int, 4, 4), ArgumentError, r"it raised TypeError"),
+        (lambda: create_mask(causal, 1, 1, 2**20, 2**20), ArgumentError, r"4294967296 is the most: look at blocks"),
+        (
+            lambda: create_mask(causal, 1, 1, 8, 8, device=np.ones(2)),
+            ArgumentError,
+            r"device=array.* must be a PyTorch",
+        ),
+        (lambda: create_block_mask(causal, 1, 1, 8, 8, device=()), ArgumentError, r"device=\(\) must be a PyTorch"),
+        (lambda: create_block_mask(causal, 1, 1, 8, 8).to(1.5), ArgumentError, r"device=1\.5 must be a PyTorch"),
+        (lambda: BlockMask.from_kv_blocks(ONE[0], np.float32), ArgumentError, r"kv_indices\.shape=\(\) must be"),
+        (lambda: BlockMask((128, 128), *ONE, mask_mod=None), ArgumentError, r"mask_mod=None must be a function"),
+        (
+            lambda: create_block_mask(causal, 1, 1, 8, 8, separate_full_blocks=np.ones(2)),
+            ArgumentError,
+            r"separate_full_blocks is a ndarray and must be True or False",
+        ),
         (lambda: mods.image_spans([None]), ArgumentError, r"ranges=\[None\] must be"),
         (lambda: create_block_mask(None, 1, 1, 8, 8), ArgumentError, r"mask_mod is None: pass a function"),
         (lambda: create_block_mask(3, 1, 1, 8, 8), ArgumentError, r"mask_mod=3 must be a function"),
@@ -444,3 +462,13 @@ ONE = np.array([1]), np.array([[0]])
 def test_refused(make: Any, error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
         make()
+
+
+def test_sizes_are_of_any_integer_type() -> None:
+    """Whatever their width: they are Python's ints inside."""
+    small = np.uint8(64)
+    made = create_block_mask(causal, np.uint8(1), None, np.uint8(128), np.uint8(128), BLOCK_SIZE=small)
+    assert (made.kinds == create_block_mask(causal, 1, None, 128, 128, BLOCK_SIZE=64).kinds).all()
+    listed = BlockMask.from_kv_blocks(ONE[0], ONE[1], BLOCK_SIZE=np.uint8(200))
+    assert listed.seq_lengths == (200, 200) and listed.kinds.tolist() == [[[[1]]]] and type(listed.BLOCK_SIZE[0]) is int
+    assert made.to_string(grid_size=(np.uint8(20), np.uint8(20))) == made.to_string(grid_size=[20, 20])

@@ -157,7 +157,13 @@ def test_arrays_are_tensors_where_pytorch_is_used() -> None:
     assert isinstance(create_block_mask(mods.document(table), None, None, 64, 64).kv_indices, np.ndarray)
 
 
-@pytest.mark.parametrize("index", [2, -3, True, None, "a", 1.0, np.array([0, 5]), np.array([[0]]), (0, 0, 0, 0)])
+BAD_INDICES = [
+    2, -3, True, None, "a", 1.0, np.array([0, 5]), np.array([0, 2, 6]), np.array([[0]]), (0, 0, 0, 0), (2**64, 0),
+    10**400, np.zeros(0, np.complex64), np.broadcast_to(np.int32(0), (2**33,)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("index", BAD_INDICES)
 def test_a_bad_index(index: Any) -> None:
     block_mask = create_block_mask(causal, 2, 2, 64, 64)
     with pytest.raises(IndexError) as found:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from ..arch import GRID_LIMITS, Arch
@@ -19,6 +20,15 @@ SPEC = module.KernelSpec(
     smem_bytes=0,
 )
 POINTERS = ("dropout_mask", "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "seed", "offset")
+
+
+def spec(shape: tuple[int, ...]) -> module.KernelSpec:
+    """The kernel that writes a mask [batch, heads_q, rows, keys]; `UnsupportedError` for one of too many rows."""
+    batch, _, rows, _ = shape
+    most = GRID_LIMITS[0]
+    if math.prod(shape) and batch * rows > most:
+        raise UnsupportedError(f"a dropout mask of {batch} x {rows} rows has more than {most}: split the batch")
+    return SPEC
 
 
 def run(
@@ -39,9 +49,6 @@ def run(
     batch, heads_q, rows, keys = arrays["dropout_mask"].shape
     if not batch * heads_q * rows * keys:
         return
-    most = GRID_LIMITS[0]
-    if batch * rows > most:
-        raise UnsupportedError(f"a dropout mask of {batch} x {rows} rows has more than {most}: split the batch")
     params = layout.load("DropoutMaskParams").pack(
         **{name: arrays[name].ptr if name in arrays else 0 for name in POINTERS},
         batch=batch,
@@ -55,4 +62,5 @@ def run(
     )
     used = {name: arrays[name] for name in POINTERS if name in arrays}
     buffers = buffers_of(used) if backend == "emulator" else ()
-    module.load(SPEC, arch, backend, device).launch((batch * rows, heads_q, 1), params, stream=stream, buffers=buffers)
+    kernel = module.load(spec(arrays["dropout_mask"].shape), arch, backend, device)
+    kernel.launch((batch * rows, heads_q, 1), params, stream=stream, buffers=buffers)

@@ -176,7 +176,9 @@ class Mod:
     def __init__(self, function: Callable[..., Any], kind: str | None = None) -> None:
         while isinstance(function, Mod):
             function = function.function
-        if kind not in (None, "score", "mask"):
+        if not callable(function):  # which says so in words
+            _kind_of(function)
+        if kind is not None and not (isinstance(kind, str) and kind in ("score", "mask")):
             raise ArgumentError(f'kind={kind!r} must be "score" or "mask", or None to go by the parameters')
         self.function = function
         self.kind: str = kind or _kind_of(function)
@@ -261,7 +263,7 @@ def static(x: Any) -> Any:
     ((q_idx // 64) == (kv_idx // 64))
     """
     if isinstance(x, np.generic):
-        x = x.item()
+        x = float(x) if isinstance(x, np.floating) else x.item()
     if x is None or isinstance(x, bool | str | enum.Enum):
         return x
     if isinstance(x, int):
@@ -630,7 +632,7 @@ class Trace:
             if kind not in "iuf" and "float" not in value.dtype.name:
                 raise TraceError(f"captured {name} is a {type(value).__qualname__}: a mod knows ints, floats and bools")
             is_int = kind in "iu"
-            code = code if kind in "iuf" else f"float({variable})"
+            code = code if isinstance(value.item(), int | float) else f"float({variable})"  # longdouble gives itself
         else:
             is_int = isinstance(value, int)
             code = code if type(value) in (int, float) else f"{'int' if is_int else 'float'}({variable})"

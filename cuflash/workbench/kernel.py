@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os.path
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import arch as arches
-from .. import dtypes, emulator, frameworks
+from .. import dtypes, emulator, frameworks, validate
 from ..array import TensorView
 from ..errors import ArgumentError, CompileError, CuflashError, EmulatorError, UnsupportedError
 from ..jit import layout, module, source
@@ -136,6 +137,7 @@ def kernel(
     >>> bool(double.check()), double.run()[:3]
     (True, array([0., 2., 4.], dtype=float32))
     """
+    _require_mapping(arguments)
     arrays = {n: x for n, x in arguments.items() if _is_array(x)}
     if not arrays:
         raise ArgumentError("arguments has no array: a kernel without one has nothing to write to")
@@ -143,10 +145,15 @@ def kernel(
     framework = frameworks.of(first, next(iter(arrays)))
     like = framework.view(first)
     values = {n: _to_host(x, n) if n in arrays else x for n, x in arguments.items()}
+    if reference is not None and not callable(reference):
+        raise ArgumentError(f"reference={reference!r} must be a function f(**arguments) -> array, or None")
+    tolerance = None if tolerance is None else validate.number("tolerance", tolerance)
+    smem_bytes = validate.count("smem_bytes", smem_bytes, least=0)
+    first_line = validate.count("first_line", first_line)
     name, spec, whole = _own(text, threads, module.KernelSpec("", "", "", None, 0, smem_bytes), label, first_line)
     backend = "cuda" if like.device[0] == "cuda" else "emulator"
     problem = jobs.OwnProblem(spec, values, _grid(grid), arches.named(arch).name, backend)
-    labels = frozenset({spec.source, label or spec.source})
+    labels = frozenset({spec.source, spec.source if label is None else label})
     made = Kernel(name, problem, (spec,), {spec.source: whole}, like, framework, reference, tolerance, labels)
     made._check_arguments()
     return made
@@ -188,9 +195,10 @@ class Kernel:
 
     def text(self, file: str) -> str:
         """One file's text as it is now."""
+        _require_text("file", file)
         if file in self.changed:
             return self.changed[file]
-        if file in jobs.GENERATED or (source.folder() / file).is_file():
+        if file in jobs.GENERATED or os.path.isfile(source.folder() / file):
             lines = [line for name, _, line in source.numbered(self._plain.text("cuda")) if name == file]
             if file not in jobs.GENERATED and lines:
                 return source.read(source.folder() / file)
@@ -210,6 +218,8 @@ class Kernel:
         """Another version, in which `file`, such as "tile/softmax.cuh" or the kernel's own "forward_sm80.cu", has this
         text. Messages call its lines those of `label`, counted from `first_line`; None: of the file."""
         self.text(file)  # refuses what is no file of the kernel
+        _require_text("text", text)
+        first_line = validate.count("first_line", first_line)
         if label is not None:
             text = f'#line {first_line} "{_label(label)}"\n{text}'
         return self._with(file, text, label)
@@ -225,6 +235,8 @@ class Kernel:
         >>> wrong.check().results[0].got  # the sum of every row is a quarter of what it should be
         4.0
         """
+        _require_text("text", text)
+        first_line = validate.count("first_line", first_line)
         file, found = self._find(name)
         last = name.split("::")[-1]
         if not _functions(text, last):
@@ -238,6 +250,8 @@ class Kernel:
     def edit(self, file: str, old: str, new: str) -> Kernel:
         """Another version, in which `old`, which must occur once in `file`, is `new`."""
         before = self.text(file)
+        _require_text("old", old)
+        _require_text("new", new)
         count = before.count(old)
         if not old or count != 1:
             raise ArgumentError(f"old={old!r} occurs {count} times in {file}, and must once: take more around it")
@@ -258,9 +272,14 @@ class Kernel:
         problem = self.problem
         if not isinstance(problem, jobs.OwnProblem):
             raise ArgumentError(f"bind is for kernels of your own: load {self.name} again, with other arguments")
-        values = {n: _to_host(x, n) if _is_array(x) else x for n, x in (arguments or {}).items()}
-        changes = {"threads": threads, "smem_bytes": smem_bytes}
-        spec = dataclasses.replace(problem.spec, **{n: x for n, x in changes.items() if x is not None})
+        arguments = {} if arguments is None else arguments
+        _require_mapping(arguments)
+        values = {n: _to_host(x, n) if _is_array(x) else x for n, x in arguments.items()}
+        spec = problem.spec
+        if threads is not None:
+            spec = dataclasses.replace(spec, threads=validate.count("threads", threads))
+        if smem_bytes is not None:
+            spec = dataclasses.replace(spec, smem_bytes=validate.count("smem_bytes", smem_bytes, least=0))
         problem = dataclasses.replace(
             problem,
             spec=spec,
@@ -273,7 +292,7 @@ class Kernel:
 
     def on(self, backend: str) -> Kernel:
         """The same to be run on "emulator" or "cuda"."""
-        if backend not in module.BACKENDS:
+        if not isinstance(backend, str) or backend not in module.BACKENDS:
             raise ArgumentError(f"backend={backend!r} must be one of {', '.join(module.BACKENDS)}")
         return dataclasses.replace(self, problem=dataclasses.replace(self.problem, backend=backend))
 
@@ -408,6 +427,7 @@ class Kernel:
 
     def _find(self, name: str) -> tuple[str, text.Function]:
         """(file, place) of the one function of that name."""
+        _require_text("name", name)
         searched = [file for file in self.files if not file.startswith("hw_")]
         found = [(file, x) for file in searched for x in _functions(self.text(file), name)]
         if len(found) == 1:
@@ -428,7 +448,8 @@ class Kernel:
         fields = {f.name: f for f in layout.parse(self.source, problem.spec.params).fields}
         missing, unknown = fields.keys() - problem.arguments.keys(), problem.arguments.keys() - fields.keys()
         if missing or unknown:
-            what = [f"{w} {', '.join(sorted(n))}" for w, n in (("no value for", missing), ("no field", unknown)) if n]
+            parts = ("no value for", missing), ("no field", unknown)
+            what = [f"{said} {', '.join(sorted(map(str, names)))}" for said, names in parts if names]
             raise ArgumentError(f"arguments must name the fields of {problem.spec.params}: {'; '.join(what)}")
         for name, value in problem.arguments.items():
             if fields[name].is_pointer != isinstance(value, np.ndarray):
@@ -544,6 +565,7 @@ def _own(
     whole: str, threads: int | None, before: module.KernelSpec, label: str | None = None, first_line: int = 1
 ) -> tuple[str, module.KernelSpec, str]:
     """(name, spec, text with its prelude) of a kernel of the user's own, launched as one before."""
+    _require_text("text", whole)
     found = list(_ENTRY.finditer(whole))
     if len(found) != 1:
         raise ArgumentError(
@@ -551,7 +573,9 @@ def _own(
             "HW_KERNEL(threads) name(HW_GRID_CONSTANT Params p) { ... }"
         )
     name, asked = found[0]["name"], found[0]["threads"].strip()
-    if threads is None:
+    if threads is not None:
+        threads = validate.count("threads", threads)
+    else:
         constant = re.search(rf"\bconstexpr\s+(?:i32|u32|int)\s+{re.escape(asked)}\s*=\s*(\d+)\s*;", whole)
         digits = asked if asked.isdecimal() else constant[1] if constant else None
         if digits is None and not before.threads:
@@ -561,7 +585,8 @@ def _own(
     prelude = "".join(f"#include <{x}>\n" for x in PRELUDE)
     if not whole.startswith(prelude):  # the first time
         own = whole.startswith("#line")  # says itself whose lines these are
-        whole = prelude + whole if own else f'{prelude}#line {first_line} "{_label(label or file)}"\n{whole}'
+        label = _label(file if label is None else label)
+        whole = prelude + whole if own else f'{prelude}#line {first_line} "{label}"\n{whole}'
     return name, module.KernelSpec(file, name, found[0]["params"], None, threads, before.smem_bytes), whole
 
 
@@ -576,11 +601,24 @@ def _like_result(name: str, expected: Any, result: np.ndarray) -> np.ndarray:
 
 
 def _grid(grid: int | Sequence[int]) -> tuple[int, int, int]:
-    sizes = (grid,) if isinstance(grid, int) else tuple(grid)
-    if not 0 < len(sizes) <= 3 or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ArgumentError(f"grid={grid!r} must be one to three numbers of blocks, each at least 1")
-    x, y, z = (*sizes, 1, 1)[:3]
+    sizes: tuple[Any, ...] = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
+    known = all(isinstance(n, (int, np.integer)) and 0 < int(n) < 2**31 for n in sizes)
+    if not 0 < len(sizes) <= 3 or not known:
+        raise ArgumentError(f"grid={grid!r} must be one to three numbers of blocks, each at least 1 and below 2**31")
+    x, y, z = (*map(int, sizes), 1, 1)[:3]
     return x, y, z
+
+
+def _require_text(name: str, x: Any) -> None:
+    if not isinstance(x, str):
+        raise ArgumentError(f"{name} is a {type(x).__qualname__} and must be a str")
+
+
+def _require_mapping(arguments: Any) -> None:
+    if not isinstance(arguments, Mapping):
+        raise ArgumentError(
+            f"arguments is a {type(arguments).__qualname__} and must be a dict: a value for each field of Params"
+        )
 
 
 def _is_array(x: Any) -> bool:

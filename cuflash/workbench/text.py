@@ -94,7 +94,7 @@ def where(text: str, offset: int, file: str) -> tuple[str, int]:
 
 def check_label(label: str) -> str:
     """A name that compilers and the emulator can print before a line's number."""
-    if not _LABEL.fullmatch(label):
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise ArgumentError(f"label={label!r} must have letters, digits, spaces, '.', '/', '-' and '_' alone")
     return label
 

@@ -15,8 +15,10 @@ from needs import needs_nvrtc
 from recorded import recording
 
 import cuflash
-from cuflash import arch, dtypes, philox
-from cuflash.ops import forward
+from cuflash import api, arch, dtypes, philox
+from cuflash.errors import CompileError, UnsupportedError
+from cuflash.jit import module
+from cuflash.ops import dropout_mask, forward
 
 # Every head-dim class, every dtype, every load width; 192 and 256 in float32 have tiles of 16 keys, half a Philox call.
 PALETTE = (
@@ -166,6 +168,32 @@ def test_explain_states_the_effective_rate():
         assert "dropout" not in str(cuflash.explain(x, x, x)).lower().replace("kdropout=false", "")
 
 
+def test_a_mask_that_does_not_compile_leaves_out_as_it_was(monkeypatch, rng):
+    """Its kernel is compiled before the first one runs."""
+    load, x = module.load, rng.standard_normal((1, 9, 2, 32)).astype(np.float16)
+
+    def refuse_the_mask(spec: Any, *rest: Any) -> Any:
+        if spec is dropout_mask.SPEC:
+            raise CompileError("does not compile")
+        return load(spec, *rest)
+
+    monkeypatch.setattr(module, "load", refuse_the_mask)
+    monkeypatch.setattr(api, "_compiled", set())
+    out = np.full_like(x, 7.0)
+    with using("emulator"), pytest.raises(CompileError):
+        cuflash.attention(x, x, x, dropout_p=0.3, seed=5, out=out, aux=("dropout_mask",))
+    assert (out == 7.0).all()
+
+
+def test_a_mask_of_too_many_rows_is_refused_before_anything_is_written(monkeypatch, rng):
+    monkeypatch.setattr(dropout_mask, "GRID_LIMITS", (8, 8, 8))
+    x = rng.standard_normal((1, 9, 2, 32)).astype(np.float16)
+    out = np.full_like(x, 7.0)
+    with using("emulator"), pytest.raises(UnsupportedError, match=r"1 x 9 rows has more than 8: split the batch"):
+        cuflash.attention(x, x, x, dropout_p=0.3, seed=5, out=out, aux=("dropout_mask",))
+    assert (out == 7.0).all()
+
+
 @needs_nvrtc
 def test_seeds_offsets_and_rates_never_recompile(monkeypatch, rng):
     """Recorded launches: one kernel, and no seed from a device array among the bytes."""
@@ -190,8 +218,6 @@ def test_seeds_offsets_and_rates_never_recompile(monkeypatch, rng):
 @needs_nvrtc
 @pytest.mark.parametrize("name", ["sm_80", "sm_90a"])
 def test_the_mask_kernel_compiles(name):
-    from cuflash.ops import dropout_mask
-
     checked(dropout_mask.SPEC, name)
 
 
