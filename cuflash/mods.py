@@ -596,8 +596,13 @@ def compose(*score_mods: Score) -> Score:
     return _named_as_needed(composed_score, score_mods)
 
 
+_MOST_SHOWN = 1 << 21  # characters
+
+
 def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> None:
     """Prints which keys each query sees: a line for each query, 1 for each key that it sees.
+
+    Raises `ArgumentError` for more than two million characters.
 
     >>> visible(sliding_window(1), 2, 3)
     11.
@@ -605,6 +610,13 @@ def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> 
     """
     for name, n in (("q_len", q_len), ("kv_len", kv_len), ("b", b), ("h", h)):
         _require_int(name, n, 0)
+        require(n < 2**31, f"{name}={n} must be below 2**31: indices are int32")
+    require(
+        q_len * kv_len <= _MOST_SHOWN,
+        f"q_len={q_len} by kv_len={kv_len} would be {q_len * kv_len} characters, and {_MOST_SHOWN} is the most: pass "
+        "smaller lengths, or print(create_block_mask(...)), which sums up",
+    )
+    mask_mod = _mod(mask_mod, "mask")  # what is no mask_mod is refused here
     q_idx, kv_idx = np.arange(q_len, dtype=np.int32)[:, None], np.arange(kv_len, dtype=np.int32)
     seen = _with_lengths("mask_mod", mask_mod)(np.int32(b), np.int32(h), q_idx, kv_idx, q_len, kv_len)
     for row in np.broadcast_to(np.asarray(seen), (q_len, kv_len)):
