@@ -857,7 +857,7 @@ def _traced_before(q: Array, k: Array, score_mod: Any, mask_mod: Any, block_mask
 
 def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
     """The mask_mod that a block mask is, once it is known to be for this call."""
-    if not hasattr(block_mask, "_as_mask_mod"):
+    if not hasattr(block_mask, "as_mask_mod"):
         raise ArgumentError(
             f"block_mask is a {type(block_mask).__qualname__}: pass what cuflash.create_block_mask returned, "
             "or a function as mask_mod="
@@ -865,8 +865,8 @@ def _mask_of(q: Array, k: Array, block_mask: Any) -> Any:
     shape: Any = tuple(getattr(q, "shape", ()))
     keys: Any = tuple(getattr(k, "shape", ()))
     if len(shape) == len(keys) == 4:  # packed sequences have lengths of their own
-        block_mask._check(shape[0], shape[2], shape[1], keys[1])
-    return block_mask._as_mask_mod(q)
+        block_mask.require_fits(shape[0], shape[2], shape[1], keys[1])
+    return block_mask.as_mask_mod(q)
 
 
 def _captured_views(framework: Framework, bound: Bound) -> dict[str, TensorView]:

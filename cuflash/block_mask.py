@@ -14,24 +14,11 @@ from typing import Any
 import numpy as np
 
 from . import mods, validate
-from .block_kinds import Grid, Seen, cells_of, kinds_of, mask_of, sparsity_of
+from .block_arrays import LISTS, BlockArrays
+from .block_kinds import Grid, Seen, cells_of, mask_of
 from .block_parts import BadIndexError, Chosen, elements_of, mask_at, mod_of_part
 from .block_pictures import draw, means, text_of
-from .block_tables import (
-    EMPTY,
-    FULL,
-    PARTIAL,
-    as_used,
-    checked_device,
-    like,
-    mod_of_table,
-    moved,
-    on_host,
-    ordered,
-    placed,
-    table_of,
-    write_orders,
-)
+from .block_tables import EMPTY, FULL, PARTIAL, checked_device, like, mod_of_table, moved, table_of
 from .errors import ArgumentError, UnsupportedError, require
 from .trace.tracer import takes_score
 from .trace.uncompiled import outside_of_compilers
@@ -39,12 +26,7 @@ from .trace.uncompiled import outside_of_compilers
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
 
-_NAMES = tuple(
-    f"{full}{side}_{what}" for side in ("kv", "q") for full in ("", "full_") for what in ("num_blocks", "indices")
-)
-
-
-class BlockMask:
+class BlockMask(BlockArrays):
     """A mask, the lengths it is for, and, when looked at, which of its blocks are empty, partly seen or full.
 
     Made by `create_block_mask` or `BlockMask.from_kv_blocks`, for `flex_attention(..., block_mask=)` and
@@ -73,9 +55,6 @@ class BlockMask:
         ████
     )
     """
-
-    _TENSOR_ATTRS = (*_NAMES, "dq_write_order", "dq_write_order_full", "dq_kv_order")
-    _CONTEXT_ATTRS = ("seq_lengths", "BLOCK_SIZE", "mask_mod", "dq_kv_order_spt")
 
     def __init__(
         self,
@@ -129,7 +108,7 @@ class BlockMask:
         self._arrays = dict(zip(self._TENSOR_ATTRS, given, strict=True))
 
     @classmethod
-    def _of(
+    def of_function(
         cls,
         mask_mod: Callable[..., Any],
         shape: tuple[int, int, int, int],
@@ -144,23 +123,9 @@ class BlockMask:
         made._mod = mods._mod(mask_mod, "mask")
         return made
 
-    def _begin(
-        self, mask_mod: Any, shape: Any, block: tuple[int, int], device: Any, separate: bool, order: bool | None
-    ) -> None:
+    def _begin(self, *given: Any) -> None:
+        super()._begin(*given)
         register_pytree()
-        self._shape: tuple[int, int, int, int] = shape
-        self._mask_mod, self._device = mask_mod, device
-        self.BLOCK_SIZE = block
-        self.dq_kv_order_spt = order
-        self._separate = separate  # whether full blocks are listed apart
-        self._arrays: dict[str, Array] = {}  # block arrays that were given
-        # What the blocks are of, where they are not those of mask_mod: a table, uint8 [B, H, q blocks, kv blocks], or
-        # the mask that this one was before its function was changed.
-        self._table: Array = None
-        self._before: BlockMask | None = None
-        self._kinds: np.ndarray | None = None
-        self._mod: Any = None
-        self._home: Any = None  # framework and device for which _mod reads the blocks of a mask before
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_mod": None, "_home": None}
@@ -176,6 +141,7 @@ class BlockMask:
         return self._mask_mod
 
     @mask_mod.setter
+    @outside_of_compilers
     def mask_mod(self, mask_mod: Callable[..., Any]) -> None:
         require_mask("mask_mod", mask_mod)
         self._keep_blocks()
@@ -186,6 +152,7 @@ class BlockMask:
         return self._shape[2:]
 
     @seq_lengths.setter
+    @outside_of_compilers
     def seq_lengths(self, seq_lengths: tuple[int, int]) -> None:
         lengths = _lengths(seq_lengths)
         blocks, wanted = self._grid.blocks, Grid(lengths, self.BLOCK_SIZE).blocks
@@ -206,6 +173,7 @@ class BlockMask:
             self._before = copy.copy(self)
 
     @classmethod
+    @outside_of_compilers
     def from_kv_blocks(
         cls,
         kv_num_blocks: Array,
@@ -258,7 +226,7 @@ class BlockMask:
                     made._arrays.pop(name)
         return made
 
-    def _as_mask_mod(self, q: Array = None) -> Callable[..., Any]:
+    def as_mask_mod(self, q: Array = None) -> Callable[..., Any]:
         """What attention calls. q: an array of the call, beside which blocks are put that are in no array yet."""
         if self._before is not None and q is not None:
             home = type(q), getattr(q, "device", None)
@@ -270,7 +238,7 @@ class BlockMask:
             self._mod = mod_of_table(table, self.BLOCK_SIZE, self._mask_mod)
         return self._mod
 
-    def _check(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
+    def require_fits(self, batch: int, heads: int, q_len: int, kv_len: int) -> None:
         """Raises ArgumentError where the mask is for another call."""
         if self.seq_lengths != (q_len, kv_len):
             raise ArgumentError(
@@ -284,108 +252,13 @@ class BlockMask:
                     f"with create_block_mask(..., {'BH'[axis]}={n}), or None for all"
                 )
 
-    # Blocks -----------------------------------------------------------------------------------------------------------
-
-    @property
-    def kinds(self) -> np.ndarray:
-        """What each block is, uint8 [B, H, q blocks, kv blocks]: 0 empty, 1 partly seen, 2 full. In NumPy.
-
-        A block that the end of the sequence cuts off is never full, as in PyTorch.
-        """
-        if self._kinds is None:
-            if self._table is not None:
-                self._kinds = on_host(self._table)
-            elif self._before is not None:
-                self._kinds = self._before.kinds
-            else:
-                kinds = kinds_of(self._seen(), self._shape, self._grid)
-                self._kinds = kinds if self._separate else np.minimum(kinds, PARTIAL)
-        return self._kinds
-
-    def _seen(self) -> Seen:
-        return Seen(self._mod, self.seq_lengths)
-
-    @property
-    def _grid(self) -> Grid:
-        return Grid(self.seq_lengths, self.BLOCK_SIZE)
-
-    @property
-    def _decided_by_blocks(self) -> bool:
-        return self._table is not None or self._before is not None or self._kinds is not None
-
-    def _listed(self, name: str) -> Array:
-        """A block array: as it was given, else of the kinds of blocks."""
-        if name in self._arrays:
-            return self._arrays[name]
-        full = name.startswith("full_")
-        if full and not self._separate:
-            return None
-        chosen = self.kinds == (FULL if full else PARTIAL)
-        found = ordered(chosen if "kv_" in name else chosen.swapaxes(2, 3))
-        return self._given(found[name.endswith("indices")])
-
-    @property
-    def kv_num_blocks(self) -> Array:
-        """int32 [B, H, q blocks]: how many blocks of a row are partly seen."""
-        return self._listed("kv_num_blocks")
-
-    @property
-    def kv_indices(self) -> Array:
-        """int32 [B, H, q blocks, kv blocks]: those that are partly seen, and behind them the others."""
-        return self._listed("kv_indices")
-
-    @property
-    def full_kv_num_blocks(self) -> Array:
-        """Likewise of full blocks; None where these are not listed apart."""
-        return self._listed("full_kv_num_blocks")
-
-    @property
-    def full_kv_indices(self) -> Array:
-        return self._listed("full_kv_indices")
-
-    @property
-    def q_num_blocks(self) -> Array:
-        """int32 [B, H, kv blocks]: how many blocks of a column are partly seen."""
-        return self._listed("q_num_blocks")
-
-    @property
-    def q_indices(self) -> Array:
-        return self._listed("q_indices")
-
-    @property
-    def full_q_num_blocks(self) -> Array:
-        return self._listed("full_q_num_blocks")
-
-    @property
-    def full_q_indices(self) -> Array:
-        return self._listed("full_q_indices")
-
-    @property
-    def dq_write_order(self) -> Array:
-        """int32 [B, H, kv blocks, q blocks]: beside `q_indices`, how many blocks of keys write before; None where it
-        was not asked for."""
-        return self._write_order("dq_write_order", 0)
-
-    @property
-    def dq_write_order_full(self) -> Array:
-        return self._write_order("dq_write_order_full", 1)
-
-    @property
-    def dq_kv_order(self) -> Array:
-        return self._arrays.get("dq_kv_order")
-
-    def _write_order(self, name: str, which: int) -> Array:
-        if name in self._arrays or self.dq_kv_order_spt is None or (which and not self._separate):
-            return self._arrays.get(name)
-        return self._given(write_orders(self.kinds, self.dq_kv_order_spt)[which])
+    # Taken apart and put together, as PyTorch does -------------------------------------------------------------------
 
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
         """Lengths, block arrays, size of blocks and function, in the order of PyTorch's; flatten: pairs as two."""
         arrays = (getattr(self, name) for name in self._TENSOR_ATTRS)
-        pairs = (self.seq_lengths, self.BLOCK_SIZE) if flatten else ((self.seq_lengths,), (self.BLOCK_SIZE,))
+        pairs = (self._shape[2:], self.BLOCK_SIZE) if flatten else ((self._shape[2:],), (self.BLOCK_SIZE,))
         return (*pairs[0], *arrays, self.dq_kv_order_spt, *pairs[1], self.mask_mod)
-
-    # As PyTorch's pytrees take it apart and put it together.
 
     def _flatten(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         found = {name: getattr(self, name) for name in self._TENSOR_ATTRS}
@@ -407,26 +280,7 @@ class BlockMask:
         names = [name for name in self._TENSOR_ATTRS if name not in context[-1]]
         return tuple((GetAttrKey(name), x) for name, x in zip(names, leaves, strict=True)), context
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(B, H, q_len, kv_len)"""
-        return self._shape
-
-    def numel(self) -> int:
-        """Pairs of a query and a key."""
-        b, h, q, k = self._shape
-        return b * h * q * k
-
-    def sparsity(self) -> float:
-        """The percentage of blocks that are empty."""
-        if not self._decided_by_blocks:
-            return sparsity_of(self._seen(), self._shape, self._grid)
-        return 100.0 * float(np.mean(self.kinds == EMPTY)) if self.kinds.size else 0.0
-
-    def to_dense(self) -> Array:
-        """int32 [B, H, q blocks, kv blocks]: 1 where a block is not empty. `create_mask` shows each key."""
-        return self._given((self.kinds != EMPTY).astype(np.int32))
-
+    @outside_of_compilers
     def to_string(self, grid_size: int | tuple[int, int] = (20, 20), limit: int = 4) -> str:
         """A picture in characters: █ all blocks seen at least in part, ░ some, a space none.
 
@@ -463,11 +317,12 @@ class BlockMask:
         )
         keys = None
         if max(self.seq_lengths) <= 2048:
-            keys = mask_of(Seen(mask_at(self._as_mask_mod(), b, h), self.seq_lengths), (1, 1, *self.seq_lengths))[0, 0]
+            keys = mask_of(Seen(mask_at(self.as_mask_mod(), b, h), self.seq_lengths), (1, 1, *self.seq_lengths))[0, 0]
         return draw(self.kinds[b, h], keys, self._grid, f"b={b}, h={h}", ax)
 
     # Others made from it ----------------------------------------------------------------------------------------------
 
+    @outside_of_compilers
     def to(self, device: Any) -> BlockMask:
         """The same, with block arrays on another device. What mask_mod captures stays where it is."""
         made = copy.copy(self)
@@ -478,6 +333,7 @@ class BlockMask:
             made._mod = None
         return made
 
+    @outside_of_compilers
     def __getitem__(self, index: Any) -> BlockMask:
         """The mask of some of the batch, of the heads and of the rows of blocks: ints, slices or integer arrays.
 
@@ -500,6 +356,15 @@ class BlockMask:
         index = (*index, slice(None), slice(None), slice(None))[:3]
         sizes = *self._shape[:2], self._grid.blocks[0]
         chosen = [Chosen(i, n, axis) for axis, (i, n) in enumerate(zip(index, sizes, strict=True))]
+        lists = [
+            axis for axis, i in enumerate(index) if not isinstance(i, (int, slice)) and len(chosen[axis].numbers) > 1
+        ]
+        if len(lists) > 1:
+            raise BadIndexError(
+                f"block_mask[...] with arrays of several elements on axes {lists[0]} and {lists[1]}: they could mean "
+                "pairs, as in NumPy, or all combinations: index one axis after the other, as "
+                "block_mask[batches][:, heads]"
+            )
         return self._part(chosen)
 
     def _part(self, chosen: list[Chosen]) -> BlockMask:
@@ -530,11 +395,12 @@ class BlockMask:
         elif self._table is not None:
             made._table = of_table(self._table)
             if "q_num_blocks" in self._arrays and self._arrays["q_num_blocks"] is None:
-                made._arrays = dict.fromkeys(name for name in _NAMES if "q_" in name)
+                made._arrays = dict.fromkeys(name for name in LISTS if "q_" in name)
         else:
             made._mod = mods._mod(mask_mod, "mask")
         return made
 
+    @outside_of_compilers
     def _adjust(self, new_q_len: int, new_kv_len: int) -> BlockMask:
         """The mask for other lengths: of a function the function, of blocks the upper left ones."""
         if self.dq_kv_order is not None:
@@ -555,14 +421,6 @@ class BlockMask:
 
         crop = lambda table: table[:, :, :rows, :columns]  # noqa: E731
         return self._with(self.mask_mod, (*self._shape[:2], *lengths), cropped, crop)
-
-    def _given(self, values: np.ndarray) -> Array:
-        if self._device is not None:
-            return placed(values, self._device)
-        if self._table is not None:
-            return like(values, self._table)
-        mod = mods._mod(self._mask_mod, "mask") if self._mod is None else self._mod
-        return as_used(values, mod.bind().arrays)
 
 
 _NEW_ORDER = "make a new mask by BlockMask.from_kv_blocks with an order of its own"

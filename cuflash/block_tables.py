@@ -11,6 +11,7 @@ import numpy as np
 
 from . import frameworks, mods
 from .errors import require
+from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
@@ -22,6 +23,7 @@ def ordered(seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return seen.sum(-1, dtype=np.int32), np.argsort(~seen, -1, kind="stable").astype(np.int32)
 
 
+@outside_of_compilers
 def table_of(table: Array, kind: int, prefix: str, count: Array, indices: Array, columns: int) -> Array:
     """`table` [..., rows, columns] uint8 (None: of zeros) with `kind` where a list of blocks says so."""
     for name, x in ((f"{prefix}kv_num_blocks", count), (f"{prefix}kv_indices", indices)):

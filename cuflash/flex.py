@@ -107,8 +107,8 @@ def flex_attention(
     mask_mod = None
     if block_mask is not None:
         block_mask = _own(block_mask)
-        block_mask._check(batch, heads_q, q_len, kv_len)
-        mask_mod = block_mask._as_mask_mod(query)
+        block_mask.require_fits(batch, heads_q, q_len, kv_len)
+        mask_mod = block_mask.as_mask_mod(query)
     if key.shape[0] == 1 != batch:
         key = _broadcast(key, (batch, *key.shape[1:]))
     if value.shape[0] == 1 != batch:
@@ -136,6 +136,11 @@ def _own(block_mask: Any) -> BlockMask:
             f"block_mask is a {type(block_mask).__qualname__}: pass what create_block_mask or BlockMask.from_kv_blocks "
             "gives; a function f(b, h, q_idx, kv_idx) goes to create_block_mask first"
         )
+    return _of_pytorchs(block_mask, names)
+
+
+@outside_of_compilers
+def _of_pytorchs(block_mask: Any, names: tuple[str, ...]) -> BlockMask:
     fields: dict[str, Any] = {name: getattr(block_mask, name) for name in names}
     return BlockMask.from_kv_blocks(**fields, seq_lengths=tuple(block_mask.seq_lengths))
 
@@ -215,7 +220,7 @@ def create_block_mask(
     )
     order = dq_kv_order if validate.flag("compute_dq_write_order", compute_dq_write_order) else None
     separate = validate.flag("separate_full_blocks", separate_full_blocks)
-    return BlockMask._of(mask_mod, shape, BLOCK_SIZE, checked_device(device), separate, order)
+    return BlockMask.of_function(mask_mod, shape, BLOCK_SIZE, checked_device(device), separate, order)
 
 
 @outside_of_compilers

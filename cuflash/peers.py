@@ -11,7 +11,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from . import mods
+from . import frameworks, mods
 from .errors import ArgumentError, UnsupportedError, require
 
 _REMEDIES = {
@@ -57,7 +57,10 @@ def sink(**given: Any) -> Any:
 def chunk_size(attention_chunk: Any) -> int:
     """The positions of a chunk, checked; 0 for no chunks."""
     if not isinstance(attention_chunk, numbers.Integral) or isinstance(attention_chunk, bool) or attention_chunk < 0:
-        raise ArgumentError(f"attention_chunk={attention_chunk!r} must be an int of at least 0: pass 0 for no chunks")
+        remedy = "pass 0 for no chunks"
+        if frameworks.traced(attention_chunk):
+            remedy = "JAX traces it, so name it in static_argnames of jax.jit, or compute it outside"
+        raise ArgumentError(f"attention_chunk={attention_chunk!r} must be an int of at least 0: {remedy}")
     return int(attention_chunk)
 
 

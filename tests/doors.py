@@ -158,7 +158,7 @@ def parts(block_mask: cuflash.BlockMask) -> list[np.ndarray]:
     if block_mask.numel() > 10**6:
         return [shape, np.array(block_mask.sparsity())]
     b, h, q_len, kv_len = block_mask.shape
-    seen = cuflash.create_mask(block_mask._as_mask_mod(), b, h, q_len, kv_len, device="cpu")
+    seen = cuflash.create_mask(block_mask.as_mask_mod(), b, h, q_len, kv_len, device="cpu")
     return [shape, np.asarray(seen), block_mask.kinds, *(np.asarray(x) for x in (block_mask.kv_indices,))]
 
 

@@ -215,11 +215,11 @@ def test_a_part_is_the_mask_of_these(index: Any, keys: Any, made_of: str) -> Non
     whole = create_block_mask(by_head, 3, 2, 230, 192, BLOCK_SIZE=64)
     if made_of == "blocks":
         whole = of_its_blocks(whole)
-    part, mask = whole[index], np.asarray(create_mask(whole._as_mask_mod(), *whole.shape))
+    part, mask = whole[index], np.asarray(create_mask(whole.as_mask_mod(), *whole.shape))
     for axis, some in enumerate(keys):
         mask = mask[(slice(None),) * axis + (some,)]
     assert part.shape == mask.shape
-    np.testing.assert_array_equal(create_mask(part._as_mask_mod(), *part.shape), mask)
+    np.testing.assert_array_equal(create_mask(part.as_mask_mod(), *part.shape), mask)
     if keys[2].stop is None:
         np.testing.assert_array_equal(part.kinds, whole.kinds[keys[:2][0]][:, keys[1]])
 
@@ -252,7 +252,7 @@ def test_adjust_is_the_upper_left(lengths: tuple[int, int]) -> None:
     for mask in (whole, of_its_blocks(whole)):
         adjusted = mask._adjust(*lengths)
         assert adjusted.shape == (3, 2, *lengths)
-        np.testing.assert_array_equal(create_mask(adjusted._as_mask_mod(), *adjusted.shape), expected)
+        np.testing.assert_array_equal(create_mask(adjusted.as_mask_mod(), *adjusted.shape), expected)
 
 
 # Made of blocks -------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def test_a_mask_made_of_its_own_blocks_is_the_mask(name: str) -> None:
     again = of_its_blocks(block_mask)
     np.testing.assert_array_equal(again.kinds, block_mask.kinds)
     mask = create_mask(block_mask.mask_mod, *shape)
-    np.testing.assert_array_equal(create_mask(again._as_mask_mod(), *block_mask.shape), mask)
+    np.testing.assert_array_equal(create_mask(again.as_mask_mod(), *block_mask.shape), mask)
     for field in FIELDS:
         np.testing.assert_array_equal(getattr(again, field), getattr(block_mask, field), err_msg=field)
 
@@ -294,7 +294,7 @@ def test_blocks_say_what_a_full_one_hides() -> None:
         BLOCK_SIZE=(2, 4), mask_mod=lambda b, h, q_idx, kv_idx: kv_idx % 2 == 1, seq_lengths=(4, 11),
     )  # fmt: skip
     expected = [".....1.1...", ".....1.1...", "1111.....1.", "1111.....1."]
-    mask = create_mask(block_mask._as_mask_mod(), 1, 1, 4, 11)[0, 0]
+    mask = create_mask(block_mask.as_mask_mod(), 1, 1, 4, 11)[0, 0]
     assert ["".join("1" if x else "." for x in row) for row in mask] == expected
     assert block_mask.shape == (1, 1, 4, 11)
 
@@ -302,7 +302,7 @@ def test_blocks_say_what_a_full_one_hides() -> None:
 def test_without_a_function_listed_blocks_are_full() -> None:
     block_mask = BlockMask.from_kv_blocks(np.array([[[2, 1]]]), np.array([[[[1, 0], [1, 0]]]]), BLOCK_SIZE=4)
     expected = np.kron([[1, 1], [0, 1]], np.ones((4, 4))).astype(bool)
-    np.testing.assert_array_equal(create_mask(block_mask._as_mask_mod(), 1, 1, 8, 8)[0, 0], expected)
+    np.testing.assert_array_equal(create_mask(block_mask.as_mask_mod(), 1, 1, 8, 8)[0, 0], expected)
 
 
 @needs_torch
@@ -337,7 +337,7 @@ def test_of_jax_arrays() -> None:
 
     block_mask = of_its_blocks(create_block_mask(by_head, 3, 2, 128, 192, BLOCK_SIZE=64), jnp.asarray)
     assert isinstance(block_mask.kv_indices, jax.Array)
-    mask = create_mask(block_mask._as_mask_mod(), 3, 2, 128, 192, device=jax.devices()[0])
+    mask = create_mask(block_mask.as_mask_mod(), 3, 2, 128, 192, device=jax.devices()[0])
     assert isinstance(mask, jax.Array)
     np.testing.assert_array_equal(mask, create_mask(by_head, 3, 2, 128, 192))
 

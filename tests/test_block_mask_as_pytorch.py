@@ -171,6 +171,13 @@ def test_a_bad_index(index: Any) -> None:
     assert isinstance(found.value, ArgumentError)
 
 
+def test_arrays_on_two_axes_are_told_apart() -> None:
+    block_mask = create_block_mask(causal, 2, 2, 64, 64, BLOCK_SIZE=16)
+    with pytest.raises(IndexError, match=r"on axes 0 and 2: .* block_mask\[batches\]\[:, heads\]"):
+        block_mask[[1, 0], :, [0, 1]]
+    assert block_mask[[1, 0]][:, [0]].shape == block_mask[[1, 0], [0]].shape == (2, 1, 64, 64)
+
+
 def test_indices_of_any_kind() -> None:
     block_mask = create_block_mask(causal, 2, 2, 64, 64, BLOCK_SIZE=16)
     assert block_mask[...].shape == (2, 2, 64, 64) and block_mask[..., 1].shape == (2, 2, 16, 64)
@@ -200,7 +207,7 @@ def test_masks_are_pickled(name: str) -> None:
     for x in (block_mask, changed, create_block_mask(causal, None, None, 64, 64, BLOCK_SIZE=16)[:, :, 1:3]):
         again = pickle.loads(pickle.dumps(x))
         assert again.shape == x.shape
-        np.testing.assert_array_equal(*(create_mask(y._as_mask_mod(), *x.shape) for y in (x, again)))
+        np.testing.assert_array_equal(*(create_mask(y.as_mask_mod(), *x.shape) for y in (x, again)))
     np.testing.assert_array_equal(
         create_mask(pickle.loads(pickle.dumps(mask)), 1, 1, 64, 64), create_mask(mask, 1, 1, 64, 64)
     )
@@ -232,6 +239,58 @@ def test_masks_are_made_under_torch_compile(name: str) -> None:
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported, match=r"make both outside of what is compiled, as score_mod = "):
         torch.compile(INSIDE[name], backend="eager", fullgraph=True)(x)
+
+
+GIVEN = torch.ones(1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, 1, dtype=torch.int32)
+OURS = create_block_mask(causal, 1, 1, 40, 40, device="cpu")
+THEIRS = flex.create_block_mask(causal, 1, 1, 40, 40, device="cpu")
+
+
+def changed(block_mask: Any) -> Any:
+    block_mask.mask_mod = near
+    return block_mask
+
+
+CHANGED = {
+    "indexed": lambda: OURS[0],
+    "its function set": lambda: changed(create_block_mask(causal, 1, 1, 40, 40)),
+    "other lengths": lambda: OURS._adjust(40, 40),
+    "constructor": lambda: BlockMask((40, 40), *GIVEN, mask_mod=causal),
+    "from blocks": lambda: BlockMask.from_kv_blocks(*GIVEN, mask_mod=causal, seq_lengths=(40, 40)),
+    "pytorch's": lambda: THEIRS,
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.compile breaks")
+@pytest.mark.parametrize("name", CHANGED)
+def test_masks_are_changed_under_torch_compile(name: str) -> None:
+    step = lambda q: cuflash.flex_attention(q, q, q, block_mask=CHANGED[name]())  # noqa: E731
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(step, backend="eager")(x), step(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="make both outside of what is compiled, as score_mod = "):
+        torch.compile(step, backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("look", [lambda: OURS.kv_indices.sum(), lambda: OURS.sparsity(), lambda: OURS.to_dense()[0]])
+def test_blocks_looked_at_under_torch_compile(look: Any) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="make both outside of what is compiled, as score_mod = "):
+        torch.compile(lambda q: q * look(), backend="eager", fullgraph=True)(x)
+
+
+def test_export_that_runs_python_as_it_is_traces_functions() -> None:
+    class Attention(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = torch.nn.Parameter(torch.linspace(-1, 1, 80))
+
+        def forward(self, q: Any) -> Any:
+            return cuflash.flex_attention(q, q, q, lambda s, b, h, i, j: s + self.bias[i - j + 40], THEIRS)
+
+    model = Attention()
+    exported = torch.export.export(model, (x,), strict=False).module()
+    torch.testing.assert_close(exported(2 * x), model(2 * x))
 
 
 def test_a_mask_made_outside_is_used_inside() -> None:

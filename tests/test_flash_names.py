@@ -147,3 +147,10 @@ def test_torch_follows_chunks_and_sinks(rng):
     np.testing.assert_allclose(call(q, sink)[0], want, atol=2e-6)
     np.testing.assert_allclose(torch.compile(call, backend="eager")(q, sink)[0], want, atol=2e-6)
     torch.autograd.gradcheck(call, [x.double().requires_grad_() for x in (q, sink)])
+
+
+def test_a_traced_chunk_is_told_to_be_static():
+    jax = pytest.importorskip("jax")
+    x = jax.numpy.ones((1, 4, 1, 16))
+    with pytest.raises(ArgumentError, match=r"attention_chunk=.* static_argnames"):
+        jax.jit(cuflash.flash_attn_func)(x, x, x, attention_chunk=2)

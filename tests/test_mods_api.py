@@ -5,6 +5,8 @@ What mods mean is tests/trace's affair and test_reference's; here it is how they
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from backends import using
@@ -12,7 +14,7 @@ from recorded import KINDS, recording
 
 import cuflash
 from cuflash import api, frameworks, reference
-from cuflash.errors import ArgumentError, UnsupportedError
+from cuflash.errors import ArgumentError, CuflashError, UnsupportedError
 
 AUX = ("lse", "max_logit")
 
@@ -553,3 +555,18 @@ def test_an_index_that_is_no_negative_one_costs_nothing():
     for mod in (*plain, cuflash.mods.bias(np.zeros((4, 4), np.float32))):
         assert ".shape[" not in repr(mod)
     assert "ids.shape[0]" in repr(cuflash.mod(lambda b, h, i, j: ids[j - 1] == 0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ((lambda: 1, 3, 3), r"it takes \(\)"),
+        ((type, 3, 3), "mask_mod"),
+        ((cuflash.mods.softcap(3.0), 3, 3), "mask_mod"),
+        ((cuflash.mods.causal(), 3, 2**31 - 1), r"6442450941 characters, .* print\(create_block_mask"),
+        ((cuflash.mods.causal(), 3, 3, 0, 2**31), r"h=2147483648 must be below 2\*\*31"),
+    ],
+)
+def test_what_cannot_be_shown_is_refused(arguments: Any, says: str) -> None:
+    with pytest.raises(CuflashError, match=says):
+        cuflash.mods.visible(*arguments)

@@ -27,7 +27,7 @@ LAYERS = (
     ("frameworks",),
     ("validate", "packing", "merge", "peers", "block_tables"),
     ("block_kinds", "block_parts"),
-    ("block_pictures",),
+    ("block_arrays", "block_pictures"),
     ("block_mask",),
     ("api",),
     ("flash", "flex", "kvcache", "integrations"),

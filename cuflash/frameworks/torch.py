@@ -81,8 +81,11 @@ def cache_operation(q: Any, *others: Any) -> Callable[..., Any] | None:
 
 
 def compiling() -> bool:
-    """Whether torch.compile or torch.export follows this code, which then may not look into Python."""
-    return _torch().compiler.is_compiling()
+    """Whether dynamo follows this code (torch.compile, strict torch.export), which then may not look into Python.
+
+    Not so where torch.export runs it as it is (strict=False), though `torch.compiler.is_compiling()` says so, too.
+    """
+    return _torch().compiler.is_dynamo_compiling()
 
 
 def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:

@@ -36,12 +36,18 @@ def outside_of_compilers(function: F) -> F:
     return wrapper  # type: ignore[return-value]
 
 
-@functools.cache
 def _uncompiled() -> Callable[..., Any]:
-    torch: Any = sys.modules["torch"]
+    """Calls a function that dynamo leaves alone. Made once, and kept where dynamo can read it: of `functools.cache` it
+    would warn."""
+    if not _made:
+        torch: Any = sys.modules["torch"]
 
-    @torch.compiler.disable(reason=_REMEDY)
-    def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-        return function(*args, **keywords)
+        @torch.compiler.disable(reason=_REMEDY)
+        def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+            return function(*args, **keywords)
 
-    return uncompiled
+        _made.append(uncompiled)
+    return _made[0]
+
+
+_made: list[Callable[..., Any]] = []
