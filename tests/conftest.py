@@ -17,6 +17,7 @@ import functools
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -94,6 +95,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     write(f"gpu tests skipped: {sum('gpu' in getattr(report, 'keywords', ()) for report in skipped)}")
     for reason, count in sorted(reasons.items()):
         write(f"skipped {count}: {reason}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_are_heard() -> None:
+    """A shell has what it runs in the background ignore Ctrl-C, of which some tests are."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)

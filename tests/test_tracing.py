@@ -127,5 +127,5 @@ def test_the_limit_is_a_block_s():
         attend()
     assert Counter(e.block for e in trace.events) == {(0, 0, 0): 100, (1, 0, 0): 100}
     assert trace.dropped > 0
-    with pytest.raises(ArgumentError, match="limit=0 must be at least 1"), emulator.tracing(limit=0):
+    with pytest.raises(ArgumentError, match="limit=0 must be an int from 1"), emulator.tracing(limit=0):
         pass

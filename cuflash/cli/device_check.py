@@ -94,6 +94,9 @@ def device_check(
     if missing := _missing():
         console.print(f"device-check: {missing}", soft_wrap=True, highlight=False)
         raise typer.Exit(2)
+    # A shell has what it runs in the background ignore Ctrl-C. Stages are asked to stop by it, and would inherit that.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     schema = benchmarks("schema")
     stages = [name for name in STAGES if name in wanted]
     ended_well = check(schema.describe(commit=commit), stages, 60.0 * minutes - RESERVE, out or schema.RESULTS, console)

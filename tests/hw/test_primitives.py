@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -151,10 +153,15 @@ BODIES["checked_index"] = (
 )  # fmt: skip
 for function in (
     "hw::exp2_approx", "hw::log2_approx", "hw::rcp_approx", "hw::tanh_approx", "hw::sqrt_approx", "hw::rsqrt_approx",
-    "hw::sin_approx", "hw::cos_approx", "hw::floor", "hw::ceil",
+    "hw::sin_approx", "hw::cos_approx", "hw::floor", "hw::ceil", "hw::erf", "hw::expm1", "hw::log1p", "hw::atan",
 ):  # fmt: skip
     call = f"hw::store_global(out<float>() + thread, {function}(hw::load_global(a<float>() + thread)));"
     BODIES[function.removeprefix("hw::")] = (call, 1024, 0)
+BODIES["atan2"] = (
+    "hw::store_global(out<float>() + thread, hw::atan2(hw::load_global(a<float>() + thread), "
+    "hw::load_global(b<float>() + thread)));",
+    1024, 0,
+)  # fmt: skip
 for kind, call in {
     "float16": "hw::mma_m16n8k16(hw::Half{}, d, r, b0, b1)",
     "bfloat16": "hw::mma_m16n8k16(hw::Bfloat16{}, d, r, b0, b1)",
@@ -427,6 +434,24 @@ def test_sin_and_cos_approx_within_a_turn(run, rng, backend, name):
     x = rng.uniform(-np.pi, np.pi, 1024).astype(np.float32)
     found = run(f"{name}_approx", backend, a=x, out=np.zeros(1024, np.float32))
     np.testing.assert_allclose(found, getattr(np, name)(x.astype(np.float64)), rtol=0, atol=2.0**-20)
+
+
+# CUDA's programming guide has their errors, at most 2 units in the last place of float32, of which 4 are allowed here.
+@each_backend
+@pytest.mark.parametrize("name", ["erf", "expm1", "log1p", "atan"])
+def test_functions_of_the_compiler(run, rng, backend, name):
+    exact = {"erf": np.vectorize(math.erf), "expm1": np.expm1, "log1p": np.log1p, "atan": np.arctan}[name]
+    x = np.concatenate([floats(rng, 512, 3), rng.uniform(-0.9, 5, 512)]).astype(np.float32)
+    found = run(name, backend, a=x, out=np.zeros(1024, np.float32))
+    with np.errstate(all="ignore"):
+        np.testing.assert_allclose(found, exact(x.astype(np.float64)).astype(np.float32), rtol=2.0**-21)
+
+
+@each_backend
+def test_atan2(run, rng, backend):
+    y, x = floats(rng, 1024, 3), floats(rng, 1024, 3)
+    found = run("atan2", backend, a=y, b=x, out=np.zeros(1024, np.float32))
+    np.testing.assert_allclose(found, np.arctan2(y.astype(np.float64), x.astype(np.float64)), rtol=2.0**-21)
 
 
 @each_backend

@@ -127,8 +127,8 @@ def test_explain(rng):
     with using("emulator"):
         told = cuflash.explain(q, k, v, split_size=128)
     assert told.kernel == "decode_sm80" and told.grid == (3, 2, 3)
-    # 3 pieces of 24 rows and heads, of 64 sums and one lse in float32
-    assert told.workspace_bytes == 3 * 24 * 65 * 4
+    # 3 pieces of 24 rows and heads, of 64 sums, the weights' sum and the maximum in float32
+    assert told.workspace_bytes == 3 * 24 * 66 * 4
     text = str(told)
     assert "split_size=128, up to 3 pieces of a row; combine puts them together" in text
     assert "combine: grid 1 x 4 x 3" in text
