@@ -12,6 +12,7 @@ import numpy as np
 from . import mods
 from .block_kinds import Grid, Seen, kinds_of, sparsity_of
 from .block_tables import EMPTY, FULL, PARTIAL, as_used, like, on_host, ordered, placed, write_orders
+from .errors import ArgumentError
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -33,7 +34,7 @@ class BlockArrays:
     ) -> None:
         self._shape: tuple[int, int, int, int] = shape
         self._mask_mod, self._device = mask_mod, device
-        self.BLOCK_SIZE = block
+        self._block = block
         self.dq_kv_order_spt = order
         self._separate = separate  # whether full blocks are listed apart
         self._arrays: dict[str, Array] = {}  # block arrays that were given
@@ -44,6 +45,18 @@ class BlockArrays:
         self._kinds: np.ndarray | None = None
         self._mod: Any = None
         self._home: Any = None  # framework and device for which _mod reads the blocks of a mask before
+
+    @property
+    def BLOCK_SIZE(self) -> tuple[int, int]:
+        """(queries, keys) of a block."""
+        return self._block
+
+    @BLOCK_SIZE.setter
+    def BLOCK_SIZE(self, value: Any) -> None:
+        raise ArgumentError(
+            f"BLOCK_SIZE={value!r} cannot be set, for blocks of {self._block} are what the mask lists: make another, "
+            "with create_block_mask(..., BLOCK_SIZE=...)"
+        )
 
     @property
     @outside_of_compilers

@@ -257,6 +257,7 @@ class BlockMask(BlockArrays):
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
         """Lengths, block arrays, size of blocks and function, in the order of PyTorch's; flatten: pairs as two."""
         arrays = (getattr(self, name) for name in self._TENSOR_ATTRS)
+        flatten = validate.flag("flatten", flatten)
         pairs = (self._shape[2:], self.BLOCK_SIZE) if flatten else ((self._shape[2:],), (self.BLOCK_SIZE,))
         return (*pairs[0], *arrays, self.dq_kv_order_spt, *pairs[1], self.mask_mod)
 

@@ -32,7 +32,10 @@ class Chosen:
                 raise BadIndexError(f"index {index!r} of {where}: pass ints, slices or arrays of ints")
             if isinstance(index, int) and not -n <= index < n:  # of any size: NumPy has none for 2**64
                 raise BadIndexError(f"index {index} is outside of {where}")
-            values = np.asarray(index if isinstance(index, int) else on_host(index))
+            try:
+                values = np.asarray(index if isinstance(index, int) else on_host(index))
+            except ValueError as error:  # lists of unequal lengths
+                raise BadIndexError(f"index {index!r} of {where}: pass ints, slices or arrays of ints") from error
             if values.size > _MOST:
                 raise BadIndexError(f"index of shape {values.shape} of {where}: {_MOST} elements are the most")
             if values.dtype == bool and values.shape == (n,):

@@ -623,7 +623,6 @@ def visible(mask_mod: Mask, q_len: int, kv_len: int, b: int = 0, h: int = 0) -> 
         f"visible prints a character for each of q_len={q_len} x kv_len={kv_len} pairs, and {_MOST_PRINTED} is the "
         "most: pass smaller lengths, or print(create_block_mask(...)), whose characters are blocks",
     )
-    mask_mod = _mod(mask_mod, "mask")  # what is no mask_mod is refused here
     q_idx, kv_idx = np.arange(q_len, dtype=np.int32)[:, None], np.arange(kv_len, dtype=np.int32)
     try:
         seen = _with_lengths("mask_mod", mask_mod)(np.int32(b), np.int32(h), q_idx, kv_idx, q_len, kv_len)

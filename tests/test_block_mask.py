@@ -472,3 +472,21 @@ def test_sizes_are_of_any_integer_type() -> None:
     listed = BlockMask.from_kv_blocks(ONE[0], ONE[1], BLOCK_SIZE=np.uint8(200))
     assert listed.seq_lengths == (200, 200) and listed.kinds.tolist() == [[[[1]]]] and type(listed.BLOCK_SIZE[0]) is int
     assert made.to_string(grid_size=(np.uint8(20), np.uint8(20))) == made.to_string(grid_size=[20, 20])
+
+
+def test_the_size_of_blocks_is_kept():
+    mask = cuflash.create_block_mask(mods.causal(), None, None, 256, 256)
+    with pytest.raises(ArgumentError, match=r"BLOCK_SIZE=64 cannot be set, for blocks of \(128, 128\)"):
+        mask.BLOCK_SIZE = 64
+    assert mask.BLOCK_SIZE == (128, 128)
+
+
+@pytest.mark.parametrize("wrong", [[[1, 2], [3]], [[0], []]])
+def test_indices_of_unequal_lengths_are_refused(wrong):
+    mask = cuflash.create_block_mask(mods.causal(), None, None, 256, 256)
+    with pytest.raises(IndexError, match="pass ints, slices or arrays of ints"):
+        mask[wrong]
+    with pytest.raises(ArgumentError, match="pass ints, slices or arrays of ints"):
+        mask.plot(b=wrong)
+    with pytest.raises(ArgumentError, match="flatten is a list and must be True or False"):
+        mask.as_tuple(flatten=wrong)

@@ -43,7 +43,7 @@ def _uncompiled() -> Callable[..., Any]:
         torch: Any = sys.modules["torch"]
 
         @torch.compiler.disable(reason=_REMEDY)
-        def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        def uncompiled(function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
             return function(*args, **keywords)
 
         _made.append(uncompiled)
