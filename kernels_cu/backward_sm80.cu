@@ -398,7 +398,10 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
     special = hw::any(special);
     if (special) {
-      const float* lse = p.lse + stat_line + group * p.lse_stride_head;
+      // NOTE: worked out anew, as this happens rarely: kept through the loop the line costs registers, and some spill.
+      const Sequence owner = read_sequence(p, sequence);
+      const float* lse = p.lse + row_offset(owner, p.lse_stride_batch, owner.q_begin, 1) +
+                         (first_head + group) * p.lse_stride_head;
       s.for_each([&](float& x, i32 row, i32 column) {
         const float base2 = lse_base2_of(row, column);
         const i32 query = kKeysHeld ? moved_first + S::first_col() + column : held_first + warp_row + S::row_of(row);
@@ -559,11 +562,13 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     float sink_sum = 0.0f;
     if (p.sink_partials != nullptr && lane % 4 == 0) {
       const float sink = read_sink<Element>(p, first_head);
+      const float* lse =
+          p.lse + row_offset(owner, p.lse_stride_batch, owner.q_begin, 1) + first_head * p.lse_stride_head;
       HW_UNROLL
       for (i32 i = 0; i < S::kRows; ++i) {
         const i32 query = held_first + warp_row + S::row_of(i);
         if (query < owner.q_len) {
-          sink_sum = hw::fma(-sink_weight(sink, hw::load_global(p.lse + stat_line + query)), delta[i], sink_sum);
+          sink_sum = hw::fma(-sink_weight(sink, hw::load_global(lse + query)), delta[i], sink_sum);
         }
       }
     }
