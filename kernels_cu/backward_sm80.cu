@@ -206,6 +206,13 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const u8* dout =
       at_row(p.dout, seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + first_head * p.dout_stride_head;
   const i64 stat_line = row_offset(seq, p.lse_stride_batch, seq.q_begin, 1) + first_head * p.lse_stride_head;
+  // The same, for what happens rarely.
+  // NOTE: where queries are held in 16 bits it is worked out anew: kept through the loop it costs registers, and spills.
+  const auto line_of_lse = [&] {
+    if constexpr (kKeysHeld || sizeof(Element) != 2) return stat_line;
+    const Sequence own = read_sequence(p, sequence);
+    return row_offset(own, p.lse_stride_batch, own.q_begin, 1) + first_head * p.lse_stride_head;
+  };
   const i32 row_bytes = p.head_dim * Plan::kBytes;
   const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
   const i32 held_len = kKeysHeld ? seq.k_len : seq.q_len;
@@ -398,10 +405,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
     special = hw::any(special);
     if (special) {
-      // NOTE: worked out anew, as this happens rarely: kept through the loop the line costs registers, and some spill.
-      const Sequence owner = read_sequence(p, sequence);
-      const float* lse = p.lse + row_offset(owner, p.lse_stride_batch, owner.q_begin, 1) +
-                         (first_head + group) * p.lse_stride_head;
+      const float* lse = p.lse + line_of_lse() + group * p.lse_stride_head;
       s.for_each([&](float& x, i32 row, i32 column) {
         const float base2 = lse_base2_of(row, column);
         const i32 query = kKeysHeld ? moved_first + S::first_col() + column : held_first + warp_row + S::row_of(row);
@@ -562,8 +566,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     float sink_sum = 0.0f;
     if (p.sink_partials != nullptr && lane % 4 == 0) {
       const float sink = read_sink<Element>(p, first_head);
-      const float* lse =
-          p.lse + row_offset(owner, p.lse_stride_batch, owner.q_begin, 1) + first_head * p.lse_stride_head;
+      const float* lse = p.lse + line_of_lse();
       HW_UNROLL
       for (i32 i = 0; i < S::kRows; ++i) {
         const i32 query = held_first + warp_row + S::row_of(i);
