@@ -36,9 +36,10 @@ def main() -> None:
         del sys.modules[loaded]
     plant(package / name, old, new)
     stand_in.install()
-    from . import dispatch, scenarios
+    from . import dispatch, framework_scenarios, scenarios
 
-    getattr(scenarios, scenario)()
+    (run,) = (s for s in scenarios.SCENARIOS + framework_scenarios.SCENARIOS if s.__name__ == scenario)
+    run()
     stand_in.run_all()
     sys.exit(bool(dispatch.errors))
 

@@ -119,6 +119,12 @@ def blocks() -> list[tuple[int, int]]:
     return [(found[2 * i], found[2 * i + 1]) for i in range(count)]
 
 
+def device_of(address: int) -> int | None:
+    """The device in whose memory an address lies; None for the host's."""
+    found = ctypes.c_int()
+    return found.value if library().stand_in_device(ctypes.c_uint64(address), ctypes.byref(found)) else None
+
+
 # --- Installing -----------------------------------------------------------------------------------------------------
 
 _LAUNCH = ctypes.CFUNCTYPE(

@@ -76,12 +76,28 @@ MISTAKES = {
     "a launch writes a number down": (
         "kvcache.py", "    by_value = options.counted and", "    by_value = False and", "a_number_of_keys_is_no_array",
     ),
+    "another stream of PyTorch's": (
+        "frameworks/torch.py", "return torch._C._cuda_getCurrentRawStream(device)", "return 0",
+        "torch_on_its_stream_and_device",
+    ),
+    "PyTorch's results on another device": (
+        "frameworks/torch.py", 'torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")\n'
+        "    return view(", 'torch.device("cuda", 0)\n    return view(', "torch_on_its_stream_and_device",
+    ),
+    "another stream of XLA's": (
+        "frameworks/jax_ffi.py", "return args.stream or 0", "return 0", "jax_on_xlas_thread",
+    ),
+    "another device of XLA's": (
+        "frameworks/jax_ffi.py", '("cuda", cupy.current_device())', '("cuda", 0)', "jax_on_xlas_thread",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", MISTAKES)
 def test_a_mistake_is_noticed(what):
     file, old, new, scenario = MISTAKES[what]
+    if (framework := scenario.partition("_")[0]) in ("torch", "jax"):
+        pytest.importorskip(framework)
     command = [sys.executable, "-m", "fake_cuda.planted", scenario, file, old, new]
     run = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
     assert run.returncode == 1 and "and not once" not in run.stderr, run.stdout + run.stderr

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from . import scenarios
+from . import framework_scenarios, scenarios
+
+ALL = scenarios.SCENARIOS + framework_scenarios.SCENARIOS
 
 
-@pytest.mark.parametrize("scenario", scenarios.SCENARIOS, ids=lambda scenario: scenario.__name__)
+@pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.__name__)
 def test_scenario(scenario):
     scenario()

@@ -1,6 +1,6 @@
 """The handler that XLA calls, called by hand: what it answers, and what it would launch on a GPU.
 
-Frames are made here as XLA makes them, with a table of functions that this test implements. What a real XLA does with
+Frames are made by `xla_frames`. What a real XLA does with
 the handler on the CPU is tested in test_jax_transforms.
 """
 
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from needs import needs_nvrtc
 from recorded import recording
+from xla_frames import ERROR, STREAM, Xla
 
 import cuflash
 from cuflash import dtypes, frameworks
@@ -22,46 +23,6 @@ from cuflash.frameworks import jax_ffi
 pytest.importorskip("jax")
 
 from cuflash.frameworks import jax_transforms  # it imports JAX
-
-STREAM = 0x57EA
-ERROR = 0xE44  # the address of "XLA's" error
-
-
-class Xla:
-    """One call's frame, and the functions that a handler may ask for."""
-
-    def __init__(self, description: jax_ffi.Description, inputs: list[int], results: list[int]) -> None:
-        self.errors: list[tuple[str, int]] = []
-        text = description.dumps().encode()
-        self.keep = [text, jax_ffi._function(self.stream_get), jax_ffi._function(self.error_create)]
-        api = jax_ffi._Api(
-            stream_get=ctypes.cast(self.keep[1], ctypes.c_void_p),
-            error_create=ctypes.cast(self.keep[2], ctypes.c_void_p),
-        )
-        api.version.major, api.version.minor = 7, 11
-        span = jax_ffi._Span(ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p), len(text))
-        attributes = jax_ffi._Attributes(size=1, values=(ctypes.POINTER(jax_ffi._Span) * 1)(ctypes.pointer(span)))
-        self.frame = jax_ffi._Frame(
-            api=ctypes.pointer(api), stage=3, args=self.buffers(inputs), results=self.buffers(results),
-            attributes=attributes,
-        )  # fmt: skip
-
-    def buffers(self, addresses: list[int]) -> jax_ffi._Buffers:
-        made = [ctypes.pointer(jax_ffi._Buffer(data=address)) for address in addresses]
-        array = (ctypes.POINTER(jax_ffi._Buffer) * len(made))(*made)
-        self.keep += [array, *made]
-        return jax_ffi._Buffers(size=len(made), buffers=array)
-
-    def stream_get(self, address: int) -> None:
-        jax_ffi._StreamArgs.from_address(address).stream = STREAM
-
-    def error_create(self, address: int) -> int:
-        args = jax_ffi._ErrorArgs.from_address(address)
-        self.errors.append((args.message.decode(), args.code))
-        return ERROR
-
-    def call(self, platform: str) -> int | None:
-        return jax_ffi._HANDLERS[platform](ctypes.pointer(self.frame))
 
 
 def description(aux: tuple[str, ...], operation: str, inputs: dict[str, np.ndarray]) -> jax_ffi.Description:

@@ -106,3 +106,11 @@ API int stand_in_blocks(std::uint64_t* result, int room) {
   }
   return static_cast<int>(found.size());
 }
+
+API int stand_in_device(Address address, int* device) {
+  Lock lock(tables);
+  Block* block = block_at(address);
+  if (!block || block->on_host) return 0;
+  *device = block->device;
+  return 1;
+}
