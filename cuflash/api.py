@@ -24,7 +24,7 @@ from . import dtypes, frameworks, philox, validate
 from .arch import Arch
 from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
-from .errors import ArgumentError, CuflashError, UnsupportedError, require
+from .errors import ArgumentError, CuflashError, DeviceMemoryError, UnsupportedError, require
 from .frameworks import Framework
 from .settings import config
 from .trace import tracer
@@ -462,7 +462,10 @@ def upload_all(
     copies: dict[int, TensorView] = {}
     for name, values in uploads.items():
         if id(values) not in copies:
-            copies[id(values)] = framework.upload(values, device)
+            try:
+                copies[id(values)] = framework.upload(values, device)
+            except DeviceMemoryError as error:
+                raise DeviceMemoryError(f"{name} in host memory is copied to the GPU: {error}") from error
         views[name] = copies[id(values)]
 
 

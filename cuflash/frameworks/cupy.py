@@ -21,6 +21,8 @@ from ..jit import driver
 
 NAME: str = "CuPy"
 
+_NO_MEMORY = 2  # cudaErrorMemoryAllocation
+
 
 def _cupy() -> Any:
     import cupy  # at the first array, never earlier
@@ -56,7 +58,10 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
             return view(cupy.empty(shape, dtype.numpy))
         with cupy.cuda.Device(index):
             return view(cupy.empty(shape, dtype.numpy))
-    except MemoryError as error:
+    except (MemoryError, RuntimeError) as error:
+        # A pool's error is a MemoryError; without one (cupy.cuda.set_allocator(None)) it is the runtime's.
+        if not isinstance(error, MemoryError) and getattr(error, "status", None) != _NO_MEMORY:
+            raise
         raise DeviceMemoryError(
             f"no room for an array of {shape}, {dtype.name}, on GPU {index}: {error}; make the batch smaller, or free "
             "memory, also of other libraries: cupy.get_default_memory_pool().free_all_blocks()"
@@ -97,11 +102,11 @@ def seed(x: Any) -> Any:
 
 def upload(values: np.ndarray, device: Device) -> TensorView:
     cupy = _cupy()
+    result = empty(values.shape, BY_NUMPY[values.dtype], device)
     with cupy.cuda.Device(device[1]):
-        result = cupy.empty(values.shape, values.dtype)
         # The driver takes a pageable source into its own staging memory before it returns, so nothing need outlive it.
-        result.data.copy_from_host_async(values.ctypes.data, values.nbytes, cupy.cuda.get_current_stream())
-    return view(result)
+        result.owner.data.copy_from_host_async(values.ctypes.data, values.nbytes, cupy.cuda.get_current_stream())
+    return result
 
 
 def download(view: TensorView, stream: int) -> np.ndarray:

@@ -113,6 +113,25 @@ def attend(q: Any, k: Any, v: Any, lengths: Any) -> Any:
     return cuflash.flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths, causal=True)
 
 
+class Appending(Cache):
+    """New keys and values for a cache, and what it is afterwards."""
+
+    def __init__(self, new: int, lengths: tuple[int, ...], seed: int) -> None:
+        super().__init__(lengths, seed)
+        rng = np.random.default_rng(seed + 100)
+        self.q, k, v = (rng.standard_normal((BATCH, new, HEADS, DIM)).astype(np.float16) for _ in range(3))
+        self.arrays = (self.q, *self.caches, k, v, self.lengths)
+
+    @property
+    def want(self) -> tuple[np.ndarray, ...]:
+        q, *caches, k, v, lengths = (x.copy() for x in self.arrays)
+        return append(q, *caches, k, v, lengths), *caches
+
+
+def append(q: Any, k_cache: Any, v_cache: Any, k: Any, v: Any, lengths: Any) -> Any:
+    return cuflash.flash_attn_with_kvcache(q, k_cache, v_cache, k=k, v=v, cache_seqlens=lengths, causal=True)
+
+
 # --- Streams, devices, threads --------------------------------------------------------------------------------------
 
 
@@ -292,6 +311,38 @@ def a_replay_writes_to_nobodys_memory() -> None:
     assert not changed, f"replays wrote into arrays of {changed} bytes that are not theirs"
 
 
+def an_append_in_a_graph() -> None:
+    """Of one new token, and of a prompt: several graphs of each, replayed with other lengths, keys and queries. Each
+    replay appends behind the lengths that are in the array then, and the rest of the cache stays."""
+    import cupy
+
+    pool = cupy.get_default_memory_pool()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    for new in (1, 24):
+        steps = [Appending(new, lengths, seed) for seed, lengths in enumerate([(7, 130, 200), (0, 64, 232), (90, 1, 33)])]
+        with stream:
+            arrays = uploaded(steps[0].arrays)
+            append(*arrays)
+            graphs, outs = [], []
+            for _ in range(2):
+                with captured(stream, RELAXED) as made:
+                    outs.append(append(*arrays))
+                graphs += made
+            pool.free_all_blocks()
+            others = [cupy.asarray(np.full(1 << n, 7, np.uint8)) for n in range(2, 20) for _ in range(3)]
+            for step in steps:
+                out, k_cache, v_cache = step.want
+                for graph, result in zip(graphs, outs, strict=True):
+                    for array, values in zip(arrays, step.arrays, strict=True):
+                        array.set(values)
+                    graph.launch(stream)
+                    near(result, out)
+                    np.testing.assert_array_equal(arrays[1].get(), k_cache)
+                    np.testing.assert_array_equal(arrays[2].get(), v_cache)
+            changed = [x.nbytes for x in others if not (x.get() == 7).all()]
+        assert not changed, f"replays wrote into arrays of {changed} bytes that are not theirs"
+
+
 def captures_keep_what_they_took_and_nothing_else_is_kept() -> None:
     """A thousand captures: the workspace of each stays; of calls that run at once, nothing."""
     import cupy
@@ -403,6 +454,30 @@ def no_memory() -> None:
         np.testing.assert_array_equal(array.get(), values)
 
 
+def no_memory_for_host_lengths() -> None:
+    """What could not be copied is named, nothing was launched, and the next call is right."""
+    import cupy
+
+    arrays = tuple(x[0] for x in host())
+    starts, others = np.array([0, 15, 40], np.int32), np.array([0, 20, 40], np.int32)
+    want = cuflash.attention(*arrays, cu_seqlens_q=starts, cu_seqlens_k=others, causal=True)
+    tensors = uploaded(arrays)
+    out = cupy.empty_like(tensors[0])
+
+    def attend() -> Any:
+        return cuflash.attention(*tensors, cu_seqlens_q=starts, cu_seqlens_k=others, causal=True, out=out)
+
+    near(attend(), want)
+    cupy.cuda.Stream.null.synchronize()
+    with cupy.cuda.using_allocator(None):  # a pool may have room for so little
+        for count, name in enumerate(("cu_seqlens_q", "cu_seqlens_k")):
+            with stand_in.settings(allocations=count), stand_in.recording() as lines:
+                message = raised(DeviceMemoryError, attend)
+            assert message.startswith(f"{name} in host memory") and "(3,), int32, on GPU 0" in message, message
+            assert not any(line.startswith("launch") for line in lines), lines
+    near(attend(), want)
+
+
 def a_launch_is_refused() -> None:
     cache = Cache()
     arrays = cache.uploaded()
@@ -425,7 +500,9 @@ def a_kernel_fails() -> None:
         stand_in.run_all()
         # The driver refuses the map of one call and the launch of the other, whose maps are known.
         message = raised(DeviceError, lambda: cuflash.attention(*others, causal=True, out=outs[1]))
-        assert "an earlier kernel of this process failed" in message and "LAUNCH_FAILED" in message
+        assert "LAUNCH_FAILED" in message
+        if adapter.arch_of(0).name == "sm_90a":
+            assert "an earlier kernel of this process failed" in message
         message = raised(DeviceError, lambda: cuflash.attention(*arrays, causal=True, out=outs[0]))
         assert "LAUNCH_FAILED" in message
     near(cuflash.attention(*arrays, causal=True), expected())
@@ -440,7 +517,9 @@ def a_module_is_not_loaded() -> None:
     cupy.clear_memo()
     with stand_in.settings(failing_load=1):
         message = raised(DeviceError, lambda: cuflash.attention(*arrays, causal=True))
-    assert "forward_sm90 for sm_90a could not be loaded on GPU 0" in message
+    chip = adapter.arch_of(0).name
+    kernel = "forward_sm90" if chip == "sm_90a" else "forward_sm80"
+    assert f"{kernel} for {chip} could not be loaded on GPU 0" in message, message
     near(cuflash.attention(*arrays, causal=True), expected())
 
 
@@ -463,7 +542,7 @@ SCENARIOS = [
     a_cache_with_lengths_of_its_own, host_lengths, host_lengths_under_capture, a_number_of_keys_is_no_array,
     arrays_of_a_producer_that_die_after_the_call, arrays_that_a_producer_still_writes, a_producer_under_capture,
     a_first_call_under_capture,
-    a_replay_writes_to_nobodys_memory, captures_keep_what_they_took_and_nothing_else_is_kept, a_backward_in_a_graph,
-    a_capture_while_another_thread_works, no_memory, a_launch_is_refused, a_kernel_fails, a_module_is_not_loaded,
-    a_kernel_that_never_ends,
+    a_replay_writes_to_nobodys_memory, an_append_in_a_graph, captures_keep_what_they_took_and_nothing_else_is_kept,
+    a_backward_in_a_graph, a_capture_while_another_thread_works, no_memory, no_memory_for_host_lengths,
+    a_launch_is_refused, a_kernel_fails, a_module_is_not_loaded, a_kernel_that_never_ends,
 ]  # fmt: skip
