@@ -90,6 +90,7 @@ def no_gpu(
         replace(tensor_map, _driver=lambda *tensor: tensor_map._emulated(*tensor[:-1]))
         stack.callback(tensor_map.encode.cache_clear)
         replace(frameworks.cupy, arch_of=lambda device, cuda_version=None: arch.named(name))
+        replace(frameworks.cupy, device_name=lambda device: "none")
 
         def allocating(adapter: Any) -> Callable[..., TensorView]:
             return lambda shape, dtype, device: empty(adapter, shape, dtype)

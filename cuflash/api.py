@@ -1400,7 +1400,7 @@ def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords:
     return Explanation(
         backend=prepared.backend,
         kernel=spec.source.removesuffix(".cu"),
-        why=(*why, *_reasons(plan.problem), *notes),
+        why=(*why, *_reasons(plan.problem), *notes, *_where(prepared)),
         grid=grid,
         variant=variant.describe(spec.variant),
         source=spec.text("cuda"),
@@ -1440,6 +1440,14 @@ def _prepare_backward_of(call: _Call, named: dict[str, Any], gradients: _Backwar
         named["dropout_p"], (),
         gradients,
     )  # fmt: skip
+
+
+def _where(prepared: _Prepared) -> list[str]:
+    """The GPU that a call would run on, as its driver calls it."""
+    if prepared.backend != "cuda":
+        return []
+    index = prepared.device[1]
+    return [f"runs on GPU {index}: {frameworks.cupy.device_name(index)}"]
 
 
 def _reasons(problem: Any) -> list[str]:

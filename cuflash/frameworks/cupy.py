@@ -222,6 +222,11 @@ def machine(device: int) -> Machine:
     )
 
 
+def device_name(device: int) -> str:
+    """What the driver calls a device."""
+    return _cupy().cuda.runtime.getDeviceProperties(device)["name"].decode(errors="replace")
+
+
 def check(machine: Machine, cuda_version: str | None = None) -> Arch:
     """The architecture to compile for, or `UnsupportedError` with what does not fit and the remedy.
 

@@ -1,6 +1,6 @@
 """Runs a scenario in a process whose cuflash has one mistake: python -m fake_cuda.planted SCENARIO FILE OLD NEW
 
-Exit status 0: nothing was noticed.
+Without FILE, OLD and NEW it has none. Exit status 0: nothing was noticed.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ def plant(file: Path, old: str, new: str) -> None:
 
 
 def main() -> None:
-    scenario, name, old, new = sys.argv[1:]
+    scenario, *mistake = sys.argv[1:]
     package = Path(cuflash.__file__).parent
     for loaded in [module for module in sys.modules if module.partition(".")[0] == "cuflash"]:
         del sys.modules[loaded]
-    plant(package / name, old, new)
+    if mistake:
+        name, old, new = mistake
+        plant(package / name, old, new)
     stand_in.install()
     from . import dispatch, framework_scenarios, scenarios
 

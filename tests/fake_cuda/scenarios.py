@@ -4,6 +4,7 @@ they are, `test_planted` with a mistake in the host's code."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import threading
 from collections.abc import Callable, Iterator
@@ -165,6 +166,28 @@ def a_thread_that_has_not_used_cuda() -> None:
     in_thread(lambda: near(cuflash.attention(*there, causal=True), expected()))
 
 
+def a_runtime_with_a_device_of_its_own() -> None:
+    """Whatever context the driver has current: results come out on the arrays' device."""
+    import cupy
+
+    driver = ctypes.CDLL(stand_in.LIBRARY)
+
+    def work(device: int) -> None:
+        context = ctypes.c_void_p()
+        assert driver.cuInit(0) == driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), 1 - device) == 0
+        with cupy.cuda.Device(device):
+            arrays = uploaded()
+            cupy.cuda.Stream.null.synchronize()
+        assert driver.cuCtxSetCurrent(context) == 0
+        out = cuflash.attention(*arrays, causal=True)
+        assert out.device.id == device
+        near(out, expected())
+
+    with stand_in.settings(runtime_apart=True):
+        for device in (0, 1):
+            in_thread(lambda device=device: work(device))
+
+
 def a_cache_with_lengths_of_its_own() -> None:
     cache = Cache()
     near(attend(*cache.uploaded()), cache.want)
@@ -213,6 +236,11 @@ def a_number_of_keys_is_no_array() -> None:
     names = [line.split()[1] for line in lines if line.startswith("launch")]
     assert names == ["cuflash_decode_plan", "cuflash_decode_sm80", "cuflash_combine"], names
     near(out, cache.want)
+
+
+def explain_names_the_stand_in() -> None:
+    """Where a call would run, as the driver calls it."""
+    assert "runs on GPU 0: none (driver stand-in)" in str(cuflash.explain(*uploaded(), causal=True))
 
 
 # --- DLPack ---------------------------------------------------------------------------------------------------------
@@ -319,7 +347,7 @@ def an_append_in_a_graph() -> None:
     pool = cupy.get_default_memory_pool()
     stream = cupy.cuda.Stream(non_blocking=True)
     for new in (1, 24):
-        steps = [Appending(new, lengths, seed) for seed, lengths in enumerate([(7, 130, 200), (0, 64, 232), (90, 1, 33)])]
+        steps = [Appending(new, *each) for each in (((7, 130, 200), 1), ((0, 64, 232), 2), ((90, 1, 33), 3))]
         with stream:
             arrays = uploaded(steps[0].arrays)
             append(*arrays)
@@ -539,9 +567,9 @@ def a_kernel_that_never_ends() -> None:
 
 SCENARIOS = [
     a_stream_of_the_callers, a_device_that_is_not_current, a_thread_that_has_not_used_cuda,
-    a_cache_with_lengths_of_its_own, host_lengths, host_lengths_under_capture, a_number_of_keys_is_no_array,
-    arrays_of_a_producer_that_die_after_the_call, arrays_that_a_producer_still_writes, a_producer_under_capture,
-    a_first_call_under_capture,
+    a_runtime_with_a_device_of_its_own, a_cache_with_lengths_of_its_own, host_lengths, host_lengths_under_capture,
+    a_number_of_keys_is_no_array, explain_names_the_stand_in, arrays_of_a_producer_that_die_after_the_call,
+    arrays_that_a_producer_still_writes, a_producer_under_capture, a_first_call_under_capture,
     a_replay_writes_to_nobodys_memory, an_append_in_a_graph, captures_keep_what_they_took_and_nothing_else_is_kept,
     a_backward_in_a_graph, a_capture_while_another_thread_works, no_memory, no_memory_for_host_lengths,
     a_launch_is_refused, a_kernel_fails, a_module_is_not_loaded, a_kernel_that_never_ends,
