@@ -45,7 +45,7 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
             "exp", "log", "add", "subtract", "multiply", "true_divide", "negative", "absolute", "isnan", "isfinite",
             "isinf", "equal",
             "not_equal", "less", "less_equal", "greater", "greater_equal", "logical_and", "logical_or", "logical_not",
-            "bitwise_and", "bitwise_or", "invert", "maximum", "minimum",
+            "bitwise_and", "bitwise_or", "bitwise_xor", "left_shift", "right_shift", "invert", "maximum", "minimum",
         )
     },
 }  # fmt: skip
