@@ -7,6 +7,7 @@ their text is read for name and arguments, and `host_kernels` does what they say
 
 from __future__ import annotations
 
+import _thread
 import ctypes
 import traceback
 from typing import Any
@@ -40,6 +41,9 @@ def _run(path: bytes, name: bytes, device: int, shape: Any, arguments: int, size
             host_kernels.run(module, arguments)
         else:
             _emulate(module, name.decode(), tuple(shape[:7]), ctypes.string_at(arguments, size))
+        return 0
+    except KeyboardInterrupt:  # not the kernel's fault: Python raises it once more when the call has returned
+        _thread.interrupt_main()
         return 0
     except BaseException as error:  # nothing may be raised through C
         traceback.print_exc()
