@@ -9,6 +9,7 @@
     counters   what a call's kernel does, counted on the emulator, over what it has to do at least: the products of the
                pairs that see one another, and each input read once. A tile is computed whole, and K and V are read once
                for every tile of queries, so neither ratio can be 1 where there are many
+    reference  the NumPy backend of host arrays beside attention written in NumPy at first (on_numpy.py)
     model      how busy the tensor cores of a Hopper GPU can be at most in each kernel's main loop, predicted from its
                machine code (cuflash/jit/sm_model.py)
 
@@ -37,7 +38,7 @@ from cuflash.jit import module, sass
 from cuflash.ops import forward
 from cuflash.settings import config
 
-from . import nowhere, schema
+from . import nowhere, on_numpy, schema
 from .schema import OURS, Row
 
 ARCH = "sm_90a"
@@ -229,6 +230,7 @@ STAGES: dict[str, Callable[[], Iterator[Row]]] = {
     "compile": compiling,
     "emulator": emulating,
     "counters": counting,
+    "reference": on_numpy.rows,
     "model": predicting,
 }
 
@@ -264,6 +266,7 @@ def tables(results: schema.Results) -> Iterator[Any]:
         "compile": "NVRTC with nothing cached, in ms",
         "emulator": "the emulator",
         "counters": "work of a call on the emulator, over the least it takes",
+        "reference": "the NumPy reference, in ms by the clock",
         "model": "Hopper: how busy the tensor cores can be at most (predicted, not measured)",
     }
     for op in STAGES:
@@ -299,6 +302,8 @@ def _columns(op: str) -> list[tuple[str, Callable[[Row], str]]]:
             more("tensor_use", "{:.0%}"),
             *((name, lambda r, name=name: str(r.more["clocks"][name])) for name in clocks),
         ]
+    if op == "reference":
+        return [("", lambda r: r.impl), ("ms", lambda r: f"{r.ms:.1f}"), more("of_naive", "{:.2f}")]
     times = [("ms", lambda r: f"{r.ms:.0f}")]
     return [*times, ("best", lambda r: f"{r.more.get('best_ms', r.ms):.0f}")] if op == "import" else times
 

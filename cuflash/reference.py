@@ -152,7 +152,8 @@ def _attend(
         largest = block.s.max(axis=2, initial=-np.inf)  # [heads, rows]
         base = largest if sinks is None else np.maximum(largest, sinks[block.heads])
         base = np.where(base == -np.inf, rule.dtype.type(0), base)  # a row of nothing: exp(-inf - 0) is 0
-        p = np.exp(block.s - base[:, :, None])
+        p = block.s - base[:, :, None]
+        np.exp(p, out=p)
         kept = p.sum(axis=2)
         denominator = kept if sinks is None else kept + np.exp(sinks[block.heads] - base)
         max_logit[at] = largest
@@ -283,6 +284,7 @@ def _attend_backward(
             backward = _with_lengths(rule.score_mod.backward, {"q_len": len(q), "kv_len": len(k)})
             ds = backward(ds, block.unmodified, *block.index)
         if rule.slopes is not None:
+            assert block.distance is not None
             dslopes[block.heads] -= (ds * np.abs(block.distance).astype(rule.dtype)).sum(axis=(1, 2))
         if block.tanh is not None:
             ds *= 1 - block.tanh**2
@@ -563,7 +565,7 @@ class _Block(NamedTuple):
     s: np.ndarray  # [heads, rows, keys], -inf where masked
     unmodified: np.ndarray | None  # what score_mod was given, s's shape
     tanh: np.ndarray | None  # the softcap's, s's shape
-    distance: np.ndarray  # [rows, keys], 0 on the diagonal
+    distance: np.ndarray | None  # [rows, keys], 0 on the diagonal; where slopes ask for it
     dropout: np.ndarray | None  # what weights are multiplied by, s's shape: 0 or 1 / (1 - p)
     index: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # b, h, q_idx, kv_idx: int32, broadcasting to s
 
@@ -591,15 +593,21 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
             first = max(0, position[0] - rule.left)
             last = max(first, min(k_len, position[-1] + rule.right + 1))
             seen = slice(int(first), int(last))
-            distance = np.arange(seen.start, seen.stop) - position[:, None]
+            # Each row sees each key where the last row sees the first key and the first row the last key.
+            whole = first - position[-1] >= -rule.left and last - 1 - position[0] <= rule.right
+            distance = keep = None
+            if not whole or rule.slopes is not None:
+                distance = np.arange(seen.start, seen.stop, dtype=np.int32) - position.astype(np.int32)[:, None]
 
             queries = np.ascontiguousarray(q[block, heads].swapaxes(0, 1), dtype)
-            s = rule.scale * _matmul_grouped(queries, keys[:, seen].swapaxes(1, 2))
+            s = _matmul_grouped(queries, keys[:, seen].swapaxes(1, 2))
+            s *= dtype.type(rule.scale)
             tanh = None
             if rule.softcap > 0:
                 tanh = np.tanh(s / rule.softcap)
                 s = rule.softcap * tanh
             if rule.slopes is not None:
+                assert distance is not None
                 s -= rule.slopes[heads, None, None] * np.abs(distance).astype(dtype)
 
             index = (
@@ -611,11 +619,13 @@ def _blocks(rule: _Rule, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> Iterato
             unmodified = s if score_mod is not None else None
             if score_mod is not None:
                 s = np.broadcast_to(np.asarray(score_mod(s, *index), dtype), s.shape)
-            keep = (distance >= -rule.left) & (distance <= rule.right)
+            if distance is not None and not whole:
+                keep = (distance >= -rule.left) & (distance <= rule.right)
             if mask_mod is not None:
-                keep = keep & np.asarray(mask_mod(*index), bool)
-            if not keep.all():
-                s = np.where(keep, s, -np.inf)
+                kept = np.asarray(mask_mod(*index), bool)
+                keep = kept if keep is None else keep & kept
+            if keep is not None and not keep.all():
+                s = np.where(keep, s, dtype.type(-np.inf))
             p, seed, offset = rule.dropout
             dropout = philox.dropout_keep(*index, seed, offset, p, heads_q) * dtype.type(1 / (1 - p)) if p else None
             yield _Block(

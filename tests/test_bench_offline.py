@@ -65,6 +65,12 @@ def test_counters_are_over_the_least_there_is_to_do():
     assert rows["backward, 1 x 128, heads 2 x 64, sm_80"]["flop_over_least"] == 1
 
 
+def test_the_reference_beside_naive_numpy():
+    found = list(offline.on_numpy.rows(lengths=(16,), times=2))
+    assert len(found) == 2 * 2 * 2 * 2 and all(row.ms for row in found)
+    assert {row.more["of_naive"] for row in found if row.impl != "cuflash"} == {1.0}
+
+
 @needs_nvrtc
 def test_the_model_of_every_hopper_kernel(monkeypatch):
     every = forward.representative_sm90(arch.named("sm_90a"))
@@ -91,6 +97,7 @@ def test_results_say_that_no_gpu_was_there(monkeypatch):
         "emulator": Row("emulator", "mma", "cuflash", more={"per_second": 400_000}),
         "counters": Row("counters", "a call", "cuflash", more={
             "flop_over_least": 1.25, "read_over_least": 2.0, "bank_conflicts": 7}),
+        "reference": Row("reference", "a call", "cuflash", ms=31.0, more={"of_naive": 0.63}),
     }  # fmt: skip
     stages = {name: lambda row=row: iter([row]) for name, row in rows.items()} | {"model": missing}
     monkeypatch.setattr(offline, "STAGES", stages)
@@ -100,7 +107,7 @@ def test_results_say_that_no_gpu_was_there(monkeypatch):
     assert results.gpu == schema.OFFLINE and not results.on_gpu and results.file_name.startswith("none-offline-")
     assert results.skipped == {"model": "nothing here:"} and "no row is the speed of a kernel" in results.notes[0]
     shown = "".join(_shown(table) for table in offline.tables(results))
-    for text in ("20.0", "19.0", "300", "290", "1234", "400,000", "1.25", "7"):
+    for text in ("20.0", "19.0", "300", "290", "1234", "400,000", "1.25", "7", "31.0", "0.63"):
         assert text in shown
     assert offline.run(("import",)).rows == [rows["import"]]
     with pytest.raises(ArgumentError, match="speed must be one of host, import"):

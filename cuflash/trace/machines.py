@@ -331,7 +331,6 @@ class Numbers(Machine):
         low, high = self.element_range(slot)
         return np.where(known, lo, low), np.where(known, hi, high)
 
-
     def _of_ranges(self, slot: int, leading: Sequence[Any], first: Any, width: Any, kind: str) -> tuple[Any, Any]:
         """Least and greatest from `first` on, `width` more: each distinct range once, all in one pass."""
         array = self.arrays[slot]
