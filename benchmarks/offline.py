@@ -10,6 +10,8 @@
                pairs that see one another, and each input read once. A tile is computed whole, and K and V are read once
                for every tile of queries, so neither ratio can be 1 where there are many
     reference  the NumPy backend of host arrays beside attention written in NumPy at first (on_numpy.py)
+    code       what machine code says of every kernel: instructions a tile, shared memory over products, blocks an
+               SM, what binds (machine_code.py)
     model      how busy the tensor cores of a Hopper GPU can be at most in each kernel's main loop, predicted from its
                machine code (cuflash/jit/sm_model.py)
 
@@ -38,7 +40,7 @@ from cuflash.jit import module, sass
 from cuflash.ops import forward
 from cuflash.settings import config
 
-from . import nowhere, on_numpy, schema
+from . import machine_code, nowhere, on_numpy, schema
 from .schema import OURS, Row
 
 ARCH = "sm_90a"
@@ -231,6 +233,7 @@ STAGES: dict[str, Callable[[], Iterator[Row]]] = {
     "emulator": emulating,
     "counters": counting,
     "reference": on_numpy.rows,
+    "code": machine_code.rows,
     "model": predicting,
 }
 
@@ -267,6 +270,7 @@ def tables(results: schema.Results) -> Iterator[Any]:
         "emulator": "the emulator",
         "counters": "work of a call on the emulator, over the least it takes",
         "reference": "the NumPy reference, in ms by the clock",
+        "code": "machine code: models, with no GPU asked",
         "model": "Hopper: how busy the tensor cores can be at most (predicted, not measured)",
     }
     for op in STAGES:
@@ -302,6 +306,8 @@ def _columns(op: str) -> list[tuple[str, Callable[[Row], str]]]:
             more("tensor_use", "{:.0%}"),
             *((name, lambda r, name=name: str(r.more["clocks"][name])) for name in clocks),
         ]
+    if op == "code":
+        return machine_code.COLUMNS
     if op == "reference":
         return [("", lambda r: r.impl), ("ms", lambda r: f"{r.ms:.1f}"), more("of_naive", "{:.2f}")]
     times = [("ms", lambda r: f"{r.ms:.0f}")]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import machine_code
 from .cases import GROUPS, Case, cases
 from .peers import peers
-from .schema import CHECKOUT, HARNESS_TEST, OFFLINE, OURS, RESULTS, STAND_IN, Results, Row, read_all
+from .schema import CHECKOUT, HARNESS_TEST, OFFLINE, OURS, RESULTS, STAND_IN, STATIC, Results, Row, read_all
 
 MARK = "speed"
 NOTHING = "Not yet measured."
@@ -361,7 +362,7 @@ def newest(files: Sequence[tuple[Path, Results]]) -> dict[str, dict[str, tuple[P
     for path, results in files:
         if results.gpu in (HARNESS_TEST, STAND_IN):
             raise ValueError(f"{path} was made in trying the harness on a CPU, and tells of no GPU: remove it")
-        if results.gpu == OFFLINE:
+        if results.gpu in (OFFLINE, STATIC):
             continue
         for op in {row.op for row in results.rows}:
             chosen.setdefault(results.gpu, {})[op] = path, results
@@ -437,13 +438,13 @@ def _distinct(by_op: dict[str, tuple[Path, Results]]) -> list[tuple[Path, Result
     return sorted(found.items(), key=lambda pair: (pair[1].date, pair[0].name))
 
 
-def refreshed(text: str, content: str) -> str:
-    """`text` with `content` between the marks of the speeds. Raises ValueError where there are none.
+def refreshed(text: str, content: str, mark: str = MARK) -> str:
+    """`text` with `content` between the marks. Raises ValueError where there are none.
 
     >>> refreshed("a\\n<!-- speed: begin -->\\nold\\n<!-- speed: end -->\\nb", "new")
     'a\\n<!-- speed: begin -->\\nnew\\n<!-- speed: end -->\\nb'
     """
-    begin, end = f"<!-- {MARK}: begin -->\n", f"<!-- {MARK}: end -->"
+    begin, end = f"<!-- {mark}: begin -->\n", f"<!-- {mark}: end -->"
     before, found, rest = text.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
@@ -455,7 +456,11 @@ def pages(results: Path = RESULTS) -> dict[Path, str]:
     """{page: what it says when written anew}."""
     files = read_all(results)
     made = {README: short_page(files), LONG_README: long_page(files)}
-    return {page: refreshed(page.read_text(encoding="utf-8"), content) for page, content in made.items()}
+    found = {page: refreshed(page.read_text(encoding="utf-8"), content) for page, content in made.items()}
+    static = [results for _, results in files if results.gpu == STATIC]
+    said = machine_code.page(static[-1]) if static else NOTHING
+    found[LONG_README] = refreshed(found[LONG_README], said, "machine code")
+    return found
 
 
 # --- plots ------------------------------------------------------------------------------------------------------------

@@ -5,8 +5,8 @@ A file holds
     schema     1
     commit     of the code measured; clean: whether its tree was, null where nothing tells
     date       of the run, UTC
-    gpu        its name; "none (harness test)" where the harness was tried on a CPU, and "none (offline)" for what is
-               measured without a GPU: from neither is a speed ever shown beside a GPU's
+    gpu        its name; "none (harness test)" where the harness was tried on a CPU, "none (offline)" for what is
+               measured without a GPU, "none (machine code)" for models: none is ever shown beside a GPU's speed
     capability, driver, versions, clocks
     ceilings   what this GPU reached in the same run: matmul_tflops, copy_gbps, launch_us
     peers      name: version of those measured;  skipped: name: why it was not
@@ -39,6 +39,7 @@ SCHEMA = 1
 OURS = "cuflash"
 HARNESS_TEST, OFFLINE = "none (harness test)", "none (offline)"  # in place of a GPU's name
 STAND_IN = "none (driver stand-in)"  # what the driver of tests/fake_cuda calls its devices
+STATIC = "none (machine code)"  # machine_code.py
 HERE = Path(__file__).resolve().parent
 CHECKOUT = HERE.parent
 RESULTS = (HERE if (CHECKOUT / "tests").is_dir() else Path("benchmarks")) / "results"

@@ -35,7 +35,7 @@ def benchmarks(name: str) -> Any:
 
 
 _GROUPS = "forward, backward, both, varlen, masks, decode, latency, memory, accuracy; none: all. Without a GPU: "
-_GROUPS += "host, import, compile, emulator, counters, reference, model."
+_GROUPS += "host, import, compile, emulator, counters, reference, code, model."
 _PEERS = "Beginnings of names, with commas between: torch,flash-attn; '' for none. Unless given, all that are here."
 
 

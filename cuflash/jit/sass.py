@@ -36,6 +36,7 @@ _LABEL = re.compile(r"^(\.L_x_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
 _PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 _ALWAYS = re.compile(r"BRA(\.\w+)* `")
+_MOST = 0.7  # of a kernel's matrix instructions: what makes a loop the main one
 _TARGET = re.compile(r"\bBRA\b.*?(\.L_x_\w+)")
 
 
@@ -63,18 +64,21 @@ class Loop:
 
     @functools.cached_property
     def path(self) -> tuple[str, ...]:
-        """The shortest way through it: of a tile that nothing is masked of and no score changed in.
+        """The shortest way through all its products: of a tile that nothing is masked of and no score changed in.
 
         >>> Loop(("HMMA R4, R8, R12, R4", "@P0 BRA 4", "FMUL R1, R2, R3", "FMUL R2, R3, R4", "EXIT"),
         ...      skips=((1, 4),)).path
         ('HMMA R4, R8, R12, R4', '@P0 BRA 4', 'EXIT')
+        >>> len(Loop(("@P0 BRA 3", "HMMA R4, R8, R12, R4", "HMMA R4, R8, R12, R4", "EXIT"), skips=((0, 3),)).path)
+        4
         """
-        left, after = [0] * (self.length + 1), [0] * self.length
+        left, after = [(0, 0)] * (self.length + 1), [0] * self.length  # (-products, instructions) to the end
         targets = dict(self.skips)
         for at in reversed(range(self.length)):
             ways = {at + 1} if at not in targets else {targets[at]} if self._leaves(at) else {targets[at], at + 1}
             after[at] = min(ways, key=left.__getitem__)
-            left[at] = 1 + left[after[at]]
+            products, instructions = left[after[at]]
+            left[at] = products - _products(self.instructions[at : at + 1]), instructions + 1
         way = [0]
         while after[way[-1]] < self.length:
             way.append(after[way[-1]])
@@ -118,6 +122,9 @@ class Function:
     name: str
     instructions: tuple[str, ...]
     loops: tuple[Loop, ...]  # innermost ones that hold matrix instructions
+    main: Loop | None = (
+        None  # the smallest that holds most matrix instructions, whatever loops it holds; None: none does
+    )
 
     @functools.cached_property
     def counts(self) -> dict[str, int]:
@@ -179,7 +186,16 @@ def functions(text: str) -> dict[str, Function]:
 
     def close() -> None:
         if name and instructions:
-            out[name] = Function(name, tuple(instructions), tuple(_matrix_loops(instructions, labels)))
+            loops = _matrix_loops(instructions, labels)
+            inner = [r for r in loops if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in loops)]
+            most = [r for r in loops if _products(instructions[slice(*r)]) > _MOST * _products(instructions)]
+            main = min(most, key=lambda r: r[1] - r[0], default=None)
+            out[name] = Function(
+                name,
+                tuple(instructions),
+                tuple(_loop(instructions, labels, *r) for r in inner),
+                None if main is None else _loop(instructions, labels, *main),
+            )
 
     for line in text.splitlines():
         if m := _FUNCTION.match(line):
@@ -216,7 +232,12 @@ def count(instructions: Sequence[str]) -> dict[str, int]:
     return out
 
 
-def _matrix_loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]:
+def _products(instructions: Sequence[str]) -> int:
+    return sum(opcode(x).split(".")[0] in MATRIX for x in instructions)
+
+
+def _matrix_loops(instructions: list[str], labels: dict[str, int]) -> list[tuple[int, int]]:
+    """(first, last) instruction of every loop that holds matrix instructions, loops around loops included."""
     ranges = []
     for at, instruction in enumerate(instructions):
         m = _TARGET.search(instruction)
@@ -224,10 +245,13 @@ def _matrix_loops(instructions: list[str], labels: dict[str, int]) -> list[Loop]
             begin = labels[m[1]]
             if "EXIT" in instructions[begin:at]:
                 continue  # not a loop: a wait's second try, kept behind the end of the kernel, jumps back into it
-            if any(opcode(i).split(".")[0] in MATRIX for i in instructions[begin : at + 1]):
+            if _products(instructions[begin : at + 1]):
                 ranges.append((begin, at))
-    inner = [r for r in ranges if not any(o != r and r[0] <= o[0] and o[1] <= r[1] for o in ranges)]
-    return [Loop(tuple(instructions[a : b + 1]), tuple(_skips(instructions, labels, a, b))) for a, b in inner]
+    return ranges
+
+
+def _loop(instructions: list[str], labels: dict[str, int], begin: int, end: int) -> Loop:
+    return Loop(tuple(instructions[begin : end + 1]), tuple(_skips(instructions, labels, begin, end)))
 
 
 def _skips(instructions: list[str], labels: dict[str, int], begin: int, end: int) -> Iterator[tuple[int, int]]:
