@@ -44,7 +44,7 @@ from .settings import config
 from .trace.tracer import mod, static
 
 if TYPE_CHECKING:
-    from . import emulator, integrations, packing, workbench
+    from . import distributed, emulator, integrations, packing, workbench
 
 __version__ = "0.1.0"
 
@@ -63,6 +63,7 @@ __all__ = [
     "config",
     "create_block_mask",
     "create_mask",
+    "distributed",
     "emulator",
     "errors",
     "explain",
@@ -88,7 +89,7 @@ __all__ = [
     "workbench",
 ]
 
-_SUBMODULES = ("emulator", "integrations", "packing", "workbench")  # imported when first named
+_SUBMODULES = ("distributed", "emulator", "integrations", "packing", "workbench")  # imported when first named
 
 
 def __getattr__(name: str) -> Any:

@@ -153,6 +153,20 @@ def sparsity_of(mod: Seen, shape: tuple[int, int, int, int], grid: Grid) -> floa
     return 100.0 * empty / (rows * columns * len(places))
 
 
+def rows_of(mod: Seen, b: int, h: int, grid: Grid, columns: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """How many blocks of each row of blocks are not empty, int64 [rows], among its columns columns[0] to columns[1],
+    ends excluded."""
+    begin, end = columns
+    rows = np.arange(grid.blocks[0])
+    count = np.zeros(len(rows), np.int64)
+    if not grid.blocks[1]:
+        return count
+    cells = Rectangles(rows, rows, rows + 1, begin, end).some(begin < end)
+    for found, kind in _decided(mod, b, h, grid, cells):
+        np.add.at(count, found.cell, np.where(kind != EMPTY, found.area, 0))
+    return count
+
+
 def cells_of(mod: Seen, b: int, h: int, grid: Grid, steps: tuple[int, int]) -> np.ndarray:
     """The part of the blocks that are not empty in each cell of steps[0] x steps[1] blocks: float [rows, columns]."""
     rows, columns = grid.blocks

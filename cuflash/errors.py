@@ -8,8 +8,8 @@ All derive from `CuflashError`; each also derives from the built-in exception a 
 from __future__ import annotations
 
 __all__ = [
-    "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "EmulatorError", "TraceError",
-    "UnsupportedError",
+    "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "DistributedError",
+    "EmulatorError", "TraceError", "UnsupportedError",
 ]  # fmt: skip
 
 
@@ -44,6 +44,10 @@ class DeviceError(CuflashError, RuntimeError):
 
 class DeviceMemoryError(DeviceError, MemoryError):
     """A GPU has too little memory left for a call's results or workspace. Nothing was launched for the call."""
+
+
+class DistributedError(CuflashError, RuntimeError):
+    """A collective of `cuflash.distributed` failed: a rank is missing, or made another call."""
 
 
 class TraceError(CuflashError):

@@ -30,7 +30,7 @@ LAYERS = (
     ("block_arrays", "block_pictures"),
     ("block_mask",),
     ("api",),
-    ("flash", "flex", "kvcache", "integrations"),
+    ("flash", "flex", "kvcache", "integrations", "distributed"),
     ("workbench",),
     ("cli",),
     ("__init__", "__main__"),
