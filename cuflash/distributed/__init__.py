@@ -12,6 +12,6 @@ lse and dq have the bits of one process.
 from __future__ import annotations
 
 from .attend import attention
-from .plans import Plan, Report, plan
+from .plans import Plan, Report, Rows, plan
 
-__all__ = ["Plan", "Report", "attention", "plan"]
+__all__ = ["Plan", "Report", "Rows", "attention", "plan"]

@@ -181,7 +181,7 @@ class Report:
         """Bytes of keys and values that a rank is sent in one forward; the backward sends as many twice.
 
         >>> from cuflash.distributed import plan
-        >>> plan([256, 256], 2, causal=True).explain().bytes_received(heads_kv=8, head_dim=128)
+        >>> plan([0, 512], 2, causal=True).explain().bytes_received(heads_kv=8, head_dim=128)
         1048576
         """
         row = heads_kv * (head_dim + (head_dim if head_dim_v is None else head_dim_v)) * itemsize
@@ -225,22 +225,20 @@ def plan(
     cu_seqlens   [documents + 1] on the host: a list, tuple, NumPy array or CPU tensor. Every rank passes the same.
     group        PyTorch: a ProcessGroup, a DeviceMesh of one dimension, or None for the default group. JAX: the name of
                  a mesh axis, with `ranks` devices. An int: that many ranks, for a plan that is only looked at.
-    mask_mod, causal, window_size
-                 what tiles are counted with; `attention` takes its own, and computes those. A mask_mod counts for head
-                 0, and sees positions in its document.
+    mask_mod     and causal, window_size: what tiles are counted with; `attention` takes its own, and computes those.
+                 A mask_mod counts for head 0, and sees positions in its document.
     balance      "area": chunks of about `chunk` rows, dealt out by counted tiles; "contiguous": equal runs of rows;
                  "zigzag": parts r and -r of each document
     kv           "gather": each rank gathers the keys and values of all
-    pad_rows, max_documents
-                 JAX: rows of each device and documents that `shard` and `arrays` pad to, so that other lengths compile
-                 nothing anew; default: what this plan needs
+    pad_rows     JAX: rows of each device that `shard` and `arrays` pad to, and max_documents, documents: other lengths
+                 then compile nothing anew; default: what this plan needs
 
     >>> plan([0, 300, 337, 1024], 2, causal=True).explain()
     3 documents, 1024 rows on 2 ranks by area; tiles counted with causal
-    slowest rank: 1.037 of an even share; keys and values: gather
+    slowest rank: 1.000 of an even share; keys and values: gather
     rank      rows     tiles  rows received
        0       431        14            593
-       1       593        13            593
+       1       593        14            593
     """
     lengths = _lengths(cu_seqlens)
     count, rank, group = _members(group, ranks)
