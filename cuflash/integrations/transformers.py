@@ -159,6 +159,6 @@ def _rule(mask: Any, q_len: int, k_len: int, causal: bool, sliding_window: int |
 
 
 def _int32(x: Any) -> Any:
-    import torch
+    torch: Any = importlib.import_module("torch")  # `import torch` would mean the file beside this one to pyright
 
     return x.to(torch.int32)
