@@ -25,7 +25,7 @@ from ..frameworks.torch import draw_seed
 
 NAME = "cuflash"
 
-__all__ = ["NAME", "register"]
+__all__ = ["register"]
 
 
 def register(name: str = NAME) -> None:
