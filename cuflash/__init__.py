@@ -41,6 +41,7 @@ from .kvcache import flash_attn_with_kvcache
 from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
 from .settings import config
+from .slots import write_kv
 from .trace.tracer import mod, static
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ __all__ = [
     "supports",
     "warmup",
     "workbench",
+    "write_kv",
 ]
 
 _SUBMODULES = ("distributed", "emulator", "integrations", "packing", "workbench")  # imported when first named

@@ -25,10 +25,10 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import append, backward, decode, dropout_mask
+    from ..ops import append, backward, decode, dropout_mask, write_kv
 
     tiled = (
-        *(ops.representative(arch) for ops in (forward, backward, append, decode)),
+        *(ops.representative(arch) for ops in (forward, backward, append, decode, write_kv)),
         forward.representative_sm90(arch),
     )
     return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
