@@ -5,6 +5,9 @@
 #include "state.hpp"
 
 LaunchFunction on_launch = nullptr;
+thread_local bool interrupted = false;
+
+extern "C" void PyErr_SetInterrupt();
 
 bool is_kernel(Kernel*);
 
@@ -45,9 +48,13 @@ Status run(const Kernel& kernel, const Shape& shape, const std::string& argument
   while (settings.hanging) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   if (settings.failing_kernel && !--settings.failing_kernel) return refuse(kLaunchFailed, "a kernel fails");
   if (!on_launch) return kSuccess;
-  return static_cast<Status>(on_launch(
-      kernel.module->path.c_str(), kernel.name.c_str(), device, shape.grid, arguments.data(), arguments.size(),
-      stream));
+  int status = kInterrupted;
+  on_launch(kernel.module->path.c_str(), kernel.name.c_str(), device, shape.grid, arguments.data(), arguments.size(),
+            stream, &status);
+  if (status != kInterrupted) return static_cast<Status>(status);
+  interrupted = true;
+  PyErr_SetInterrupt();  // what ended the function is not raised through C: Python raises it behind the driver's call
+  return kSuccess;
 }
 
 }  // namespace

@@ -85,11 +85,13 @@ Status read_cubin(Module& module, std::string image) {
     kernel->module = &module;
     kernel->name = name.substr(strlen(kText));
   }
+  // As of Hopper a section of shared memory begins with what the system keeps for itself, of which no attribute tells.
+  const unsigned reserved = module.arch >= 90 ? 1024 : 0;
   for (unsigned i = 0; i < elf.sections(); i++) {
     const std::string name = elf.name(i);
     for (auto& [entry, kernel] : module.kernels) {
       if (name == kInfo + entry) read_attributes(elf, i, *kernel);
-      if (name == kShared + entry) kernel->static_shared = elf.size(i);
+      if (name == kShared + entry) kernel->static_shared = elf.size(i) - reserved;
     }
   }
   // [driver] CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES "The default value of this attribute is

@@ -172,10 +172,12 @@ void invalidate(const std::shared_ptr<Capture>&);
 extern std::set<std::shared_ptr<Capture>> captures;
 
 // launches.cpp
-typedef int (*LaunchFunction)(
+typedef void (*LaunchFunction)(
     const char* path, const char* name, int device, const unsigned* shape, const void* params, std::uint64_t bytes,
-    Handle stream);
+    Handle stream, int* status);
 extern LaunchFunction on_launch;
+constexpr int kInterrupted = -1;  // what `status` is before the call, and stays where Ctrl-C ended it
+extern thread_local bool interrupted;  // so that this thread waits for nothing more
 
 // control.cpp
 Status refuse(Status, const char* why);  // the status, written down

@@ -31,7 +31,9 @@ StreamRef stream_of(Handle handle) {
 
 Status run_until(const StreamRef& stream, std::uint64_t count) {
   Lock alone(device_at_work);
-  for (;;) {
+  static thread_local int depth = 0;  // a work may wait for another stream's
+  depth++;
+  while (!interrupted) {
     Work work;
     {
       Lock lock(tables);
@@ -44,6 +46,7 @@ Status run_until(const StreamRef& stream, std::uint64_t count) {
     stream->queue.pop_front();
     stream->done++;
   }
+  if (!--depth) interrupted = false;
   return broken;
 }
 
