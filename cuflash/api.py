@@ -515,7 +515,7 @@ class _Prepared:
         return getattr(self.plan, "workspace", {})
 
     def compile(self) -> None:
-        """Before the first launch of several: what does not compile, or load, refuses a call that has written nothing."""
+        """Before the first launch of several: what does not compile or load refuses a call that has written nothing."""
         if self in _compiled:
             return
         from .jit import module

@@ -66,7 +66,7 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
             raise DeviceError(
                 f"no memory for an array of {shape}, {dtype.name}, may be allocated on GPU {index} while a stream is "
                 f"captured in a mode other than relaxed, and that capture is lost: {error}; make the call once before "
-                "the capture, whose memory CuPy's pool gives again, pass out=, or capture in relaxed mode, CuPy's default"
+                "the capture, so that CuPy's pool has the memory, pass out=, or capture in relaxed mode, CuPy's default"
             ) from error
         if status != _NO_MEMORY:
             raise
