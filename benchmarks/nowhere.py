@@ -86,6 +86,7 @@ def no_gpu(
                 stack.enter_context(mock.patch.object(target, attribute, function))
 
         replace(module, launch_cuda=launch)
+        replace(module.CudaKernel, prepare=lambda kernel: None)
         # Maps, which the driver would write in a form of its own, from all but the device.
         replace(tensor_map, _driver=lambda *tensor: tensor_map._emulated(*tensor[:-1]))
         stack.callback(tensor_map.encode.cache_clear)

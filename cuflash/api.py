@@ -11,7 +11,7 @@ import html
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -397,9 +397,7 @@ class _Call:
         prepared, framework, views = self.prepared, self.framework, self.views
         device = prepared.device
         upload_all(framework, self.uploads, views, device)
-        for name, shape, dtype in prepared.results:
-            if name not in views:
-                views[name] = framework.empty(shape, dtype, device)
+        take_results(framework, prepared.results, views, device)
         take_workspace(framework, prepared.workspace(), views, device)
         plan = prepared.plan
         if plan is None:
@@ -469,6 +467,16 @@ def upload_all(
         views[name] = copies[id(values)]
 
 
+def take_results(
+    framework: Framework, results: Iterable[tuple[str, tuple[int, ...], DType]], views: dict[str, TensorView],
+    device: Device,
+) -> None:  # fmt: skip
+    """Allocates the results that are not written into an array of the caller's."""
+    for name, shape, dtype in results:
+        if name not in views:
+            views[name] = framework.empty(shape, dtype, device)
+
+
 def take_workspace(
     framework: Framework, workspace: Mapping[str, tuple[tuple[int, ...], DType]], views: dict[str, TensorView],
     device: Device,
@@ -507,7 +515,7 @@ class _Prepared:
         return getattr(self.plan, "workspace", {})
 
     def compile(self) -> None:
-        """Before the first launch of several: what does not compile refuses a call that has written nothing yet."""
+        """Before the first launch of several: what does not compile or load refuses a call that has written nothing."""
         if self in _compiled:
             return
         from .jit import module
@@ -519,7 +527,7 @@ class _Prepared:
 
             specs.append(dropout_mask.spec(next(shape for name, shape, _ in self.results if name == "dropout_mask")))
         for spec in specs:
-            module.load(spec, self.plan.arch, "emulator" if index is None else "cuda", index)
+            module.load(spec, self.plan.arch, "emulator" if index is None else "cuda", index).prepare()
         if len(_compiled) >= _PREPARED_LIMIT:
             _compiled.clear()
         _compiled.add(self)

@@ -542,7 +542,8 @@ class _Step:
         """The launch before attention -> attention's arrays."""
         prepared, framework, views, device = self.prepared, self.framework, self.views, self.prepared.device
         api.upload_all(framework, self.uploads, views, device)
-        api.take_workspace(framework, prepared.workspace, views, device)
+        api.take_results(framework, prepared.results, views, device)  # before the caches are written, which a lack of
+        api.take_workspace(framework, prepared.workspace, views, device)  # memory leaves as they were
         prepared.attention.compile()
         if prepared.append is not None:
             table = views.get("block_table") or views.get("cache_batch_idx")

@@ -143,6 +143,25 @@ def test_speed_is_a_number():
     assert emulator.speed(0.01) > 0
 
 
+def test_speed_counts_what_a_launchs_own_thread_computes(monkeypatch):
+    launches = []
+
+    def launch(*arguments):
+        launches.append(arguments)
+        assert len(launches) < 5, "the time that launches take does not count"
+        compute = threading.Thread(target=spend, args=(0.02,))
+        compute.start()
+        compute.join()
+
+    def spend(seconds):
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    monkeypatch.setattr(emulator, "launch", launch)
+    emulator.speed(0.05)
+
+
 # --- The compiler -------------------------------------------------------------------------------------------------
 
 

@@ -16,12 +16,13 @@ from .. import arch as arch_table
 from ..arch import Arch
 from ..array import Device, TensorView, strides_in_elements
 from ..dtypes import BY_NUMPY, DType, unknown
-from ..errors import ArgumentError, DeviceMemoryError, UnsupportedError
+from ..errors import ArgumentError, DeviceError, DeviceMemoryError, UnsupportedError
 from ..jit import driver
 
 NAME: str = "CuPy"
 
 _NO_MEMORY = 2  # cudaErrorMemoryAllocation
+_CAPTURED = 900  # cudaErrorStreamCaptureUnsupported
 
 
 def _cupy() -> Any:
@@ -60,7 +61,14 @@ def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
             return view(cupy.empty(shape, dtype.numpy))
     except (MemoryError, RuntimeError) as error:
         # A pool's error is a MemoryError; without one (cupy.cuda.set_allocator(None)) it is the runtime's.
-        if not isinstance(error, MemoryError) and getattr(error, "status", None) != _NO_MEMORY:
+        status = _NO_MEMORY if isinstance(error, MemoryError) else getattr(error, "status", None)
+        if status == _CAPTURED:
+            raise DeviceError(
+                f"no memory for an array of {shape}, {dtype.name}, may be allocated on GPU {index} while a stream is "
+                f"captured in a mode other than relaxed, and that capture is lost: {error}; make the call once before "
+                "the capture, so that CuPy's pool has the memory, pass out=, or capture in relaxed mode, CuPy's default"
+            ) from error
+        if status != _NO_MEMORY:
             raise
         raise DeviceMemoryError(
             f"no room for an array of {shape}, {dtype.name}, on GPU {index}: {error}; make the batch smaller, or free "

@@ -7,13 +7,14 @@ their text is read for name and arguments, and `host_kernels` does what they say
 
 from __future__ import annotations
 
-import _thread
+import contextlib
 import ctypes
 import traceback
 from typing import Any
 
 from . import host_kernels, stand_in
 
+_SUCCESS = 0
 _FAILED = 719  # CUDA_ERROR_LAUNCH_FAILED
 
 errors: list[BaseException] = []  # what kernels failed with since somebody last looked
@@ -35,20 +36,21 @@ def install() -> None:
     stand_in.on_launch(_run)
 
 
-def _run(path: bytes, name: bytes, device: int, shape: Any, arguments: int, size: int, stream: int) -> int:
-    try:
-        if (module := path.decode()).startswith(host_kernels.PATH):
-            host_kernels.run(module, arguments)
-        else:
-            _emulate(module, name.decode(), tuple(shape[:7]), ctypes.string_at(arguments, size))
-        return 0
-    except KeyboardInterrupt:  # not the kernel's fault: Python raises it once more when the call has returned
-        _thread.interrupt_main()
-        return 0
-    except BaseException as error:  # nothing may be raised through C
-        traceback.print_exc()
-        errors.append(error)
-        return _FAILED
+def _run(
+    path: bytes, name: bytes, device: int, shape: Any, arguments: int, size: int, stream: int, status: Any
+) -> None:
+    """Ctrl-C is not the kernel's fault: the status stays as it is, and the driver sees to it that Python raises it."""
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            if (module := path.decode()).startswith(host_kernels.PATH):
+                host_kernels.run(module, arguments)
+            else:
+                _emulate(module, name.decode(), tuple(shape[:7]), ctypes.string_at(arguments, size))
+            status[0] = _SUCCESS
+        except Exception as error:  # nothing may be raised through C
+            traceback.print_exc()
+            errors.append(error)
+            status[0] = _FAILED
 
 
 def _emulate(path: str, name: str, shape: tuple[int, ...], params: bytes) -> None:

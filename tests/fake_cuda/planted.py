@@ -38,9 +38,10 @@ def main() -> None:
         name, old, new = mistake
         plant(package / name, old, new)
     stand_in.install()
-    from . import dispatch, framework_scenarios, scenarios
+    from . import dispatch, failure_scenarios, framework_scenarios, scenarios
 
-    (run,) = (s for s in scenarios.SCENARIOS + framework_scenarios.SCENARIOS if s.__name__ == scenario)
+    known = scenarios.SCENARIOS + failure_scenarios.SCENARIOS + framework_scenarios.SCENARIOS
+    (run,) = (s for s in known if s.__name__ == scenario)
     run()
     stand_in.run_all()
     sys.exit(bool(dispatch.errors))

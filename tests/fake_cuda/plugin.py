@@ -39,3 +39,10 @@ def all_work_ran() -> Iterator[None]:
     errors, dispatch.errors[:] = dispatch.errors[:], []
     if errors:
         raise errors[0]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where tests that need a GPU ran."""
+    reports = [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]
+    ran = sum("gpu" in report.keywords for report in reports if report.when == "call")
+    terminalreporter.write_line(f"gpu tests run on the driver stand-in, not on a GPU: {ran}")

@@ -128,8 +128,8 @@ def device_of(address: int) -> int | None:
 # --- Installing -----------------------------------------------------------------------------------------------------
 
 _LAUNCH = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p,
-    ctypes.c_uint64, ctypes.c_uint64,
+    None, ctypes.c_char_p, ctypes.c_char_p, ctypes.c_int, ctypes.POINTER(ctypes.c_uint), ctypes.c_void_p,
+    ctypes.c_uint64, ctypes.c_uint64, ctypes.POINTER(ctypes.c_int),
 )  # fmt: skip
 _kept: list[Any] = []  # what C holds by address
 
@@ -159,8 +159,8 @@ def for_children() -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
 
-def on_launch(function: Callable[..., int]) -> None:
-    """function(path, kernel, device, shape, arguments, bytes, stream) runs a kernel -> a status."""
+def on_launch(function: Callable[..., None]) -> None:
+    """function(path, kernel, device, shape, arguments, bytes, stream, status) runs a kernel, and writes a status."""
     _kept.append(_LAUNCH(function))
     library().stand_in_on_launch(_kept[-1])
 

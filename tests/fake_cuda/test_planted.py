@@ -34,6 +34,16 @@ MISTAKES = {
         "api.py", "except DeviceMemoryError as error:", "except ZeroDivisionError as error:",
         "no_memory_for_host_lengths",
     ),
+    "results are allocated when the caches are written": (
+        "kvcache.py", "        api.take_results(framework, prepared.results, views, device)", "        pass",
+        "no_memory_for_an_append",
+    ),
+    "kernels are loaded when the caches are written": (
+        "api.py", '"cuda", index).prepare()', '"cuda", index)', "a_module_of_an_append_is_not_loaded",
+    ),
+    "a refused allocation has no name": (
+        "frameworks/cupy.py", "if status == _CAPTURED:", "if False:", "no_memory_while_a_stream_is_captured",
+    ),
     "an event of a capture is asked": (
         "frameworks/cupy.py", "    if capturing(device):\n        return\n", "", "a_producer_under_capture",
     ),

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from . import framework_scenarios, scenarios
+from . import failure_scenarios, framework_scenarios, scenarios
 
-ALL = scenarios.SCENARIOS + framework_scenarios.SCENARIOS
+ALL = scenarios.SCENARIOS + failure_scenarios.SCENARIOS + framework_scenarios.SCENARIOS
 
 
 @pytest.mark.parametrize("scenario", ALL, ids=lambda scenario: scenario.__name__)

@@ -11,14 +11,14 @@ API int cuThreadExchangeStreamCaptureMode(int* mode) {
   return kSuccess;
 }
 
-// [guide] 3.2.8.7.3.2 "When an invalid operation is attempted during stream capture, any associated capture graphs are
+// [guide] Invalidation "When an invalid operation is attempted during stream capture, any associated capture graphs are
 // invalidated. When a capture graph is invalidated, further use of any streams which are being captured or captured
 // events associated with the graph is invalid and will return an error, until stream capture is ended".
 void invalidate(const std::shared_ptr<Capture>& capture) { capture->invalid = true; }
 
-// [driver] cuThreadExchangeStreamCaptureMode, CU_STREAM_CAPTURE_MODE_GLOBAL: "If the local thread has an ongoing capture
-// sequence that was not initiated with CU_STREAM_CAPTURE_MODE_RELAXED at cuStreamBeginCapture, or if any other thread
-// has a concurrent capture sequence initiated with CU_STREAM_CAPTURE_MODE_GLOBAL, this thread is prohibited from
+// [driver] cuThreadExchangeStreamCaptureMode, CU_STREAM_CAPTURE_MODE_GLOBAL: "If the local thread has an ongoing
+// capture sequence that was not initiated with CU_STREAM_CAPTURE_MODE_RELAXED at cuStreamBeginCapture, or if any other
+// thread has a concurrent capture sequence initiated with CU_STREAM_CAPTURE_MODE_GLOBAL, this thread is prohibited from
 // potentially unsafe API calls." ..._THREAD_LOCAL: "Concurrent capture sequences in other threads are ignored."
 // ..._RELAXED: "The local thread is not prohibited from potentially unsafe API calls."
 Status unsafe(const char* call) {
@@ -35,8 +35,8 @@ Status unsafe(const char* call) {
   return prohibited ? refuse(kCaptureUnsupported, call) : kSuccess;
 }
 
-// [guide] 3.2.8.7.3.1 "When any stream in the same context is being captured, and it was not created with
-// cudaStreamNonBlocking, any attempted use of the legacy stream is invalid."
+// [guide] Prohibited and Unhandled Operations "When any stream in the same context is being captured, and it was not
+// created with cudaStreamNonBlocking, any attempted use of the legacy stream is invalid."
 Status legacy_use(const StreamRef& stream, const char* call) {
   if (!stream->legacy) return kSuccess;
   Lock lock(tables);
@@ -46,6 +46,20 @@ Status legacy_use(const StreamRef& stream, const char* call) {
       return refuse(kCaptureImplicit, call);
     }
   return kSuccess;
+}
+
+// [guide] Prohibited and Unhandled Operations "It is also invalid to query the execution status of or synchronize a
+// broader handle which encompasses an active stream capture, such as a device or context handle when any associated
+// stream is in capture mode."
+Status encompasses(Context* context, const char* call) {
+  Lock lock(tables);
+  bool captured = false;
+  for (auto& capture : captures)
+    if (capture->origin->context == context) {
+      invalidate(capture);
+      captured = true;
+    }
+  return captured ? refuse(kCaptureUnsupported, call) : kSuccess;
 }
 
 Status record(const StreamRef& stream, Work work) {
@@ -61,9 +75,9 @@ API int cuStreamBeginCapture_v2(Handle handle, int mode) {
   REQUIRE(in_context());
   StreamRef stream = stream_of(handle);
   if (!stream) return refuse(kInvalidHandle, "cuStreamBeginCapture");
-  // [driver] cuStreamBeginCapture "Capture must be ended on the same stream in which it was initiated, and it may only
-  // be initiated if the stream is not already in capture mode." [guide] "Stream capture can be used on any CUDA stream
-  // except cudaStreamLegacy".
+  // [driver] cuStreamBeginCapture "Capture may not be initiated if stream is CU_STREAM_LEGACY. Capture must be ended on
+  // the same stream in which it was initiated, and it may only be initiated if the stream is not already in capture
+  // mode."
   if (stream->legacy) return refuse(kCaptureUnsupported, "capture of the legacy stream");
   if (stream->capture) return refuse(kInvalidValue, "capture of a stream that is captured already");
   Lock lock(tables);
@@ -80,11 +94,12 @@ API int cuStreamBeginCapture_v2(Handle handle, int mode) {
 }
 
 static Status ended(const Capture& capture, const Stream* stream) {
-  // [driver] cuStreamEndCapture "If the capture was invalidated, then a NULL graph will be returned."
+  // [driver] cuStreamEndCapture "If capture was invalidated, due to a violation of the rules of stream capture, then a
+  // NULL graph will be returned."
   if (capture.invalid) return refuse(kCaptureInvalidated, "cuStreamEndCapture");
   if (capture.origin != stream) return refuse(kCaptureUnmatched, "cuStreamEndCapture of another stream");
-  // [guide] 3.2.8.7.3.1 "any other streams being captured to the same graph must be joined to the origin stream
-  // before": what is not joined is lost.
+  // [guide] Cross-stream Dependencies and Events "Any other streams which are being captured to the same capture graph,
+  // due to event-based dependencies, must also be joined back to the origin stream."
   for (auto& [other, joined] : capture.joined)
     if (other != capture.origin && !joined) return refuse(kCaptureUnjoined, "cuStreamEndCapture");
   return kSuccess;
@@ -97,7 +112,7 @@ API int cuStreamEndCapture(Handle handle, Graph** graph) {
   if (!stream || !stream->capture) return refuse(kInvalidValue, "cuStreamEndCapture of no capture");
   auto capture = stream->capture;
   // [driver] cuStreamEndCapture "If the mode argument to cuStreamBeginCapture was not CU_STREAM_CAPTURE_MODE_RELAXED,
-  // cuStreamEndCapture must be called from the same thread as cuStreamBeginCapture."
+  // this call must be from the same thread as cuStreamBeginCapture."
   if (capture->mode != 2 && capture->thread != std::this_thread::get_id())
     return refuse(kCaptureWrongThread, "cuStreamEndCapture");
   Lock lock(tables);
@@ -110,8 +125,8 @@ API int cuStreamEndCapture(Handle handle, Graph** graph) {
   return status;
 }
 
-// [driver] cuStreamIsCapturing "Note that if this is called on CU_STREAM_LEGACY (the "null stream") while a blocking
-// stream in the same CUcontext is capturing, it will return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT and *captureStatus is
+// [driver] cuStreamIsCapturing "Note that, if this is called on CU_STREAM_LEGACY (the "null stream") while a blocking
+// stream in the same context is capturing, it will return CUDA_ERROR_STREAM_CAPTURE_IMPLICIT and *captureStatus is
 // unspecified after the call. The blocking stream capture is not invalidated."
 API int cuStreamIsCapturing(Handle handle, int* state) {
   REQUIRE(in_context());
@@ -137,6 +152,11 @@ API int cuGraphLaunch(Graph* executable, Handle handle) {
   REQUIRE(in_context());
   StreamRef stream = stream_of(handle);
   if (!stream || !executable) return refuse(kInvalidHandle, "cuGraphLaunch");
+  // The launch of a graph into a stream that is captured: drivers have refused it.
+  if (stream->capture) {
+    invalidate(stream->capture);
+    return refuse(kCaptureUnsupported, "cuGraphLaunch");
+  }
   note("graph launch of %zu nodes", executable->nodes.size());
   for (auto& node : executable->nodes) REQUIRE(push(stream, node));
   return kSuccess;

@@ -5,6 +5,9 @@
 #include "state.hpp"
 
 LaunchFunction on_launch = nullptr;
+thread_local bool interrupted = false;
+
+extern "C" void PyErr_SetInterrupt();
 
 bool is_kernel(Kernel*);
 
@@ -16,24 +19,24 @@ struct Shape {
 
 Status fits(const Kernel& kernel, const Shape& shape) {
   const auto& [grid, block, shared] = shape;
-  // [driver] CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X, _Y, _Z; cuLaunchKernel takes no empty grid.
+  // The device's CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X, _Y, _Z. A grid without blocks is refused, too.
   if (!grid[0] || !grid[1] || !grid[2] || grid[0] > 2147483647u || grid[1] > 65535 || grid[2] > 65535)
     return refuse(kInvalidValue, "launch: the grid");
   // [driver] CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK "The maximum number of threads per block, beyond which a launch of
   // the function would fail."
   const std::uint64_t threads = static_cast<std::uint64_t>(block[0]) * block[1] * block[2];
   if (!threads || threads > kernel.max_threads) return refuse(kInvalidValue, "launch: the block");
-  // [driver] CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES "If the user-specified dynamic shared memory size is larger
-  // than this value, the launch will fail."
+  // [driver] CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES "If the user-specified dynamic shared memory size is
+  // larger than this value, the launch will fail."
   if (static_cast<int>(shared) > kernel.dynamic_shared)
     return refuse(kInvalidValue, "launch: more dynamic shared memory than was allowed");
-  // [guide] 3.2.4 Thread block clusters: "the grid dimension must be a multiple of cluster size".
+  // [guide] Thread Block Clusters "The grid dimension must be a multiple of cluster size."
   if (grid[0] % kernel.cluster) return refuse(kInvalidClusterSize, "launch: the grid is no multiple of the cluster");
   return kSuccess;
 }
 
-// [driver] cuLaunchKernel "Each of kernelParams[0] through kernelParams[N-1] must point to a region of memory from which
-// the actual kernel parameter will be copied." They are copied now, side by side.
+// [driver] cuLaunchKernel "Each of kernelParams[0] through kernelParams[N-1] must point to a region of memory from
+// which the actual kernel parameter will be copied." They are copied now, side by side.
 std::string arguments_of(const Kernel& kernel, void** params) {
   std::string bytes;
   for (std::size_t i = 0; i < kernel.arguments.size(); i++)
@@ -45,8 +48,13 @@ Status run(const Kernel& kernel, const Shape& shape, const std::string& argument
   while (settings.hanging) std::this_thread::sleep_for(std::chrono::milliseconds(2));
   if (settings.failing_kernel && !--settings.failing_kernel) return refuse(kLaunchFailed, "a kernel fails");
   if (!on_launch) return kSuccess;
-  return static_cast<Status>(on_launch(
-      kernel.module->path.c_str(), kernel.name.c_str(), device, shape.grid, arguments.data(), arguments.size(), stream));
+  int status = kInterrupted;
+  on_launch(kernel.module->path.c_str(), kernel.name.c_str(), device, shape.grid, arguments.data(), arguments.size(),
+            stream, &status);
+  if (status != kInterrupted) return static_cast<Status>(status);
+  interrupted = true;
+  PyErr_SetInterrupt();  // what ended the function is not raised through C: Python raises it behind the driver's call
+  return kSuccess;
 }
 
 }  // namespace
@@ -55,8 +63,8 @@ API int cuLaunchKernel(
     Kernel* kernel, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x, unsigned block_y,
     unsigned block_z, unsigned shared, Handle handle, void** params, void** extra) {
   REQUIRE(in_context());
-  // [driver] CUDA_ERROR_INVALID_HANDLE "a resource handle passed to the API call was not valid": of a kernel that was
-  // unloaded, or a stream that was destroyed; or of another context than the current one.
+  // [driver] CUDA_ERROR_INVALID_HANDLE "This indicates that a resource handle passed to the API call was not valid." It
+  // may be that of a kernel that was unloaded, of a stream that was destroyed, or of another context than the current.
   if (!is_kernel(kernel)) return refuse(kInvalidHandle, "launch: not a kernel, or its module is gone");
   if (kernel->module->context != current()) return refuse(kInvalidHandle, "launch: a kernel of another context");
   StreamRef stream = stream_of(handle);

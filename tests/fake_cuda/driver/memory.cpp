@@ -70,7 +70,8 @@ API int cuMemAlloc_v2(Address* result, std::size_t bytes) {
   return allocate(result, bytes, current()->device, false);
 }
 
-// [guide] 3.2.8.5.3 Implicit synchronization: freeing memory waits for whatever may still use it.
+// [driver] cuMemFree, of memory that cuMemAlloc gave: "this API may perform implicit synchronization." All drivers do,
+// and CuPy's pool relies on it: whatever may still use the memory runs first.
 API int cuMemFree_v2(Address address) {
   REQUIRE(ready());
   if (!address) return kSuccess;
@@ -111,15 +112,16 @@ Status copy(StreamRef stream, Address to, Address from, std::size_t bytes, bool 
     from_pageable = !origin;
     to_pageable = !target;
   }
-  // [guide] 3.2.8.7.3.1 "It is therefore also invalid to call synchronous APIs, such as cudaMemcpy(), as they enqueue
-  // work to the legacy stream and synchronize it before returning."
+  // [guide] Prohibited and Unhandled Operations "Synchronous APIs, such as cudaMemcpy(), enqueue work to the legacy
+  // stream and synchronize it before returning." They are invalid during a capture.
   if (waits) REQUIRE(unsafe("a synchronous copy"));
   Work work = [=] {
     move(to, from, bytes);
     return kSuccess;
   };
-  // [driver] 3 API synchronization behavior, memcpy asynchronous: "For transfers from pageable host memory to device
-  // memory, host memory is copied to a staging buffer immediately". A graph keeps the address instead.
+  // [driver] API synchronization behavior: "If pageable memory must first be staged to pinned memory, the driver may
+  // synchronize with the stream and stage the copy into pinned memory." Here it stages and does not synchronize. A
+  // graph keeps the address instead.
   if (from_pageable && !stream->capture) {
     auto staged = std::make_shared<std::string>(reinterpret_cast<const char*>(from), bytes);
     work = [=] {
@@ -128,8 +130,8 @@ Status copy(StreamRef stream, Address to, Address from, std::size_t bytes, bool 
     };
   }
   REQUIRE(push(stream, work));
-  // "For transfers from device memory to pageable host memory, the function will return only after the copy has
-  // completed."
+  // [driver] API synchronization behavior, of CUDA 11.1: "For transfers from device memory to pageable host memory, the
+  // function will return only once the copy has completed."
   return !stream->capture && (waits || to_pageable) ? run_until(stream, stream->pushed) : kSuccess;
 }
 

@@ -72,8 +72,9 @@ void read_attributes(const Elf& elf, unsigned section, Kernel& kernel) {
 Status read_cubin(Module& module, std::string image) {
   Elf elf(std::move(image));
   module.arch = elf.arch();
-  // [guide] 5.2 "Binary code is architecture-specific": within a major version it runs on the same minor and later ones;
-  // [driver] CUDA_ERROR_NO_BINARY_FOR_GPU "there is no kernel image available that is suitable for the device".
+  // [guide] Binary Compatibility "a cubin object generated for compute capability X.y will only execute on devices of
+  // compute capability X.z where z≥y." [driver] CUDA_ERROR_NO_BINARY_FOR_GPU "there is no kernel image available that
+  // is suitable for the device."
   const unsigned have = settings.major * 10 + settings.minor;
   if (module.arch / 10 != have / 10 || module.arch > have)
     return refuse(kNoBinaryForGpu, "a cubin of another architecture");
@@ -84,13 +85,21 @@ Status read_cubin(Module& module, std::string image) {
     kernel->module = &module;
     kernel->name = name.substr(strlen(kText));
   }
+  // As of Hopper a section of shared memory begins with what the system keeps for itself, of which no attribute tells.
+  const unsigned reserved = module.arch >= 90 ? 1024 : 0;
   for (unsigned i = 0; i < elf.sections(); i++) {
     const std::string name = elf.name(i);
     for (auto& [entry, kernel] : module.kernels) {
       if (name == kInfo + entry) read_attributes(elf, i, *kernel);
-      if (name == kShared + entry) kernel->static_shared = elf.size(i);
+      if (name == kShared + entry) kernel->static_shared = elf.size(i) - reserved;
     }
   }
+  // [driver] CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES "The default value of this attribute is
+  // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK - CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, except when
+  // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES is greater than CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK, then the
+  // default value of this attribute is 0."
+  for (auto& [entry, kernel] : module.kernels)
+    kernel->dynamic_shared = std::max(0, 48 * 1024 - static_cast<int>(kernel->static_shared));
   return kSuccess;
 }
 
@@ -135,8 +144,8 @@ bool is_kernel(Kernel* kernel) {
   return kernels.count(kernel);
 }
 
-// Loading allocates and copies: [guide] 3.2.8.7.3 lists no module calls among those that capture allows, and drivers
-// before CUDA 12.3 refuse them.
+// No manual says whether a module may be loaded beside a capture. Loading allocates and copies, and drivers have
+// refused it as one of the "potentially unsafe API calls" of cuThreadExchangeStreamCaptureMode.
 API int cuModuleLoadData(Module** module, const void* image) {
   REQUIRE(in_context());
   REQUIRE(unsafe("cuModuleLoadData"));
@@ -198,7 +207,7 @@ API int cuFuncSetAttribute(Kernel* kernel, int which, int value) {
   if (!is_kernel(kernel)) return refuse(kInvalidHandle, "cuFuncSetAttribute");
   note("attribute %d=%d of %s", which, value, kernel->name.c_str());
   if (which != 8) return kSuccess;
-  // [driver] CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES "The sum of this value and the function attribute
+  // [driver] cuFuncSetAttribute "The sum of this value and the function attribute
   // CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES cannot exceed the device attribute
   // CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN."
   if (value < 0 || value + static_cast<int>(kernel->static_shared) > settings.shared_optin)

@@ -69,9 +69,10 @@ Object* none(int status) {
   return &_Py_NoneStruct;
 }
 
-// [guide] 3.2.1 "This context is the primary context for this device and is initialized at the first runtime function
-// which requires an active context on this device." [runtime] 6.34 "If a context is created and made current via the
-// driver API, subsequent runtime calls will pick up this context instead of creating a new one."
+// [guide] Runtime Initialization "This context is the primary context for this device and is initialized at the first
+// runtime function which requires an active context on this device." Interoperability between Runtime and Driver APIs
+// "If a context is created and made current via the driver API, subsequent runtime calls will pick up this context
+// instead of creating a new one."
 void bind() {
   initialized = true;
   if (current() && !(settings.runtime_apart && current()->device != device_here)) return;
@@ -120,8 +121,8 @@ static Object* get_device(Object*, Object*) { return PyLong_FromLong(rt_getDevic
 static MethodDef get_device_method = {"getDevice", get_device, 4 /* METH_NOARGS */, nullptr};
 API Object* rt_getDevice_function() { return PyCFunction_NewEx(&get_device_method, nullptr, nullptr); }
 
-// [runtime] cudaSetDevice "Sets device as the current device for the calling host thread", and makes its primary context
-// current, as of CUDA 12.0 at once.
+// [runtime] cudaSetDevice "This function will also immediately initialize the runtime state on the primary context, and
+// the context will be current on device immediately."
 API Object* rt_setDevice(int device) {
   if (device < 0 || device >= settings.devices) return none(refuse(kInvalidDevice, "cudaSetDevice"));
   device_here = device;

@@ -11,8 +11,9 @@
 //   control      the tests' side: settings, adversaries, a log                     control.cpp
 //
 // Each rule that a call is held to stands under the sentence of NVIDIA's manual that gives it: [driver] the CUDA Driver
-// API reference, [runtime] the CUDA Runtime API reference, [guide] the CUDA C++ Programming Guide. Where drivers
-// differ, the strictest is imitated. Nothing of NVIDIA's is in here.
+// API reference, whose text is that of cuda.h, [runtime] the CUDA Runtime API reference, both of CUDA 13.0, [guide] the
+// CUDA Programming Guide, by the title of a section. A rule without quotation marks is in no manual, or in our words.
+// Where drivers differ, the strictest is imitated. Nothing of NVIDIA's is in here.
 #pragma once
 
 #include <cstdint>
@@ -51,8 +52,10 @@ enum Status : int {
   kNotSupported = 801,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
+  kCaptureMerge = 902,
   kCaptureUnmatched = 903,
   kCaptureUnjoined = 904,
+  kCaptureIsolation = 905,
   kCaptureImplicit = 906,
   kCapturedEvent = 907,
   kCaptureWrongThread = 908,
@@ -115,6 +118,7 @@ struct Capture {
 };
 
 struct Event {
+  Context* context;
   bool timed = true, recorded = false;
   StreamRef stream;
   std::uint64_t at = 0;
@@ -161,16 +165,19 @@ Status run_all();
 
 // graphs.cpp
 Status unsafe(const char* call);
+Status encompasses(Context*, const char* call);  // whether one of its streams is captured
 Status legacy_use(const StreamRef&, const char* call);
 Status record(const StreamRef&, Work);
 void invalidate(const std::shared_ptr<Capture>&);
 extern std::set<std::shared_ptr<Capture>> captures;
 
 // launches.cpp
-typedef int (*LaunchFunction)(
+typedef void (*LaunchFunction)(
     const char* path, const char* name, int device, const unsigned* shape, const void* params, std::uint64_t bytes,
-    Handle stream);
+    Handle stream, int* status);
 extern LaunchFunction on_launch;
+constexpr int kInterrupted = -1;  // what `status` is before the call, and stays where Ctrl-C ended it
+extern thread_local bool interrupted;  // so that this thread waits for nothing more
 
 // control.cpp
 Status refuse(Status, const char* why);  // the status, written down

@@ -31,7 +31,9 @@ StreamRef stream_of(Handle handle) {
 
 Status run_until(const StreamRef& stream, std::uint64_t count) {
   Lock alone(device_at_work);
-  for (;;) {
+  static thread_local int depth = 0;  // a work may wait for another stream's
+  depth++;
+  while (!interrupted) {
     Work work;
     {
       Lock lock(tables);
@@ -44,6 +46,7 @@ Status run_until(const StreamRef& stream, std::uint64_t count) {
     stream->queue.pop_front();
     stream->done++;
   }
+  if (!--depth) interrupted = false;
   return broken;
 }
 
@@ -61,7 +64,7 @@ Status run_all() {
   return broken;
 }
 
-// [runtime] 4.3 Stream synchronization behavior: "The legacy default stream is an implicit stream which synchronizes
+// [driver] Stream synchronization behavior: "The legacy default stream is an implicit stream which synchronizes
 // with all other streams in the same CUcontext except for non-blocking streams".
 static std::vector<std::pair<StreamRef, std::uint64_t>> goes_before(const StreamRef& stream) {
   std::vector<std::pair<StreamRef, std::uint64_t>> first;
@@ -122,7 +125,8 @@ API int cuStreamDestroy_v2(Handle handle) {
   return kSuccess;
 }
 
-// [guide] 3.2.8.7.3.1 "It is invalid to synchronize or query the execution status of a stream which is being captured".
+// [guide] Prohibited and Unhandled Operations "It is invalid to synchronize or query the execution status of a stream
+// which is being captured or a captured event, because they do not represent items scheduled for execution."
 static Status not_captured(const StreamRef& stream, const char* call) {
   if (!stream->capture) return legacy_use(stream, call);
   invalidate(stream->capture);
@@ -174,6 +178,7 @@ static double now() {
 API int cuEventCreate(Event** event, unsigned flags) {
   REQUIRE(in_context());
   *event = new Event;
+  (*event)->context = current();
   (*event)->timed = !(flags & 2);
   return kSuccess;
 }
@@ -187,7 +192,9 @@ API int cuEventDestroy_v2(Event* event) {
 API int cuEventRecord(Event* event, Handle handle) {
   REQUIRE(in_context());
   STREAM(handle);
-  // [driver] cuEventRecord "hEvent and hStream must be from the same context": an event here is of any.
+  // [driver] cuEventRecord "hEvent and hStream must be from the same context otherwise CUDA_ERROR_INVALID_HANDLE is
+  // returned."
+  if (event->context != stream->context) return refuse(kInvalidHandle, "cuEventRecord in a stream of another context");
   event->recorded = true;
   event->stream = stream;
   event->capture = stream->capture;
@@ -203,9 +210,9 @@ API int cuEventRecord(Event* event, Handle handle) {
   return kSuccess;
 }
 
-// [driver] cuThreadExchangeStreamCaptureMode "the thread is still prohibited from API calls which necessarily conflict
-// with stream capture, for example, attempting cuEventQuery on an event that was last recorded inside a capture
-// sequence."
+// [driver] cuThreadExchangeStreamCaptureMode "Note that the thread is still prohibited from API calls which necessarily
+// conflict with stream capture, for example, attempting cuEventQuery on an event that was last recorded inside a
+// capture sequence."
 static Status askable(Event* event, const char* call) {
   REQUIRE(ready());
   if (event->capture) return refuse(kCapturedEvent, call);
@@ -224,9 +231,10 @@ API int cuEventSynchronize(Event* event) {
   return event->recorded ? run_until(event->stream, event->at) : kSuccess;
 }
 
-// [driver] cuEventElapsedTime "If either event has not been recorded, then CUDA_ERROR_INVALID_HANDLE is returned. If
-// both events have been recorded but one or both of them has not yet been completed, CUDA_ERROR_NOT_READY is returned.
-// If either event was created with the CU_EVENT_DISABLE_TIMING flag, then this function will return
+// [driver] cuEventElapsedTime "If cuEventRecord() has not been called on either event then CUDA_ERROR_INVALID_HANDLE is
+// returned. If cuEventRecord() has been called on both events but one or both of them has not yet been completed (that
+// is, cuEventQuery() would return CUDA_ERROR_NOT_READY on at least one of the events), CUDA_ERROR_NOT_READY is
+// returned. If either event was created with the CU_EVENT_DISABLE_TIMING flag, then this function will return
 // CUDA_ERROR_INVALID_HANDLE."
 API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
   REQUIRE(ready());
@@ -239,16 +247,25 @@ API int cuEventElapsedTime(float* milliseconds, Event* from, Event* to) {
 API int cuStreamWaitEvent(Handle handle, Event* event, unsigned) {
   REQUIRE(in_context());
   STREAM(handle);
-  if (!event->recorded) return kSuccess;  // [driver] "If cuEventRecord() has not been called on hEvent, this call acts
-                                          // as if the record has already completed, and so is a functional no-op."
+  // [driver] cuEventRecord "Before the first call to cuEventRecord(), an event represents an empty set of work".
+  if (!event->recorded) return kSuccess;
   auto capture = event->capture;
   if (capture) {
+    // [guide] Prohibited and Unhandled Operations "It is invalid to merge two separate capture graphs by waiting on a
+    // captured event from a stream which is being captured and is associated with a different capture graph than the
+    // event."
     if (stream->capture && stream->capture != capture) {
       invalidate(stream->capture);
-      return refuse(kCapturedEvent, "a capture that waits for another one's event");
+      invalidate(capture);
+      return refuse(kCaptureMerge, "a capture that waits for another one's event");
     }
-    // [guide] 3.2.8.7.3.1 "stream capture handles cross-stream dependencies expressed with cudaEventRecord() and
-    // cudaStreamWaitEvent(), provided the event being waited upon was recorded into the same capture graph."
+    {
+      Lock lock(tables);
+      if (!captures.count(capture)) return refuse(kCapturedEvent, "an event of a capture that has ended");
+    }
+    // [guide] Cross-stream Dependencies and Events "When a captured event is waited on by a stream, it places the
+    // stream in capture mode if it is not already, and the next item in the stream will have additional dependencies on
+    // the nodes in the captured event."
     Lock lock(tables);
     stream->capture = capture;
     capture->blocking |= !stream->non_blocking;
@@ -256,9 +273,11 @@ API int cuStreamWaitEvent(Handle handle, Event* event, unsigned) {
     capture->joined.insert({stream.get(), false});
     return kSuccess;
   }
+  // [guide] Prohibited and Unhandled Operations "It is invalid to wait on a non-captured event from a stream which is
+  // being captured without specifying the cudaEventWaitExternal flag."
   if (stream->capture) {
     invalidate(stream->capture);
-    return refuse(kCaptureUnsupported, "a capture that waits for an event recorded outside of it");
+    return refuse(kCaptureIsolation, "a capture that waits for an event recorded outside of it");
   }
   StreamRef other = event->stream;
   const std::uint64_t at = event->at;

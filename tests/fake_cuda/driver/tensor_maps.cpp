@@ -24,21 +24,21 @@ int element_bytes(int type) {
 
 }  // namespace
 
-// [driver] cuTensorMapEncodeTiled; each rule is a sentence of its list of requirements.
+// [driver] cuTensorMapEncodeTiled; each rule is of its list of requirements.
 API int cuTensorMapEncodeTiled(
     void* result, int type, std::uint32_t rank, void* address, const std::uint64_t* dims, const std::uint64_t* strides,
     const std::uint32_t* box, const std::uint32_t* element_strides, int interleave, int swizzle, int, int) {
-  // "CUDA_ERROR_INVALID_CONTEXT" is among what it returns: seen where a thread has none current.
+  // CUDA_ERROR_INVALID_CONTEXT is among what it returns.
   REQUIRE(in_context());
   auto refused = [](const char* why) { return refuse(kInvalidValue, why); };
   const Address begin = reinterpret_cast<Address>(address);
-  // "tensorMap address must be aligned to 64B."
+  // "tensorMap address must be aligned to 64 bytes."
   if (reinterpret_cast<Address>(result) % 64) return refused("tensor map: its own address");
   const int element = element_bytes(type);
   if (!element) return refused("tensor map: the type");
-  // "tensorRank, which specifies the number of dimensions of the tensor, must be 1, 2, 3, 4 or 5."
+  // "tensorRank must be non-zero and less than or equal to the maximum supported dimensionality of 5."
   if (rank < 1 || rank > 5 || interleave) return refused("tensor map: rank or interleave");
-  // "globalAddress, which specifies the starting address of the memory region described, must be aligned to 16 bytes."
+  // "globalAddress, which specifies the starting address of the memory region described, must be 16 byte aligned."
   if (begin % 16) return refused("tensor map: the address");
   if (swizzle < 0 || swizzle > 3) return refused("tensor map: the swizzle");
   Map map;
@@ -47,8 +47,8 @@ API int cuTensorMapEncodeTiled(
   map.swizzle = swizzle;
   map.address = begin;
   for (unsigned i = 0; i < rank; i++) {
-    // "globalDim array ... must be non-zero and less than or equal to 2^32." "boxDim ... must be non-zero and less than
-    // or equal to 256." "elementStrides ... must be non-zero and less than or equal to 8": here 1.
+    // Of globalDim: "must be non-zero and less than or equal to 2^32." Of boxDim: "must be non-zero and less than or
+    // equal to 256." Of elementStrides: "must be non-zero and less than or equal to 8." Here each is 1.
     if (!dims[i] || dims[i] > 1ull << 32) return refused("tensor map: the dimensions");
     if (!box[i] || box[i] > 256) return refused("tensor map: the box");
     if (element_strides[i] != 1) return refused("tensor map: strides of elements");
@@ -56,12 +56,12 @@ API int cuTensorMapEncodeTiled(
     map.box[i] = box[i];
   }
   for (unsigned i = 0; i + 1 < rank; i++) {
-    // "Each entry of the globalStrides array ... must be a multiple of 16 and less than 2^40."
+    // Of globalStrides: "must be a multiple of 16 and less than 2^40."
     if (strides[i] % 16 || strides[i] >> 40) return refused("tensor map: the strides");
     map.strides[i] = strides[i];
   }
-  // "When interleave is CU_TENSOR_MAP_INTERLEAVE_NONE, boxDim[0] * elementSizeInBytes must be a multiple of 16 bytes";
-  // with a swizzle "the inner dimension must be less than or equal to the swizzle size".
+  // Without interleave, boxDim[0] times the size of an element "must be a multiple of 16 bytes." With a swizzle it
+  // "must be less than or equal to the swizzle size."
   const unsigned row = box[0] * element;
   if (row % 16 || (swizzle && row > 16u << swizzle)) return refused("tensor map: the box's rows");
   Lock lock(tables);
