@@ -47,7 +47,7 @@ def run(
 
     load_bytes  16, 4 or 2: what divides bases, strides and rows of the four arrays
     """
-    k, v, k_cache, v_cache, slots = (arrays[name] for name in POINTERS)
+    k, v, k_cache, slots = (arrays[name] for name in ("k", "v", "k_cache", "slot_mapping"))
     tokens, pages, page_size = slots.shape[0], *k_cache.shape[:2]
     if not tokens:
         return
