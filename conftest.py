@@ -3,9 +3,17 @@ start."""
 
 from importlib.util import find_spec
 
-_MODULES = {"torch": "torch_autograd", "jax": "jax_transforms"}
+_MODULES = {
+    "torch": ("torch", "torch_derivatives", "torch_operators", "torch_vmap"),
+    "jax": ("jax", "jax_cache", "jax_call", "jax_sharding"),
+}
 _ON_TORCH = ("bert_padding", "interface", "mha", "rotary", "tensors")
-collect_ignore = [f"cuflash/frameworks/{module}.py" for name, module in _MODULES.items() if find_spec(name) is None]
+collect_ignore = [
+    f"cuflash/autograd/{module}.py"
+    for name, modules in _MODULES.items()
+    if find_spec(name) is None
+    for module in modules
+]
 if find_spec("torch") is None:
     collect_ignore += [f"cuflash/integrations/flash_attn/{name}.py" for name in _ON_TORCH]
     collect_ignore += ["notebooks/05_training.ipynb", "notebooks/06_inference.ipynb"]

@@ -17,17 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import errors, mods
-from .api import (
-    AttentionGrads,
-    AttentionOutput,
-    Explanation,
-    Support,
-    attention,
-    attention_backward,
-    explain,
-    supports,
-    warmup,
-)
+from .api import attention, attention_backward
+from .call.results import AttentionGrads, AttentionOutput
 from .flash import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -40,6 +31,7 @@ from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_ma
 from .kvcache import flash_attn_with_kvcache
 from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
+from .questions import Explanation, Support, explain, supports, warmup
 from .settings import config
 from .slots import write_kv
 from .trace.tracer import mod, static

@@ -13,12 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from . import mods, validate
+from . import mods
 from .block_arrays import LISTS, BlockArrays
 from .block_kinds import Grid, Seen, cells_of, mask_of
 from .block_parts import BadIndexError, Chosen, elements_of, mask_at, mod_of_part
 from .block_pictures import draw, means, text_of
 from .block_tables import EMPTY, FULL, PARTIAL, checked_device, like, mod_of_table, moved, table_of
+from .call import number_checks
 from .errors import ArgumentError, UnsupportedError, require
 from .trace.tracer import takes_score
 from .trace.uncompiled import outside_of_compilers
@@ -212,7 +213,7 @@ class BlockMask(BlockArrays):
         require(len(shape) >= 2, f"kv_indices.shape={shape} must be [B, H, q blocks, n]")
         if seq_lengths is None:
             seq_lengths = shape[-2] * block[0], shape[-1] * block[1]
-        compute_q_blocks = validate.flag("compute_q_blocks", compute_q_blocks)
+        compute_q_blocks = number_checks.flag("compute_q_blocks", compute_q_blocks)
         by_rule = isinstance(dq_kv_order, bool)
         made = cls(
             seq_lengths, kv_num_blocks, kv_indices, full_kv_num_blocks, full_kv_indices, BLOCK_SIZE=block,
@@ -257,7 +258,7 @@ class BlockMask(BlockArrays):
     def as_tuple(self, flatten: bool = True) -> tuple[Any, ...]:
         """Lengths, block arrays, size of blocks and function, in the order of PyTorch's; flatten: pairs as two."""
         arrays = (getattr(self, name) for name in self._TENSOR_ATTRS)
-        flatten = validate.flag("flatten", flatten)
+        flatten = number_checks.flag("flatten", flatten)
         pairs = (self._shape[2:], self.BLOCK_SIZE) if flatten else ((self._shape[2:],), (self.BLOCK_SIZE,))
         return (*pairs[0], *arrays, self.dq_kv_order_spt, *pairs[1], self.mask_mod)
 

@@ -19,8 +19,10 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from . import frameworks, peers, validate
-from .api import attention, host_lengths
+from . import autograd, frameworks, peers
+from .api import attention
+from .call import number_checks
+from .call.views import host_lengths
 from .errors import ArgumentError, UnsupportedError, require
 
 Array = Any
@@ -248,22 +250,20 @@ def _call(
 ) -> Any:
     foreign = {name: keywords.pop(name) for name in [*keywords] if name not in _OURS}
     peers.refuse(**foreign)
-    return_attn_probs = validate.flag("return_attn_probs", return_attn_probs)
+    return_attn_probs = number_checks.flag("return_attn_probs", return_attn_probs)
     keywords["sink"] = peers.sink(sink=sink, learnable_sink=learnable_sink, s_aux=s_aux)
     attention_chunk = peers.chunk_size(attention_chunk)
     framework = frameworks.of(q)
     if attention_chunk and framework is frameworks.torch and frameworks.torch.compiling():
-        from .frameworks import torch_autograd
-
-        return torch_autograd.uncompiled(
+        return autograd.operations(framework).uncompiled(
             _call, q, k, v, return_attn_probs, mask_mod=mask_mod, attention_chunk=attention_chunk,
             num_splits=num_splits, **keywords,
         )  # fmt: skip
     keywords["mask_mod"] = peers.chunk_mask(attention_chunk, mask_mod)
     keywords["split_size"] = _split_size(num_splits, k, keywords)
     # Read here, since below a window is part of a cache's key, and a tensor may change in place.
-    keywords["window_size"] = validate.window_of(keywords["window_size"])
-    p = validate.dropout_p(keywords["dropout_p"])
+    keywords["window_size"] = number_checks.window_of(keywords["window_size"])
+    p = number_checks.dropout_p(keywords["dropout_p"])
     if p and framework is not frameworks.torch:
         raise ArgumentError(
             f"dropout_p={p} with {framework.NAME} arrays, which have no default generator to draw a seed from: "
@@ -314,7 +314,7 @@ def _weights(
 ) -> Array:
     """`reference.attention_weights` of PyTorch tensors."""
     from . import reference
-    from .api import bind_mods
+    from .call.mods import bind_mods
     from .trace.host import HostMods
 
     unused = ("max_seqlen_q", "max_seqlen_k", "deterministic", "split_size", "sink", *_NO_WEIGHTS)

@@ -11,11 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import mods, validate
+from . import mods
 from .api import attention
 from .block_kinds import Seen, mask_of
 from .block_mask import BlockMask, require_mask
 from .block_tables import as_used, checked_device, placed
+from .call import number_checks
 from .errors import ArgumentError, require
 from .trace.uncompiled import outside_of_compilers
 
@@ -78,8 +79,8 @@ def flex_attention(
     """
     for name, x in (("query", query), ("key", key), ("value", value)):
         _require_4d(name, x)
-    enable_gqa = validate.flag("enable_gqa", enable_gqa)
-    return_lse = validate.flag("return_lse", return_lse)
+    enable_gqa = number_checks.flag("enable_gqa", enable_gqa)
+    return_lse = number_checks.flag("return_lse", return_lse)
     batch, heads_q, q_len, _ = query.shape
     heads_kv, kv_len = key.shape[1], key.shape[2]
     if heads_q != heads_kv and not enable_gqa:
@@ -218,8 +219,8 @@ def create_block_mask(
         isinstance(dq_kv_order, bool),
         f"dq_kv_order={dq_kv_order!r} must be a bool: BlockMask.from_kv_blocks takes an order as an array",
     )
-    order = dq_kv_order if validate.flag("compute_dq_write_order", compute_dq_write_order) else None
-    separate = validate.flag("separate_full_blocks", separate_full_blocks)
+    order = dq_kv_order if number_checks.flag("compute_dq_write_order", compute_dq_write_order) else None
+    separate = number_checks.flag("separate_full_blocks", separate_full_blocks)
     return BlockMask.of_function(mask_mod, shape, BLOCK_SIZE, checked_device(device), separate, order)
 
 

@@ -82,7 +82,7 @@ assert np.array_equal(again[mask], padded[mask]) and not again[~mask].any()
 #
 # | | flash-attn 2 | cuflash |
 # |---|---|---|
-# | check, gather pointers and strides | `mha_varlen_fwd`, `set_params_fprop` | `api.py`, `validate.py` |
+# | check, gather pointers and strides | `mha_varlen_fwd`, `set_params_fprop` | `call/bind.py`, `call/checks.py` |
 # | choose a kernel | `run_mha_fwd`, `run_flash_fwd` | `choose_variant` in `ops/forward.py` |
 # | the grid | (block, sequence, head) | `choose_grid`: (block, head, sequence) or (slot, head) |
 # | which sequence am I | `blockIdx.y`, then `BlockInfo` | `tiles_of_block`, then `read_sequence` |

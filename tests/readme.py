@@ -6,10 +6,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from cuflash.api import FEATURES, explain, supports
 from cuflash.arch import ARCHES
 from cuflash.cli.explain import made_up_call
 from cuflash.dtypes import ALL
+from cuflash.questions import FEATURES, explain, supports
 from cuflash.settings import config
 
 README = Path(__file__).resolve().parents[1] / "README.md"

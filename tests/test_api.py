@@ -13,7 +13,8 @@ from compare import check_forward
 from needs import needs_nvrtc
 
 import cuflash
-from cuflash import api, dtypes
+from cuflash import dtypes, questions
+from cuflash.call import bind
 from cuflash.errors import ArgumentError, UnsupportedError
 
 
@@ -254,9 +255,9 @@ def test_the_backward_is_explained_as_it_runs(rng):
     with using("emulator"):
         result = cuflash.attention(q, k, v, **keywords, aux=("lse",))
         explained = cuflash.explain(q, k, v, backward=True, **keywords)
-        api._prepared.clear()
+        bind.PREPARED.clear()
         cuflash.attention_backward(result.out, q, k, v, result.out, result.lse, **keywords)
-        (prepared,) = api._prepared.values()
+        (prepared,) = bind.PREPARED.values()
     plan = prepared.plan
     assert explained.kernel == "backward_sm80" and explained.grid == plan.steps[1].grid
     assert (
@@ -316,7 +317,7 @@ def test_supports_refuses_nonsense():
 
 def test_supports_knows_every_keyword_and_torch_dtypes():
     keywords = set(inspect.signature(cuflash.attention).parameters) - set("qkv")
-    assert keywords - {"seed", "offset", "aux"} <= set(api.FEATURES)
+    assert keywords - {"seed", "offset", "aux"} <= set(questions.FEATURES)
     torch = pytest.importorskip("torch")
     assert cuflash.supports(dtype=torch.bfloat16, head_dim=64)
 
@@ -410,7 +411,7 @@ def test_threads_calling_at_once(rng):
 
     inputs = [rng.standard_normal((1, 3 + i % 5, 2, 32)).astype(np.float16) for i in range(40)]
     expected = [cuflash.attention(x, x, x, causal=True, scale=0.1 + i) for i, x in enumerate(inputs)]
-    api._prepared.clear()
+    bind.PREPARED.clear()
     with ThreadPoolExecutor(8) as pool:
         calls = [pool.submit(cuflash.attention, x, x, x, causal=True, scale=0.1 + i) for i, x in enumerate(inputs)]
         for call, want in zip(calls, expected, strict=True):

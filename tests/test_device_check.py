@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 import cuflash
 from benchmarks import schema
 from benchmarks.schema import Results, Row
-from cuflash import api, arch, cli, dtypes, kvcache
+from cuflash import api, arch, cli, dtypes, kvcache, questions
 from cuflash.cli import device_check, machine, on_device
 from cuflash.cli.device_check import FAILED, OK, SKIPPED, UNFINISHED, Share, Stage
 from cuflash.cli.machine import Gpu
@@ -548,10 +548,10 @@ def test_a_tile_is_taken_by_calls_while_it_is_tried(rng) -> None:
     q = rng.standard_normal((1, 300, 1, 64)).astype(np.float16)
     target, tile = arch.named("sm_80"), forward.Tile(64, 64, 4)
     with using("emulator", "sm_80"):
-        before = api.explain(q, q, q).grid
+        before = questions.explain(q, q, q).grid
         with on_device.tile_of(target, 64, tile):
-            assert api.explain(q, q, q).grid == (5, 1, 1) != before
-        assert api.explain(q, q, q).grid == before
+            assert questions.explain(q, q, q).grid == (5, 1, 1) != before
+        assert questions.explain(q, q, q).grid == before
 
 
 # --- sanitizer and benchmark ------------------------------------------------------------------------------------------

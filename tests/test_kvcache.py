@@ -276,7 +276,7 @@ def test_torch_compile_takes_a_number_of_keys_as_one(rng):
 def test_torch_operator_says_what_it_writes(rng):
     """As PyTorch's own checks of an operator want it: schema, shapes, under functionalisation."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
-    from cuflash.frameworks import torch_autograd
+    from cuflash.autograd import torch_operators
 
     cache = torch.tensor(rng.standard_normal((2, 8, 2, 16)), dtype=torch.float32)
     q, k = (torch.tensor(rng.standard_normal((2, 1, 2, 16)), dtype=torch.float32) for _ in range(2))
@@ -290,7 +290,7 @@ def test_torch_operator_says_what_it_writes(rng):
         torch.library.opcheck(
             operator.default, (q, cache.clone(), cache.clone(), *new, None, None, None, None, *rest), test_utils=checks
         )
-    assert torch_autograd._CACHE_SCHEMA.count("Tensor?") == 13
+    assert torch_operators.CACHE_SCHEMA.count("Tensor?") == 13
 
 
 @pytest.mark.parametrize("what", ["append", "rotary, packed", "no new keys"])
@@ -379,7 +379,8 @@ def test_jax_on_a_gpu_launches_on_xlas_stream_and_memory(monkeypatch):
     """Every launch of a step, with workspace among the results; kernels are loaded when it is traced."""
     pytest.importorskip("jax", reason="JAX is not installed")
     from cuflash import dtypes
-    from cuflash.frameworks import CacheOptions, jax_ffi, jax_transforms
+    from cuflash.autograd import jax_cache, jax_call, jax_ffi
+    from cuflash.frameworks import CacheOptions
 
     shapes = {"q": (2, 1, 4, 16), "k_cache": (6, 8, 2, 16), "v_cache": (6, 8, 2, 16), "k": (2, 1, 2, 16),
               "v": (2, 1, 2, 16)}  # fmt: skip
@@ -388,10 +389,10 @@ def test_jax_on_a_gpu_launches_on_xlas_stream_and_memory(monkeypatch):
     options = CacheOptions((-1, 0), None, 0.0, True, 0, None, None, True, False)
     loaded = []
     with recording() as recorder:
-        monkeypatch.setattr(jax_transforms, "_gpus", lambda: (0,))
+        monkeypatch.setattr(jax_call, "gpus", lambda: (0,))
         monkeypatch.setattr(module.CudaKernel, "prepare", lambda kernel: loaded.append(kernel.spec.source))
-        static = jax_transforms.CacheStatic(options, "auto", "sm_80")
-        _, description = jax_transforms._cache_described(static, tuple(specs), ("cuda", 0))
+        static = jax_cache.CacheStatic(options, "auto", "sm_80")
+        _, description = jax_cache._cache_described(static, tuple(specs), ("cuda", 0))
         sources = ["append_kv.cu", *PARTS]
         assert sorted(loaded) == sorted(sources)
         description = jax_ffi.Description.loads(description.dumps())
@@ -673,9 +674,9 @@ def test_caches_have_the_bits_of_the_reference(rng, dtype, d, load_bytes, interl
 
 def last_append() -> append.AppendVariant:
     """The variant of the append that was planned last."""
-    from cuflash import kvcache
+    from cuflash.call import cache_prepare
 
-    plans = [p.append for p in kvcache._prepared.values() if p.append is not None]
+    plans = [p.append for p in cache_prepare.PREPARED.values() if p.append is not None]
     return plans[-1].spec.variant
 
 

@@ -15,7 +15,9 @@ from needs import needs_nvrtc
 from recorded import STREAM, recording
 
 import cuflash
-from cuflash import api, arch, dtypes
+from cuflash import arch, dtypes
+from cuflash.call import bind
+from cuflash.call.prepare import widest_load
 from cuflash.jit import layout
 from cuflash.ops import forward
 
@@ -146,7 +148,7 @@ def test_loads_are_as_wide_as_the_addresses_allow(offset, load_bytes, rng):
 )
 def test_load_width_of_strides_and_rows(dtype, itemsize, strides, head_dim, expected):
     assert dtypes.BY_NAME[dtype].itemsize == itemsize
-    assert api._load_bytes(0, itemsize, [(64, 64, 1), strides], [64, head_dim]) == expected
+    assert widest_load(0, itemsize, [(64, 64, 1), strides], [64, head_dim]) == expected
 
 
 def test_params_name_every_stride_and_number(rng):
@@ -225,11 +227,11 @@ def test_warm_calls_may_be_forbidden_to_compile(rng):
 
 
 def test_the_table_of_prepared_calls_is_bounded(monkeypatch):
-    monkeypatch.setattr(api, "_PREPARED_LIMIT", 8)
+    monkeypatch.setattr(bind, "PREPARED_LIMIT", 8)
     x = np.ones((1, 2, 1, 8), np.float32)
     for i in range(30):
         cuflash.attention(x, x, x, scale=float(i))
-        assert len(api._prepared) <= 8
+        assert len(bind.PREPARED) <= 8
 
 
 def test_settings_are_heeded_by_warm_calls():

@@ -13,7 +13,8 @@ from backends import using
 from recorded import KINDS, recording
 
 import cuflash
-from cuflash import api, frameworks, reference
+from cuflash import frameworks, reference
+from cuflash.call import bind
 from cuflash.errors import ArgumentError, CuflashError, UnsupportedError
 
 AUX = ("lse", "max_logit")
@@ -394,10 +395,10 @@ def test_a_warm_call_prepares_nothing(rng):
     q, k, v = arrays(rng)
     table, factor = np.ones(4, np.float32), 0.5
     score_mod = lambda s, b, h, i, j: s * factor + table[h]  # noqa: E731
-    api._prepared.clear()
+    bind.PREPARED.clear()
     for factor in (0.5, 0.25, 3.0):
         cuflash.attention(q, k, v, softcap=factor, score_mod=score_mod)
-    assert len(api._prepared) == 1
+    assert len(bind.PREPARED) == 1
 
 
 # --- Gradients on kernels -----------------------------------------------------------------------------------------

@@ -249,10 +249,11 @@ def test_checking_mode_reads_the_table_back(monkeypatch):
     """What only the device knows, on a stand-in for one: with kernels that would serve it."""
     from recorded import recording
 
-    from cuflash import api, frameworks
+    from cuflash import frameworks
+    from cuflash.call import prepare
 
     monkeypatch.setattr(cuflash.config, "check", True)
-    monkeypatch.setattr(api, "_refuse_pages", lambda backward: None)
+    monkeypatch.setattr(prepare, "_refuse_pages", lambda backward: None)
     with recording() as recorder:
         monkeypatch.setattr(frameworks.cupy, "download", lambda view, stream: recorder.behind[view.ptr][1])
         make = recorder.arrays["cupy stand-in"]

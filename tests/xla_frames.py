@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
-from cuflash.frameworks import jax_ffi
+from cuflash.autograd import jax_ffi
 
 STREAM = 0x57EA
 ERROR = 0xE44  # the address of "XLA's" error

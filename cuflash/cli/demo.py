@@ -20,9 +20,10 @@ import numpy as np
 import typer
 
 from .. import packing
-from ..api import attention, explain
+from ..api import attention
 from ..errors import require
 from ..jit.module import CompileEvent
+from ..questions import explain
 from ..settings import config
 from . import encoder as minilm
 from . import machine

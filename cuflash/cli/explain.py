@@ -35,7 +35,7 @@ def explain(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say which kernel a call would launch, on which grid and why."""
-    from ..api import explain as explain_call
+    from ..questions import explain as explain_call
 
     arrays, keywords = made_up_call(
         dtype, heads, heads_kv or heads, head_dim, head_dim_v or head_dim, _integers("lengths", lengths),

@@ -24,7 +24,8 @@ from unittest import mock
 
 import numpy as np
 
-from .. import api, arch, dtypes, frameworks, mods
+from .. import api, arch, dtypes, frameworks, mods, questions
+from ..call import bind
 from ..errors import CuflashError
 from ..jit import module
 from ..ops import forward
@@ -145,7 +146,7 @@ def compare(case: Compared, move: Callable[[np.ndarray], Any] = lambda x: x) -> 
     device = [move(x) for x in host]
     asked = keywords.pop("kernel_options", None)
     given = {name: move(x) if isinstance(x, np.ndarray) else x for name, x in keywords.items()}
-    explained = api.explain(*device, **given)
+    explained = questions.explain(*device, **given)
     if explained.kernel != "forward_sm90":
         raise Wrong(f"{explained.kernel} was asked, not forward_sm90")
     found = {}
@@ -243,7 +244,7 @@ def specs_of(cases: Sequence[Compared], target: arch.Arch) -> list[module.Kernel
     found: dict[module.KernelSpec, None] = {}
     for case in cases:
         keywords = dict(case.keywords)
-        traced, _ = api._mods_of_features({name: keywords.get(name) for name in ("score_mod", "mask_mod")})
+        traced, _ = questions.mods_of_features({name: keywords.get(name) for name in ("score_mod", "mask_mod")})
         given: dict[str, Any] = {"dropout": "dropout_p" in keywords, "mods": traced, "paged": case.page_size > 0}
         element = dtypes.BY_NAME[case.dtype]
         for variant in (
@@ -328,7 +329,7 @@ def tile_of(target: arch.Arch, d: int, tile: Tile) -> Iterator[None]:
 
 def _forget_plans() -> None:
     forward.plan.cache_clear()
-    api._prepared.clear()
+    bind.PREPARED.clear()
 
 
 def time_tile(

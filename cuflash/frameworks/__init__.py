@@ -6,7 +6,7 @@ which one that is shows in the array's type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -16,10 +16,6 @@ from ..array import Device, TensorView
 from ..dtypes import DType
 from ..errors import ArgumentError
 from . import cupy, dlpack, jax, numpy, torch
-
-# "attention" and "attention_backward" of one call, below whatever the framework does with it: `api` fills this in, and
-# the operations of `Framework.operation`, which stand below it, end here.
-calls: dict[str, Callable[..., Any]] = {}
 
 
 class CacheOptions(NamedTuple):
@@ -45,22 +41,9 @@ class Framework(Protocol):
         """Borrow an array. Raises `ArgumentError` where its memory cannot be read in place."""
         ...
 
-    def operation(self, *arrays: Any) -> Callable[..., Any] | None:
-        """The framework's own attention, where it has to see the call as one operation of its own: to differentiate,
-        vectorise, trace or compile it. None, and the call goes straight to its kernel, where nobody looks on.
-
-        Some of the arrays may be None. The operation takes the arguments of `attention`, its mods as `bound`
-        (`tracer.Bound`, or None), and gives (out, lse, max_logit), of which what `aux` does not name may be anything.
-        """
-        ...
-
-    def cache_operation(self, *arrays: Any) -> Callable[..., Any] | None:
-        """The same for `flash_attn_with_kvcache`, which has no gradient: `UnsupportedError` once one is computed.
-
-        It takes (arrays, indices, options, length, bound): arrays and index arrays by name; `CacheOptions`; the number
-        of keys where `cache_seqlens` is one; mods, as `operation` does. It gives out, lse where it is wanted, and the
-        new caches where they are not written in place.
-        """
+    def looks_on(self, *arrays: Any) -> bool:
+        """Whether the framework has to see the call as one operation of its own: to differentiate, vectorise, trace or
+        compile it. Some of the arrays may be None."""
         ...
 
     def refuse_transformed(self, arrays: dict[str, Any]) -> None:

@@ -32,11 +32,9 @@ def view(x: Any) -> TensorView:
         raise ArgumentError(f"a {type(x).__qualname__} would not export its memory: {error}") from error
 
 
-def operation(*arrays: Any) -> None:
+def looks_on(*arrays: Any) -> bool:
     """The protocol knows arrays, not calls."""
-
-
-cache_operation = operation
+    return False
 
 
 def refuse_transformed(arrays: dict[str, Any]) -> None:

@@ -1,14 +1,13 @@
 """JAX arrays. They are immutable: results are written into memory nobody has seen yet, then handed to JAX.
 
 Concrete arrays on the host, all on one device, are read where they lie; results are NumPy's memory, aligned so that JAX
-adopts it without a copy. What JAX traces, and arrays on GPUs or several devices, are `jax_transforms`' work, where XLA
+adopts it without a copy. What JAX traces, and arrays on GPUs or several devices, are `autograd/`'s work, where XLA
 owns all memory. On a GPU what is left for here allocates with CuPy and is handed over by DLPack, which orders the two
 libraries' streams.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,7 +20,7 @@ from . import dlpack as _dlpack
 NAME: str = "JAX"
 
 
-def _jax() -> Any:
+def library() -> Any:
     import jax  # at the first array, never earlier
 
     return jax
@@ -32,7 +31,7 @@ retain, keep_recorded = _cupy.retain_until_done, _cupy.keep_recorded
 
 
 def view(x: Any) -> TensorView:
-    jax = _jax()
+    jax = library()
     if isinstance(x, jax.core.Tracer):
         raise UnsupportedError(
             "jax is tracing it (jit, grad, vmap, scan ...), and this call needs concrete arrays: call it outside of "
@@ -55,24 +54,10 @@ def view(x: Any) -> TensorView:
     return borrowed
 
 
-def operation(*arrays: Any) -> Callable[..., Any] | None:
-    """JAX's own where it traces, and for arrays on GPUs or on several devices: XLA orders all their work."""
-    jax = _jax()
-    for x in arrays:
-        if isinstance(x, jax.Array) and (isinstance(x, jax.core.Tracer) or not _on_one_host(x)):
-            from . import jax_transforms
-
-            return jax_transforms.attention
-    return None
-
-
-def cache_operation(*arrays: Any) -> Callable[..., Any] | None:
-    """As `operation`."""
-    if operation(*arrays) is None:
-        return None
-    from . import jax_transforms
-
-    return jax_transforms.attention_to_cache
+def looks_on(*arrays: Any) -> bool:
+    """JAX does where it traces, and at arrays on GPUs or on several devices: XLA orders all their work."""
+    jax = library()
+    return any(isinstance(x, jax.Array) and (isinstance(x, jax.core.Tracer) or not _on_one_host(x)) for x in arrays)
 
 
 def _on_one_host(x: Any) -> bool:
@@ -85,7 +70,7 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 
 
 def wrap(view: TensorView) -> Any:
-    jax = _jax()
+    jax = library()
     if view.device == HOST:
         return jax.device_put(view.owner, jax.devices("cpu")[0], may_alias=True)
     return jax.dlpack.from_dlpack(view.owner)
@@ -97,11 +82,11 @@ def known(x: Any) -> np.ndarray | None:
 
 
 def traced(x: Any) -> bool:
-    return isinstance(x, _jax().core.Tracer)
+    return isinstance(x, library().core.Tracer)
 
 
 def refuse_key(x: Any, name: str = "") -> None:
-    jax = _jax()
+    jax = library()
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise ArgumentError(
             f"{name and f'{name}: '}dtype {x.dtype} is that of keys of jax.random, which are no numbers: pass what "
@@ -111,7 +96,7 @@ def refuse_key(x: Any, name: str = "") -> None:
 
 def seed(x: Any) -> Any:
     """Of a key of jax.random, of either kind, the 32 bits it draws, where it is."""
-    jax = _jax()
+    jax = library()
     if not isinstance(x, jax.Array):
         return x
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):

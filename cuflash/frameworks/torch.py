@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,7 @@ NESTED = (
 )
 
 
-def _torch() -> Any:
+def library() -> Any:
     import torch  # at the first tensor, never earlier
 
     return torch
@@ -30,12 +30,12 @@ def _torch() -> Any:
 
 @cache
 def _dtypes() -> dict[Any, DType]:
-    torch = _torch()
+    torch = library()
     return {getattr(torch, t.name): t for t in BY_NAME.values() if hasattr(torch, t.name)}
 
 
 def view(x: Any) -> TensorView:
-    torch = _torch()
+    torch = library()
     if x.is_nested:
         raise UnsupportedError(NESTED)
     dtype = _dtypes().get(x.dtype)
@@ -62,22 +62,9 @@ def view(x: Any) -> TensorView:
     return TensorView(ptr, tuple(x.shape), x.stride(), dtype, device, False, x)
 
 
-def operation(q: Any, *others: Any) -> Callable[..., Any] | None:
-    torch = _torch()
-    if torch.compiler.is_compiling() or _watched(torch, q, others):
-        from . import torch_autograd
-
-        return torch_autograd.attention
-    return None
-
-
-def cache_operation(q: Any, *others: Any) -> Callable[..., Any] | None:
-    torch = _torch()
-    if torch.compiler.is_compiling() or _watched(torch, q, others):
-        from . import torch_autograd
-
-        return torch_autograd.attention_to_cache
-    return None
+def looks_on(*arrays: Any) -> bool:
+    torch = library()
+    return torch.compiler.is_compiling() or _watched(torch, arrays)
 
 
 def compiling() -> bool:
@@ -85,12 +72,12 @@ def compiling() -> bool:
 
     Not so where torch.export runs it as it is (strict=False), though `torch.compiler.is_compiling()` says so, too.
     """
-    return _torch().compiler.is_dynamo_compiling()
+    return library().compiler.is_dynamo_compiling()
 
 
-def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:
+def _watched(torch: Any, arrays: tuple[Any, ...]) -> bool:
     if torch.is_grad_enabled():
-        for x in (q, *others):
+        for x in arrays:
             if getattr(x, "requires_grad", False):
                 return True
     return (
@@ -103,7 +90,7 @@ def _watched(torch: Any, q: Any, others: tuple[Any, ...]) -> bool:
 
 
 def refuse_transformed(arrays: dict[str, Any]) -> None:
-    torch = _torch()
+    torch = library()
     if torch.is_grad_enabled():
         for name, x in arrays.items():
             if x.requires_grad:
@@ -122,7 +109,7 @@ def refuse_transformed(arrays: dict[str, Any]) -> None:
 
 
 def empty(shape: tuple[int, ...], dtype: DType, device: Device) -> TensorView:
-    torch = _torch()
+    torch = library()
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
     return view(torch.empty(shape, dtype=getattr(torch, dtype.name), device=where))
 
@@ -132,17 +119,17 @@ def wrap(view: TensorView) -> Any:
 
 
 def written(x: Any) -> None:
-    torch = _torch()
+    torch = library()
     torch.autograd.graph.increment_version(x)  # a backward pass that saved x must see that it has changed
 
 
 def stream(device: int) -> int:
-    torch = _torch()
+    torch = library()
     return torch._C._cuda_getCurrentRawStream(device)
 
 
 def capturing(device: int) -> bool:
-    cuda = _torch().cuda
+    cuda = library().cuda
     if cuda.current_device() == device:
         return cuda.is_current_stream_capturing()
     with cuda.device(device):
@@ -156,7 +143,7 @@ def to_host(x: Any) -> np.ndarray:
 
 
 def known(x: Any) -> np.ndarray | None:
-    torch = _torch()
+    torch = library()
     if torch.compiler.is_compiling() or x.device.type != "cpu" or torch._C._len_torch_dispatch_stack() > 0:
         return None
     return None if torch._C._functorch.is_functorch_wrapped_tensor(x) else to_host(x)
@@ -164,12 +151,12 @@ def known(x: Any) -> np.ndarray | None:
 
 def from_host(values: np.ndarray, like: Any) -> Any:
     """A tensor of NumPy values with the dtype and on the device of another."""
-    return _torch().from_numpy(values).to(device=like.device, dtype=like.dtype)
+    return library().from_numpy(values).to(device=like.device, dtype=like.dtype)
 
 
 def draw_seed(device: Device) -> tuple[Any, Any]:
     """Drawn on the device without a wait, so that manual_seed, checkpointing and graph replay do as they always do."""
-    torch = _torch()
+    torch = library()
     where = torch.device("cuda", device[1]) if device[0] == "cuda" else torch.device("cpu")
     drawn = torch.randint(2**63 - 1, (2,), dtype=torch.int64, device=where)
     return drawn[:1], drawn[1:]
@@ -180,7 +167,7 @@ def seed(x: Any) -> Any:
 
 
 def upload(values: np.ndarray, device: Device) -> TensorView:
-    torch = _torch()
+    torch = library()
     return view(torch.from_numpy(values).to(torch.device("cuda", device[1]), non_blocking=True))
 
 
@@ -193,7 +180,7 @@ def keep_recorded(views: Iterable[TensorView], device: int) -> None:
 
 
 def cuda_version() -> str | None:
-    torch = _torch()
+    torch = library()
     if torch.version.hip is not None:
         raise UnsupportedError(
             "this PyTorch is built for AMD GPUs (ROCm), and the kernels are CUDA: use "

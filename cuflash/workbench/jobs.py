@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -215,25 +214,23 @@ def _editing(problem: OurProblem, edits: Edits) -> Iterator[None]:
 
 
 def _planned(problem: OurProblem) -> Any:
-    """The call, bound and planned, and not yet run: `api._Call`."""
-    from .. import api
+    """The call, bound and planned, and not yet run: a `Call`."""
+    from ..call.arguments import Arguments, Backward
+    from ..call.bind import bind
 
     arrays = {name: _aligned(x) if isinstance(x, np.ndarray) else x for name, x in problem.arrays.items()}
     given = {name: arrays.pop(name) for name in ("dout", "out", "lse", "dlse") if name in arrays}
     keywords = dict(problem.keywords)
     deterministic, captured = (bool(keywords.pop(n, False)) for n in ("deterministic", "captured_grads"))
-    bound = inspect.signature(api.attention).bind(**arrays, **keywords)
-    bound.apply_defaults()
-    skipped = ("deterministic", "score_mod", "mask_mod", "block_mask")
-    named = {name: value for name, value in bound.arguments.items() if name not in skipped}
-    backward = api._Backward(given, {}, deterministic, captured) if problem.backward else None
-    return api._bind(**named, bound=problem.bound, backward=backward)
+    backward = Backward(given, {}, deterministic, captured) if problem.backward else None
+    q, k, v = (arrays.pop(name) for name in "qkv")
+    return bind(q, k, v, Arguments(**arrays, **keywords), problem.bound, backward)
 
 
 def _run_ours(problem: OurProblem) -> Arrays:
     if problem.backend == "cuda":
         problem = dataclasses.replace(problem, arrays=_on_gpu(problem.arrays), bound=_bound_on_gpu(problem.bound))
-    from .. import api
+    from ..call.results import AttentionOutput
 
     call = _planned(problem)
     if problem.backward:
@@ -243,7 +240,7 @@ def _run_ours(problem: OurProblem) -> Arrays:
         del named["dcaptured"]
     else:
         out = call.run()
-        named = dict(zip(out._fields, out, strict=True)) if isinstance(out, api.AttentionOutput) else {"out": out}
+        named = dict(zip(out._fields, out, strict=True)) if isinstance(out, AttentionOutput) else {"out": out}
     return {name: _on_host(x) for name, x in named.items() if x is not None}
 
 

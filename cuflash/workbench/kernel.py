@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 
 from .. import arch as arches
-from .. import dtypes, emulator, frameworks, validate
+from .. import dtypes, emulator, frameworks
 from ..array import TensorView
+from ..call import number_checks
 from ..errors import ArgumentError, CompileError, CuflashError, EmulatorError, UnsupportedError
 from ..jit import layout, module, source
 from ..settings import config
@@ -63,7 +64,7 @@ def load(name: str, q: Array, k: Array, v: Array, *, arch: str | None = None, **
     >>> kernel.counters().matrix_instructions
     Counter({'mma_m16n8k16_f16': 256})
     """
-    from .. import api
+    from ..call.mods import bind_mods
 
     if keywords.pop("out", None) is not None:
         raise ArgumentError("out= is not taken: run() returns what a kernel wrote")
@@ -72,7 +73,7 @@ def load(name: str, q: Array, k: Array, v: Array, *, arch: str | None = None, **
     mods = [keywords.pop(n, None) for n in ("score_mod", "mask_mod", "block_mask")]
     bound = None
     if any(mod is not None for mod in mods):
-        bound = api.bind_mods(q, k, *mods)
+        bound = bind_mods(q, k, *mods)
         bound = bound._replace(arrays=tuple(_to_host(x, "captured") for x in bound.arrays))
     arrays = {n: _to_host(x, n) for n, x in {"q": q, "k": k, "v": v, **given}.items()}
     like = framework.view(q)
@@ -147,9 +148,9 @@ def kernel(
     values = {n: _to_host(x, n) if n in arrays else x for n, x in arguments.items()}
     if reference is not None and not callable(reference):
         raise ArgumentError(f"reference={reference!r} must be a function f(**arguments) -> array, or None")
-    tolerance = None if tolerance is None else validate.number("tolerance", tolerance)
-    smem_bytes = validate.count("smem_bytes", smem_bytes, least=0)
-    first_line = validate.count("first_line", first_line)
+    tolerance = None if tolerance is None else number_checks.number("tolerance", tolerance)
+    smem_bytes = number_checks.count("smem_bytes", smem_bytes, least=0)
+    first_line = number_checks.count("first_line", first_line)
     name, spec, whole = _own(text, threads, module.KernelSpec("", "", "", None, 0, smem_bytes), label, first_line)
     backend = "cuda" if like.device[0] == "cuda" else "emulator"
     problem = jobs.OwnProblem(spec, values, _grid(grid), arches.named(arch).name, backend)
@@ -219,7 +220,7 @@ class Kernel:
         text. Messages call its lines those of `label`, counted from `first_line`; None: of the file."""
         self.text(file)  # refuses what is no file of the kernel
         _require_text("text", text)
-        first_line = validate.count("first_line", first_line)
+        first_line = number_checks.count("first_line", first_line)
         if label is not None:
             text = f'#line {first_line} "{_label(label)}"\n{text}'
         return self._with(file, text, label)
@@ -236,7 +237,7 @@ class Kernel:
         4.0
         """
         _require_text("text", text)
-        first_line = validate.count("first_line", first_line)
+        first_line = number_checks.count("first_line", first_line)
         file, found = self._find(name)
         last = name.split("::")[-1]
         if not _functions(text, last):
@@ -277,9 +278,9 @@ class Kernel:
         values = {n: _to_host(x, n) if _is_array(x) else x for n, x in arguments.items()}
         spec = problem.spec
         if threads is not None:
-            spec = dataclasses.replace(spec, threads=validate.count("threads", threads))
+            spec = dataclasses.replace(spec, threads=number_checks.count("threads", threads))
         if smem_bytes is not None:
-            spec = dataclasses.replace(spec, smem_bytes=validate.count("smem_bytes", smem_bytes, least=0))
+            spec = dataclasses.replace(spec, smem_bytes=number_checks.count("smem_bytes", smem_bytes, least=0))
         problem = dataclasses.replace(
             problem,
             spec=spec,
@@ -311,12 +312,12 @@ class Kernel:
         wrapped = {name: self._wrap(x) for name, x in results.items()}
         if isinstance(self.problem, jobs.OwnProblem):
             return next(iter(wrapped.values())) if len(wrapped) == 1 else wrapped
-        from .. import api
+        from ..call.results import AttentionGrads, AttentionOutput
 
         if self.problem.backward:
             captured = tuple(wrapped.pop(n) for n in list(wrapped) if n.startswith("dcaptured"))
-            return api.AttentionGrads(**wrapped, dcaptured=captured)
-        return api.AttentionOutput(**wrapped) if len(wrapped) > 1 else wrapped["out"]
+            return AttentionGrads(**wrapped, dcaptured=captured)
+        return AttentionOutput(**wrapped) if len(wrapped) > 1 else wrapped["out"]
 
     def check(self, *, seconds: float = SECONDS) -> report.Check:
         """Runs it, and compares with the reference: true where every element is right. Ours are compared with
@@ -574,7 +575,7 @@ def _own(
         )
     name, asked = found[0]["name"], found[0]["threads"].strip()
     if threads is not None:
-        threads = validate.count("threads", threads)
+        threads = number_checks.count("threads", threads)
     else:
         constant = re.search(rf"\bconstexpr\s+(?:i32|u32|int)\s+{re.escape(asked)}\s*=\s*(\d+)\s*;", whole)
         digits = asked if asked.isdecimal() else constant[1] if constant else None

@@ -171,7 +171,7 @@ def _jax_with_gpus() -> Iterator[list[Any]]:
     """Two GPUs for JAX to trace for. Of traced calls, descriptions are put into the list, and nothing runs."""
     import jax
 
-    from cuflash.frameworks import jax_ffi, jax_transforms
+    from cuflash.autograd import jax_call, jax_ffi
 
     described: list[Any] = []
 
@@ -180,7 +180,7 @@ def _jax_with_gpus() -> Iterator[list[Any]]:
         return [jax.numpy.zeros(spec.shape, spec.dtype.numpy) for spec in description.results]
 
     with (
-        mock.patch.object(jax_transforms, "_gpus", lambda: (0, 1)),
+        mock.patch.object(jax_call, "gpus", lambda: (0, 1)),
         mock.patch.object(jax_ffi, "call", call),
     ):
         jax.clear_caches()  # what was traced elsewhere
@@ -254,7 +254,7 @@ def jax_in_a_command_buffer() -> None:
     """Recorded by XLA in each mode and replayed after the inputs changed, also where this process did not trace it."""
     import cupy
 
-    from cuflash.frameworks import jax_ffi
+    from cuflash.autograd import jax_ffi
     from cuflash.jit import module
 
     description = _traced()

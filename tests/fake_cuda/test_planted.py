@@ -14,11 +14,11 @@ from . import stand_in
 # What goes wrong: the file, its text, the text instead, and the scenario that notices.
 MISTAKES = {
     "a graph's workspace returns to the pool": (
-        "api.py", "framework.keep_recorded(taken.values(), device[1])", "pass",
+        "call/run.py", "framework.keep_recorded(taken.values(), device[1])", "pass",
         "a_replay_writes_to_nobodys_memory",
     ),
     "workspace is freed before the launch": (
-        "api.py", "        views |= taken\n",
+        "call/run.py", "        views |= taken\n",
         "        from dataclasses import replace\n"
         "        views |= {name: replace(x, owner=None) for name, x in taken.items()}\n        del taken; taken = {}\n"
         "        framework.empty((1 << 12,), dtypes.float32, device).owner.set(np.ones(1 << 12, np.float32))\n",
@@ -28,18 +28,18 @@ MISTAKES = {
         "jit/tensor_map.py", "with driver.context(device):", "if True:", "a_thread_that_has_not_used_cuda",
     ),
     "an append's workspace returns to the pool": (
-        "api.py", "framework.keep_recorded(taken.values(), device[1])", "pass", "an_append_in_a_graph",
+        "call/run.py", "framework.keep_recorded(taken.values(), device[1])", "pass", "an_append_in_a_graph",
     ),
     "host values that found no room have no name": (
-        "api.py", "except DeviceMemoryError as error:", "except ZeroDivisionError as error:",
+        "call/run.py", "except DeviceMemoryError as error:", "except ZeroDivisionError as error:",
         "no_memory_for_host_lengths",
     ),
     "results are allocated when the caches are written": (
-        "kvcache.py", "        api.take_results(framework, prepared.results, views, device)", "        pass",
+        "call/cache.py", "        take_results(framework, prepared.results, views, device)", "        pass",
         "no_memory_for_an_append",
     ),
     "kernels are loaded when the caches are written": (
-        "api.py", '"cuda", index).prepare()', '"cuda", index)', "a_module_of_an_append_is_not_loaded",
+        "call/prepare.py", '"cuda", index).prepare()', '"cuda", index)', "a_module_of_an_append_is_not_loaded",
     ),
     "a refused allocation has no name": (
         "frameworks/cupy.py", "if status == _CAPTURED:", "if False:", "no_memory_while_a_stream_is_captured",
@@ -58,7 +58,7 @@ MISTAKES = {
         "jit/tensor_map.py", "if status == driver.INVALID_VALUE:", "if status:", "a_kernel_fails",
     ),
     "another stream": (
-        "api.py", "framework.stream(device[1])}\n        plan.launch", "0}\n        plan.launch",
+        "call/run.py", "framework.stream(device[1])}\n        plan.launch", "0}\n        plan.launch",
         "a_stream_of_the_callers",
     ),
     "another device": (
@@ -91,10 +91,12 @@ MISTAKES = {
         "values.nbytes, cupy.cuda.Stream.null)", "host_lengths",
     ),
     "host values enter a graph": (
-        "api.py", "if uploads and framework.capturing(prepared.device[1]):", "if False:", "host_lengths_under_capture",
+        "call/bind.py", "if uploads and framework.capturing(prepared.device[1]):", "if False:",
+        "host_lengths_under_capture",
     ),
     "a launch writes a number down": (
-        "kvcache.py", "    by_value = options.counted and", "    by_value = False and", "a_number_of_keys_is_no_array",
+        "call/cache_prepare.py", "    by_value = options.counted and", "    by_value = False and",
+        "a_number_of_keys_is_no_array",
     ),
     "another stream of PyTorch's": (
         "frameworks/torch.py", "return torch._C._cuda_getCurrentRawStream(device)", "return 0",
@@ -105,10 +107,10 @@ MISTAKES = {
         "    return view(", 'torch.device("cuda", 0)\n    return view(', "torch_on_its_stream_and_device",
     ),
     "another stream of XLA's": (
-        "frameworks/jax_ffi.py", "return args.stream or 0", "return 0", "jax_on_xlas_thread",
+        "autograd/jax_ffi.py", "return args.stream or 0", "return 0", "jax_on_xlas_thread",
     ),
     "another device of XLA's": (
-        "frameworks/jax_ffi.py", '("cuda", cupy.current_device())', '("cuda", 0)', "jax_on_xlas_thread",
+        "autograd/jax_ffi.py", '("cuda", cupy.current_device())', '("cuda", 0)', "jax_on_xlas_thread",
     ),
 }  # fmt: skip
 

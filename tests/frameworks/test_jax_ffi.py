@@ -1,7 +1,7 @@
 """The handler that XLA calls, called by hand: what it answers, and what it would launch on a GPU.
 
 Frames are made by `xla_frames`. What a real XLA does with
-the handler on the CPU is tested in test_jax_transforms.
+the handler on the CPU is tested in test_jax_call.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from xla_frames import ERROR, STREAM, Xla
 
 import cuflash
 from cuflash import dtypes, frameworks
+from cuflash.autograd import jax_ffi
 from cuflash.errors import UnsupportedError
-from cuflash.frameworks import jax_ffi
 
 pytest.importorskip("jax")
 
-from cuflash.frameworks import jax_transforms  # it imports JAX
+from cuflash.autograd import jax_call  # it imports JAX
 
 
 def description(aux: tuple[str, ...], operation: str, inputs: dict[str, np.ndarray]) -> jax_ffi.Description:
@@ -32,8 +32,8 @@ def description(aux: tuple[str, ...], operation: str, inputs: dict[str, np.ndarr
         "dropout_p": 0.0, "deterministic": False, "split_size": None, "aux": aux, "backend": "auto", "arch": "sm_80",
     }  # fmt: skip
     specs = tuple(jax_ffi.Spec(name, x.shape, dtypes.BY_NUMPY[x.dtype]) for name, x in inputs.items())
-    static = jax_transforms.Static(**keywords)
-    return jax_transforms._described(operation, static, specs, ("cuda", 0))
+    static = jax_call.Static(**keywords)
+    return jax_call._described(operation, static, specs, ("cuda", 0))
 
 
 def test_says_what_it_is():

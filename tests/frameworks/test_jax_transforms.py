@@ -16,13 +16,13 @@ from backends import using
 from samples import sample
 
 import cuflash
-from cuflash import dtypes, frameworks
+from cuflash import dtypes
 from cuflash.errors import ArgumentError, UnsupportedError
 
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 
-from cuflash.frameworks import jax_ffi, jax_transforms  # noqa: E402  (it imports JAX)
+from cuflash.autograd import jax_call, jax_ffi  # noqa: E402  (it imports JAX)
 
 FLOATS = ("q", "k", "v", "alibi_slopes", "sink")
 GRADIENTS = ["reference"] + ["emulator"] * bool(cuflash.supports(dtype="float32", head_dim=16, backward=True))
@@ -357,16 +357,16 @@ def test_on_a_gpu_the_workspace_is_xlas_and_kernels_are_loaded_when_traced(rng, 
             self.loaded.append(device)
 
     prepared = Prepared()
-    monkeypatch.setattr(jax_transforms, "_gpus", lambda: (0, 3))
-    monkeypatch.setitem(frameworks.calls, "prepare", lambda framework, views, **keywords: prepared)
+    monkeypatch.setattr(jax_call, "gpus", lambda: (0, 3))
+    monkeypatch.setattr(jax_call, "prepare_traced", lambda framework, views, **keywords: prepared)
     q = jnp.ones((1, 2, 2, 8))
-    jax_transforms._described.cache_clear()
+    jax_call._described.cache_clear()
     try:
         text = jax.jit(lambda q: cuflash.attention(q, q, q, scale=0.7)).trace(q).lower(lowering_platforms=("cuda",))
         assert prepared.loaded == [0, 3]
         assert "-> (tensor<1x2x2x8xf32>, tensor<5x3xf32>)" in text.as_text()
     finally:
-        jax_transforms._described.cache_clear()
+        jax_call._described.cache_clear()
 
 
 def test_refused_by_name(rng):

@@ -652,14 +652,12 @@ def test_on_the_emulator(packed):
 
 
 def test_deterministic_algorithms_reach_the_backward(monkeypatch):
-    from cuflash import frameworks
+    from cuflash.autograd import torch_operators
 
     q, k, v, _, _ = inputs()
     seen = []
-    backward = frameworks.calls["attention_backward"]
-    monkeypatch.setitem(
-        frameworks.calls, "attention_backward", lambda *a, **b: seen.append(b["deterministic"]) or backward(*a, **b)
-    )
+    backward = torch_operators.Backward
+    monkeypatch.setattr(torch_operators, "Backward", lambda *a: seen.append(a[2]) or backward(*a))
     gradients(cuflash.attention(q, k, v).sum(), q)
     gradients(cuflash.attention(q, k, v, deterministic=True).sum(), q)
     torch.use_deterministic_algorithms(True)

@@ -15,7 +15,8 @@ from needs import needs_nvrtc
 from recorded import recording
 
 import cuflash
-from cuflash import api, arch, dtypes, philox
+from cuflash import arch, dtypes, philox
+from cuflash.call import prepare
 from cuflash.errors import CompileError, UnsupportedError
 from cuflash.jit import module
 from cuflash.ops import dropout_mask, forward
@@ -178,7 +179,7 @@ def test_a_mask_that_does_not_compile_leaves_out_as_it_was(monkeypatch, rng):
         return load(spec, *rest)
 
     monkeypatch.setattr(module, "load", refuse_the_mask)
-    monkeypatch.setattr(api, "_compiled", set())
+    monkeypatch.setattr(prepare, "_compiled", set())
     out = np.full_like(x, 7.0)
     with using("emulator"), pytest.raises(CompileError):
         cuflash.attention(x, x, x, dropout_p=0.3, seed=5, out=out, aux=("dropout_mask",))

@@ -229,7 +229,7 @@ def _execute(frame: _Frame, kind: str) -> None:
     text = frame.attributes.values[0].contents
     device, stream = HOST, 0
     if kind == "cuda":
-        from . import cupy
+        from ..frameworks import cupy
 
         stream = _stream(frame)
         device = ("cuda", cupy.current_device())  # XLA makes its device current before it calls
