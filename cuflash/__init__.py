@@ -40,6 +40,7 @@ from .flex import AuxOutput, AuxRequest, BlockMask, create_block_mask, create_ma
 from .kvcache import flash_attn_with_kvcache
 from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
+from .sdpa import dot_product_attention, scaled_dot_product_attention
 from .settings import config
 from .trace.tracer import mod, static
 
@@ -63,6 +64,7 @@ __all__ = [
     "config",
     "create_block_mask",
     "create_mask",
+    "dot_product_attention",
     "emulator",
     "errors",
     "explain",
@@ -82,6 +84,7 @@ __all__ = [
     "not_mask",
     "or_masks",
     "packing",
+    "scaled_dot_product_attention",
     "static",
     "supports",
     "warmup",

@@ -26,6 +26,7 @@ from .array import Device, TensorView, contiguous_strides, of_numpy
 from .dtypes import DType
 from .errors import ArgumentError, CuflashError, DeviceMemoryError, UnsupportedError, require
 from .frameworks import Framework
+from .keywords import with_suggestions
 from .settings import config
 from .trace import tracer
 from .trace.derive import gradients
@@ -55,6 +56,7 @@ class AttentionOutput(NamedTuple):
     dropout_mask: Array = None
 
 
+@with_suggestions()
 def attention(
     q: Array,
     k: Array,
@@ -231,6 +233,7 @@ class AttentionGrads(NamedTuple):
     dcaptured: tuple[Array, ...] = ()
 
 
+@with_suggestions()
 def attention_backward(
     dout: Array,
     q: Array,
@@ -1355,6 +1358,7 @@ class Explanation:
         return f"<table>{rows}</table><details><summary>source</summary>{source}</details>"
 
 
+@with_suggestions(attention)
 def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords: Any) -> Explanation:
     """What `attention` would do with the same arguments, without doing it: nothing is compiled, launched or written.
 

@@ -8,8 +8,8 @@ All derive from `CuflashError`; each also derives from the built-in exception a 
 from __future__ import annotations
 
 __all__ = [
-    "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "EmulatorError", "TraceError",
-    "UnsupportedError",
+    "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "EmulatorError",
+    "KeywordError", "TraceError", "UnsupportedError",
 ]  # fmt: skip
 
 
@@ -19,6 +19,10 @@ class CuflashError(Exception):
 
 class ArgumentError(CuflashError, ValueError):
     """An argument breaks a rule of the function it was passed to: shape, dtype, device, stride, range."""
+
+
+class KeywordError(ArgumentError, TypeError):
+    """A keyword that the function does not have; the message names the one that was meant, if there is one."""
 
 
 class UnsupportedError(CuflashError, NotImplementedError):

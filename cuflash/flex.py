@@ -17,6 +17,7 @@ from .block_kinds import Seen, mask_of
 from .block_mask import BlockMask, require_mask
 from .block_tables import as_used, checked_device, placed
 from .errors import ArgumentError, require
+from .keywords import with_suggestions
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -40,6 +41,7 @@ class AuxOutput(NamedTuple):
     max_scores: Array = None
 
 
+@with_suggestions()
 def flex_attention(
     query: Array,
     key: Array,
@@ -102,7 +104,7 @@ def flex_attention(
             f"kernel_options: {', '.join(map(str, kernel_options))} ignored: tiles and stages follow from the problem "
             "and the device; leave them away",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,  # behind with_suggestions
         )
     mask_mod = None
     if block_mask is not None:

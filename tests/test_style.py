@@ -18,6 +18,7 @@ KERNELS = ROOT / "kernels_cu"
 # has no place yet and fails.
 LAYERS = (
     ("errors", "settings", "dtypes", "arch"),
+    ("keywords",),
     ("array",),
     ("reference", "philox"),
     ("trace",),
@@ -30,7 +31,7 @@ LAYERS = (
     ("block_arrays", "block_pictures"),
     ("block_mask",),
     ("api",),
-    ("flash", "flex", "kvcache", "integrations"),
+    ("flash", "flex", "kvcache", "sdpa", "integrations"),
     ("workbench",),
     ("cli",),
     ("__init__", "__main__"),
