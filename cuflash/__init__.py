@@ -32,6 +32,7 @@ from .kvcache import flash_attn_with_kvcache
 from .merge import merge_states
 from .mods import and_masks, noop_mask, not_mask, or_masks
 from .questions import Explanation, Support, explain, supports, warmup
+from .sdpa import dot_product_attention, scaled_dot_product_attention
 from .settings import config
 from .slots import write_kv
 from .trace.tracer import mod, static
@@ -57,6 +58,7 @@ __all__ = [
     "create_block_mask",
     "create_mask",
     "distributed",
+    "dot_product_attention",
     "emulator",
     "errors",
     "explain",
@@ -76,6 +78,7 @@ __all__ = [
     "not_mask",
     "or_masks",
     "packing",
+    "scaled_dot_product_attention",
     "static",
     "supports",
     "warmup",

@@ -14,9 +14,11 @@ from .call.refusals import UNSUPPORTED_OPERATION
 from .call.results import AttentionGrads, AttentionOutput
 from .errors import ArgumentError, UnsupportedError
 from .frameworks import Framework
+from .keywords import with_suggestions
 from .trace.tracer import Bound
 
 
+@with_suggestions()
 def attention(
     q: Array,
     k: Array,
@@ -160,6 +162,7 @@ def _by_operation(framework: Framework, q: Array, k: Array, v: Array, arguments:
     return AttentionOutput(results[0], **{name: others[name] for name in names})
 
 
+@with_suggestions()
 def attention_backward(
     dout: Array,
     q: Array,

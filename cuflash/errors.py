@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArgumentError", "CompileError", "CuflashError", "DeviceError", "DeviceMemoryError", "DistributedError",
-    "EmulatorError", "TraceError", "UnsupportedError",
+    "EmulatorError", "KeywordError", "TraceError", "UnsupportedError",
 ]  # fmt: skip
 
 
@@ -19,6 +19,10 @@ class CuflashError(Exception):
 
 class ArgumentError(CuflashError, ValueError):
     """An argument breaks a rule of the function it was passed to: shape, dtype, device, stride, range."""
+
+
+class KeywordError(ArgumentError, TypeError):
+    """A keyword that the function does not have; the message names the one that was meant, if there is one."""
 
 
 class UnsupportedError(CuflashError, NotImplementedError):

@@ -18,6 +18,7 @@ from .block_mask import BlockMask, require_mask
 from .block_tables import as_used, checked_device, placed
 from .call import number_checks
 from .errors import ArgumentError, require
+from .keywords import with_suggestions
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -41,6 +42,7 @@ class AuxOutput(NamedTuple):
     max_scores: Array = None
 
 
+@with_suggestions()
 def flex_attention(
     query: Array,
     key: Array,
@@ -103,7 +105,7 @@ def flex_attention(
             f"kernel_options: {', '.join(map(str, kernel_options))} ignored: tiles and stages follow from the problem "
             "and the device; leave them away",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,  # behind with_suggestions
         )
     mask_mod = None
     if block_mask is not None:

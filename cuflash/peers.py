@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any
 
 from . import frameworks, mods
-from .errors import ArgumentError, UnsupportedError, require
+from .errors import ArgumentError, KeywordError, UnsupportedError, require
+from .keywords import meant
 
 _REMEDIES = {
     "qv": "concatenate q with qv and the keys with the values they meet, and pass softmax_scale",
@@ -34,14 +35,18 @@ _REMEDIES = {
     "block_sparse_tensors_bwd": "gradients follow block_mask: leave it None",
     "return_lse": "pass return_attn_probs=True, or aux=('lse',) to cuflash.attention",
 }
+_TAKEN = (
+    "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes", "deterministic", "return_attn_probs", "sink",
+    "score_mod", "mask_mod", "block_mask", "attention_chunk", "num_splits",
+)  # fmt: skip
 _OFF = {"sm_margin": 0, "disable_scheduler_metadata": False, "return_lse": False}  # what others say for None
 
 
 def refuse(**given: Any) -> None:
-    """Raises for what is asked for and is not here; `TypeError` for what nobody takes."""
+    """Raises for what is asked for and is not here; `KeywordError` for what nobody takes."""
     for name, value in given.items():
         if name not in _REMEDIES:
-            raise TypeError(f"got an unexpected keyword argument {name!r}")
+            raise KeywordError(f"got an unexpected keyword argument {name!r}: {meant(name, _TAKEN)}")
         if value is None or (name in _OFF and isinstance(value, (int, float)) and value == _OFF[name]):
             continue
         raise UnsupportedError(f"{name}: {_REMEDIES[name]}")

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import arch as arch_table
 from . import dtypes, frameworks, philox
+from .api import attention
 from .arch import Arch
 from .array import TensorView, contiguous_strides
 from .call import checks, number_checks
@@ -24,6 +25,7 @@ from .call.refusals import PAGES_WITHOUT_GRADIENTS, UNSUPPORTED
 from .call.run import Call
 from .dtypes import DType
 from .errors import ArgumentError, UnsupportedError, require
+from .keywords import with_suggestions
 from .settings import config
 from .trace.expr import Mods
 from .trace.fold import fold
@@ -97,6 +99,7 @@ class Explanation:
         return f"<table>{rows}</table><details><summary>source</summary>{source}</details>"
 
 
+@with_suggestions(attention)
 def explain(q: Array, k: Array, v: Array, *, backward: bool = False, **keywords: Any) -> Explanation:
     """What `attention` would do with the same arguments, without doing it: nothing is compiled, launched or written.
 

@@ -330,6 +330,15 @@ DOORS = (
     }, kernels=False),
     Door("emulator.tracing", traced, lambda: {"limit": 100}, kernels=False),
     Door("flex_attention", cuflash.flex_attention, flex),
+    Door("scaled_dot_product_attention", cuflash.scaled_dot_product_attention, lambda: {
+        "query": floats(2, 4, 6, 64), "key": floats(2, 4, 9, 64), "value": floats(2, 4, 9, 64), "attn_mask": None,
+        "dropout_p": 0.0, "is_causal": True, "scale": 0.25, "enable_gqa": False, "seed": 3, "offset": 0,
+    }),
+    Door("dot_product_attention", cuflash.dot_product_attention, lambda: {
+        "query": floats(2, 6, 4, 64), "key": floats(2, 9, 2, 64), "value": floats(2, 9, 2, 64), "bias": None,
+        "mask": None, "scale": 0.25, "is_causal": True, "query_seq_lengths": None, "key_value_seq_lengths": None,
+        "local_window_size": None, "implementation": None, "return_residual": False,
+    }),
     Door("flex_attention of a mask", cuflash.flex_attention, lambda: flex(
         block_mask=cuflash.create_block_mask(causal, None, None, 6, 9)
     ), deep=True),

@@ -15,7 +15,7 @@ from needs import needs_nvrtc
 import cuflash
 from cuflash import dtypes, questions
 from cuflash.call import bind
-from cuflash.errors import ArgumentError, UnsupportedError
+from cuflash.errors import ArgumentError, KeywordError, UnsupportedError
 
 
 def test_public_names():
@@ -416,3 +416,46 @@ def test_threads_calling_at_once(rng):
         calls = [pool.submit(cuflash.attention, x, x, x, causal=True, scale=0.1 + i) for i, x in enumerate(inputs)]
         for call, want in zip(calls, expected, strict=True):
             np.testing.assert_array_equal(call.result(), want)
+
+
+@pytest.mark.parametrize(
+    ("call", "keyword", "said"),
+    [
+        (cuflash.attention, "is_causal", r"attention\(\) got an unexpected keyword .*: did you mean causal"),
+        (cuflash.attention, "softmax_scale", "did you mean scale?"),
+        (cuflash.attention, "casual", "did you mean causal?"),
+        (cuflash.attention, "mask", "pass mask_mod=f, .*scaled_dot_product_attention"),
+        (cuflash.attention, "attn_mask", "pass mask_mod=f"),
+        (cuflash.attention, "bias", r"pass score_mod=cuflash.mods.bias\(bias\)"),
+        (cuflash.attention, "cu_seqlens", "did you mean cu_seqlens_q and cu_seqlens_k?"),
+        (cuflash.attention, "block_table", "did you mean page_table?"),
+        (cuflash.attention, "return_lse", r"pass aux=\('lse',\)"),
+        (cuflash.attention, "enable_gqa", "pass nothing: k and v may have fewer heads"),
+        (cuflash.attention, "xyzzy", "it takes alibi_slopes, aux, block_mask, "),
+        (cuflash.explain, "is_causal", r"explain\(\) got .*did you mean causal"),
+        (cuflash.flash_attn_func, "sm_scale", "did you mean softmax_scale?"),
+        (cuflash.flash_attn_func, "is_causal", "did you mean causal?"),
+        (cuflash.flex_attention, "softmax_scale", "did you mean scale?"),
+        (cuflash.flex_attention, "mask_mod", "pass block_mask=cuflash.create_block_mask"),
+        (cuflash.scaled_dot_product_attention, "mask", "did you mean attn_mask?"),
+        (cuflash.dot_product_attention, "attn_mask", "did you mean mask?"),
+        (cuflash.dot_product_attention, "causal", "did you mean is_causal?"),
+    ],
+)
+def test_a_wrong_keyword_is_answered_with_the_one_meant(call, keyword, said):
+    x = np.ones((1, 2, 2, 8), np.float32)
+    with pytest.raises(TypeError, match=said) as raised:
+        call(x, x, x, **{keyword: True})
+    assert isinstance(raised.value, KeywordError)
+
+
+def test_a_type_error_of_the_callers_own_stays_one():
+    def broken(score, b, h, q_idx, kv_idx):
+        return len(3)
+
+    x = np.ones((1, 2, 2, 8), np.float32)
+    with pytest.raises(Exception) as raised:
+        cuflash.attention(x, x, x, score_mod=broken)
+    assert not isinstance(raised.value, KeywordError)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'v'"):
+        cuflash.attention(x, x)

@@ -21,9 +21,10 @@ from cuflash import cli
 from cuflash.arch import ARCHES
 from cuflash.cli import compile as compile_command
 from cuflash.cli import doctor, machine
+from cuflash.cli.bench import benchmarks
 from cuflash.cli.machine import Driver, Gpu
 from cuflash.dtypes import bfloat16
-from cuflash.errors import CompileError
+from cuflash.errors import ArgumentError, CompileError, CuflashError, UnsupportedError
 from cuflash.jit import cache, nvrtc
 from cuflash.jit.source import folder as kernel_folder
 from cuflash.ops import forward
@@ -119,6 +120,19 @@ def test_doctor_names_what_is_wrong_and_the_remedy(pretend, described, name, sta
 )
 def test_doctor_finds_nothing_to_mend_where_there_is_nothing(pretend, described) -> None:
     assert {line.state for line in pretend(**described)} <= {"ok", "unused"}
+
+
+def test_doctor_without_a_gpu_proposes_what_is_of_use_without_one(pretend) -> None:
+    laptop = dict(driver=None, cupy={}, nvrtc_version=None, disassembler=None)
+    for bindings, name, remedy in (
+        (None, "cuda-python", r"\[nvrtc\]"),
+        ("13.0.3", "NVRTC", r"cuda-toolkit\[nvrtc\]==13"),
+    ):
+        lines = {line.name: line for line in pretend(**laptop, bindings=bindings)}
+        assert lines[name].state == "unused" and re.search(remedy, lines[name].remedy)
+        assert not any(
+            word in line.remedy for line in lines.values() for word in ("cuda12", "cuda13", "cupy", "cudart")
+        )
 
 
 def test_doctor_reports_a_cache_that_cannot_be_written(pretend, monkeypatch, tmp_path: Path) -> None:
@@ -232,13 +246,53 @@ def test_explain_takes_every_feature_and_restores_the_settings() -> None:
         (["--lengths", "3,4", "--lengths-k", "3"], "as many sequences"),
         (["--dense", "--lengths", "3,4"], "must all be equal"),
         (["--heads", "8", "--heads-kv", "3"], "3"),
-        (["--arch", "sm_75"], "sm_75"),
     ],
 )
-def test_wrong_arguments_are_one_line_and_status_1(arguments: list[str], said: str) -> None:
+def test_wrong_arguments_are_one_line_and_status_2(arguments: list[str], said: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "cuflash", "explain", *arguments], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 1 and done.stdout == ""
+    assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("cuflash: ") and said in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_version_is_told() -> None:
+    done = invoke("--version")
+    assert done.exit_code == 0 and done.stdout == f"cuflash {cuflash.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(ArgumentError("wrong"), 2), (UnsupportedError("not here"), 1), (CompileError("no"), 1)]
+)
+def test_the_exit_status_says_whose_mistake_it_is(monkeypatch, capsys, error: CuflashError, status: int) -> None:
+    def application(**keywords: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", lambda: application)
+    monkeypatch.setattr(cuflash.config, "on_compile", "quiet")
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == status and capsys.readouterr().err == f"cuflash: {error}\n"
+
+
+def test_compared_results_must_be_files(tmp_path: Path) -> None:
+    missing = tmp_path / "before.json"
+    error = invoke("bench-compare", str(missing), str(missing)).exception
+    assert isinstance(error, ArgumentError) and str(error).startswith(f"{missing} is not a file: pass two files")
+
+
+def test_bench_outside_of_a_checkout_asks_where_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarks("schema"), "RESULTS", Path("benchmarks") / "results")  # as in a wheel
+    error = invoke("bench", "import").exception
+    assert isinstance(error, ArgumentError) and "pass --out FOLDER" in str(error)
+
+
+def test_bench_says_which_options_have_no_effect_without_a_gpu(monkeypatch, tmp_path: Path) -> None:
+    def run(*arguments: Any) -> None:
+        raise ArgumentError("enough")
+
+    monkeypatch.setattr(benchmarks("offline"), "run", run)
+    done = invoke("bench", "import", "--quick", "--peers", "torch", "--out", str(tmp_path))
+    assert "--quick has no effect: it is for measurements on a GPU" in done.output
+    assert "--peers has no effect" in done.output and "--minutes" not in done.output

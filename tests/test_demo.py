@@ -91,14 +91,31 @@ def test_the_demo_runs_the_kernel_on_the_emulator(network: encoder.Encoder) -> N
 
 
 def test_files_are_cut_into_sentences(tmp_path: Path, network: encoder.Encoder) -> None:
+    pytest.importorskip("matplotlib")
     text = tmp_path / "text.txt"
     text.write_text("Rain again. How far\nis the Moon?  Stop!", encoding="utf-8")
     assert demo.read_sentences([text], most=9) == ["Rain again.", "How far is the Moon?", "Stop!"]
     config.backend = "reference"
-    done = CliRunner().invoke(cli.app(), ["demo", "--json", "--sentences", "2", str(text)])
+    picture = tmp_path / "tokens.svg"
+    done = CliRunner().invoke(cli.app(), ["demo", "--json", "--sentences", "2", "--plot", str(picture), str(text)])
     report = json.loads(done.stdout)
+    assert sum(report["lengths"]) == report["tokens"]
+    assert "<svg" in picture.read_text(encoding="utf-8")
     assert (report["backend"], report["launches"], report["sentences"]) == ("reference", 0, 2)
     assert {report["pairs"][0]["a"], report["pairs"][0]["b"]} == {"Rain again.", "How far is the Moon?"}
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_at_once(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for path in (tmp_path / "x.txt", tmp_path / "no folder" / "x.png"):
+        error = CliRunner().invoke(cli.app(), ["demo", "--plot", str(path)]).exception
+        assert isinstance(error, ArgumentError) and "must be in a folder that exists" in str(error)
+
+
+def test_the_demo_says_first_what_it_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "run", lambda *sentences, **keywords: demo.Report(backend="reference"))
+    lines = CliRunner().invoke(cli.app(), ["demo"]).stdout.splitlines()
+    assert lines[0].startswith("Sentences of unequal length") and lines[3] == "" and lines[4].startswith("input")
 
 
 def test_an_endless_file_is_read_to_a_bound(tmp_path: Path) -> None:

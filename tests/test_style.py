@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels_cu"
 # has no place yet and fails.
 LAYERS = (
     ("errors",),
-    ("dtypes",),
+    ("dtypes", "keywords"),
     ("arch",),
     ("settings",),
     ("array",),
@@ -37,7 +37,7 @@ LAYERS = (
     ("block_arrays", "block_pictures"),
     ("block_mask",),
     ("api",),
-    ("questions", "flash", "flex", "kvcache", "slots", "distributed"),
+    ("questions", "flash", "flex", "kvcache", "sdpa", "slots", "distributed"),
     ("integrations",),
     ("workbench",),
     ("cli",),

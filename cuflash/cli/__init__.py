@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from typing import Annotated
 
 import typer
 
-from ..errors import CuflashError
+from ..errors import ArgumentError, CuflashError
 from ..settings import config
 
 
@@ -33,6 +35,7 @@ def app() -> typer.Typer:
         pretty_exceptions_enable=False,
         rich_markup_mode="markdown",
     )
+    application.callback()(_common)
     application.command("demo")(demo)
     application.command("doctor")(doctor)
     application.command("explain")(explain)
@@ -45,12 +48,29 @@ def app() -> typer.Typer:
     return application
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"cuflash {sys.modules['cuflash'].__version__}")  # the package is above the command line
+        raise typer.Exit()
+
+
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """FlashAttention as a CuPy raw-kernel runtime library."""
+
+
 def main() -> None:
-    """Run the command line; an error of cuflash's own is a line on stderr and exit status 1, not a traceback."""
+    """Run the command line. An error of cuflash's own is a line on stderr and no traceback; the exit status is 2 for a
+    wrong argument, 1 for everything else that fails."""
     if not os.environ.get("CUFLASH_ON_COMPILE"):
         config.on_compile = "quiet"  # a command shows by itself how far it is
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # into a pipe, too: whoever reads there sees each line at once
     try:
         app()(prog_name="cuflash")
     except CuflashError as error:
         print(f"cuflash: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, ArgumentError) else 1)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ArgumentError, UnsupportedError
-from . import machine
+from . import machine, terminal
 
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -36,15 +36,22 @@ def benchmarks(name: str) -> Any:
 
 _GROUPS = "forward, backward, both, varlen, masks, decode, latency, memory, accuracy; none: all. Without a GPU: "
 _GROUPS += "host, import, compile, emulator, counters, reference, code, model."
-_PEERS = "Beginnings of names, with commas between: torch,flash-attn; '' for none. Unless given, all that are here."
+_PEERS = "Beginnings of names, with commas between: torch,flash-attn; '' for none. Default: all here. On a GPU."
 
 
 def bench(
     groups: Annotated[list[str] | None, typer.Argument(help=_GROUPS, show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Only what matters most, timed more briefly.")] = False,
-    minutes: Annotated[float | None, typer.Option(help="Leave off what matters least, so as to end by then.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only what matters most, timed more briefly. On a GPU.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option(help="Leave off what matters least, so as to end by then. On a GPU.")
+    ] = None,
     peers: Annotated[str | None, typer.Option(help=_PEERS)] = None,
-    out: Annotated[Path | None, typer.Option(help="The file (.json) of results, or its folder.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The file (.json) of results, or its folder. Default: benchmarks/results of the checkout."),
+    ] = None,
     commit: Annotated[str | None, typer.Option(help="Name of the state measured, where git cannot tell it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the file, and no tables.")] = False,
     harness_test: Annotated[bool, typer.Option("--harness-test", hidden=True)] = False,
@@ -60,9 +67,12 @@ def bench(
         if group not in cases.GROUPS + stages:
             of_gpu, without = ", ".join(cases.GROUPS), ", ".join(stages)
             raise ArgumentError(f"{group!r} must be one of {of_gpu}; or, without a GPU, one of {without}")
+    if out is None and not schema.RESULTS.is_absolute():
+        raise ArgumentError("--out is missing: there is no checkout here that keeps results; pass --out FOLDER")
     gpu = any(gpu.supported for gpu in machine.gpus())
     if (groups and set(groups) <= set(stages)) or (not groups and not gpu and not harness_test):
-        _offline(tuple(groups or ()), out, commit, as_json)
+        given = {"--quick": quick, "--minutes": minutes is not None, "--peers": peers is not None}
+        _offline(tuple(groups or ()), out, commit, as_json, [name for name, is_given in given.items() if is_given])
         return
     wanted = [group for group in groups or cases.GROUPS if group in cases.GROUPS]
     if harness_test:
@@ -88,7 +98,7 @@ def _measure(
 
     everyone, run, schema = benchmarks("peers"), benchmarks("run"), benchmarks("schema")
     began = time.monotonic()
-    console = _console(stderr=as_json)
+    console = terminal.console(stderr=as_json)
     words = None if peers is None else [word for word in peers.split(",") if word]
     candidates = everyone.peers() + ([everyone.FlexEager()] if not clock.gpu else [])
     try:
@@ -133,9 +143,13 @@ def _measure(
     raise typer.Exit(int(bool(results.failed)))
 
 
-def _offline(stages: tuple[str, ...], out: Path | None, commit: str | None, as_json: bool) -> None:
+def _offline(
+    stages: tuple[str, ...], out: Path | None, commit: str | None, as_json: bool, without_effect: Sequence[str]
+) -> None:
     offline, schema = benchmarks("offline"), benchmarks("schema")
-    console = _console(stderr=as_json)
+    console = terminal.console(stderr=as_json)
+    for name in without_effect:
+        console.print(f"{name} has no effect: it is for measurements on a GPU, and none is made", highlight=False)
     with console.status("without a GPU") as status:
 
         def on_row(row: Any) -> None:
@@ -173,14 +187,6 @@ def show(console: Any, results: Any) -> None:
         console.print(f"note: {note}", highlight=False)
 
 
-def _console(stderr: bool = False) -> Any:
-    """Wide where nobody looks: in a file or a pipe tables are not folded to 80 columns."""
-    from rich.console import Console
-
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=240)
-
-
 def _rich(table: Any, head: Sequence[str], lines: Sequence[Sequence[str]]) -> Any:
     from rich.text import Text
 
@@ -216,11 +222,14 @@ def bench_compare(
     from rich.table import Table
 
     report, schema = benchmarks("report"), benchmarks("schema")
+    for path in (before, after):
+        if not path.is_file():
+            raise ArgumentError(f"{path} is not a file: pass two files of results that `cuflash bench` wrote")
     try:
         old, new = schema.read(before), schema.read(after)
     except (OSError, ValueError) as error:
         raise ArgumentError(str(error)) from None
     if old.gpu != new.gpu:
         raise ArgumentError(f"{before} is of {old.gpu} and {after} of {new.gpu}: compare results of one GPU")
-    console = _console()
+    console = terminal.console()
     console.print(_rich(Table(title=f"{impl} on {new.gpu}", title_justify="left"), *report.compare(old, new, impl)))

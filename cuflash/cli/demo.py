@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +22,19 @@ import typer
 
 from .. import packing
 from ..api import attention
-from ..errors import require
+from ..errors import ArgumentError, UnsupportedError, require
 from ..jit.module import CompileEvent
 from ..questions import explain
 from ..settings import config
 from . import encoder as minilm
-from . import machine
+from . import machine, terminal
 
 DTYPE = np.dtype(np.float16)
+_SHOWS = """\
+Sentences of unequal length go through a text encoder as one packed batch: no padding is computed.
+The attention of each of its six layers is one call of cuflash.attention, on the GPU or on an emulator of it.
+Every layer is compared with padded dense attention in float64; neighbours in meaning must come out as pairs.
+"""
 _MOST_CHARACTERS = 2**20  # of a file: some 10,000 sentences
 _EPSILON = 1e-5  # about the spacing of float16 where attention's outputs lie, so that a lucky dense result fails nobody
 
@@ -53,6 +59,7 @@ class Report:
     sentences: int = 0
     longest: int = 0
     tokens: int = 0
+    lengths: list[int] = field(default_factory=list)  # tokens of each sentence
     padding_avoided: int = 0  # tokens that a padded batch would have held more
     max_difference: float = 0.0
     tolerance: float = 0.0
@@ -76,12 +83,19 @@ def demo(
     ] = None,
     sentences: Annotated[int, typer.Option(help="Use at most this many sentences of the files.", min=2)] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the random arrays used when the encoder cannot be had.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the tokens computed and the padding avoided into this file (.png, .svg).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Embed sentences with a real encoder whose attention cuflash computes, and compare it with dense attention."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    if plot is not None:
+        _require_matplotlib(plot)
+    if not as_json:
+        print(_SHOWS)
     progress = Progress(
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(),
         console=Console(stderr=True), transient=True, disable=as_json,
@@ -97,6 +111,9 @@ def demo(
         print(json.dumps(asdict(report)))
     else:
         _print(report)
+    if plot is not None:
+        draw(report, plot)
+        print(f"drawn into {plot}", file=sys.stderr if as_json else sys.stdout)
     raise typer.Exit(0 if report.within_tolerance else 1)
 
 
@@ -120,6 +137,7 @@ def run(
     ids = network.tokenize(sentences) if network else [np.zeros(n, np.int64) for n in rng.integers(4, 64, size=26)]
     packed = packing.pack(ids)
     report.sentences, report.longest, report.tokens = len(ids), packed.max_seqlen, len(packed.data)
+    report.lengths = [len(x) for x in ids]
     report.padding_avoided = report.sentences * report.longest - report.tokens
 
     with _backend(report) as (backend, to_device, to_host):
@@ -316,11 +334,10 @@ def nearest_pairs(sentences: Sequence[str], embeddings: np.ndarray, most: int = 
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = terminal.console()
     for note in report.notes:
         console.print(f"[yellow]note[/] {escape(note)}", soft_wrap=True)
     facts = Table.grid(padding=(0, 2))
@@ -351,3 +368,33 @@ def _print(report: Report) -> None:
     for pair in report.pairs:
         for column, text in ((f"{pair.similarity:.2f}", pair.a), ("", pair.b)):
             console.print(f"{column:>6}  {escape(text)}", highlight=False, no_wrap=True, overflow="ellipsis")
+
+
+# --- the picture ------------------------------------------------------------------------------------------------------
+
+
+def _require_matplotlib(path: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError(f"--plot needs matplotlib ({error}): {machine.pip_install_extra('bench')}") from None
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:] not in known or not path.parent.is_dir():
+        raise ArgumentError(f"--plot {path} must be in a folder that exists, and end in one of .{', .'.join(known)}")
+
+
+def draw(report: Report, path: Path) -> None:
+    """A bar for each sentence: its tokens, and the padding that a padded batch would compute beside them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, max(3, 1 + 0.15 * len(report.lengths))), layout="constrained")
+    axes = figure.subplots()
+    lengths = np.sort(report.lengths)[::-1]
+    rows = np.arange(len(lengths))
+    axes.barh(rows, lengths, color="#2a7f62", label=f"computed: {lengths.sum()} tokens")
+    padding = lengths.max(initial=0) - lengths
+    axes.barh(rows, padding, left=lengths, color="#d9d9d9", label=f"padding avoided: {padding.sum()} tokens")
+    axes.set(xlabel="tokens", ylabel="sentences", yticks=[], title="One packed batch beside a padded one")
+    axes.invert_yaxis()
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)

@@ -15,7 +15,7 @@ import typer
 
 from ..arch import of_capability
 from ..errors import CuflashError
-from . import machine
+from . import machine, terminal
 
 MIN_CUPY = (14, 1, 1)  # earlier ones refuse bfloat16 arrays of other frameworks, or do not find NVRTC's wheel
 MARKS = {"ok": "[green]ok[/]", "missing": "[red]missing[/]", "mismatch": "[red]mismatch[/]", "unused": "[dim]unused[/]"}
@@ -58,9 +58,10 @@ def _has_gpu() -> bool:
     return any(gpu.supported for gpu in machine.gpus())
 
 
-def _absent(name: str, found: str, remedy: str) -> Line:
-    """Something for a GPU that is not here: missing where there is a GPU, else nothing to mend."""
-    return Line(name, "missing" if _has_gpu() else "unused", found, remedy)
+def _absent(name: str, found: str, remedy: str, without_gpu: str = "") -> Line:
+    """Something for a GPU that is not here: missing where there is a GPU, else nothing to mend, and `without_gpu` says
+    what adds it where it is of use without one."""
+    return Line(name, "missing", found, remedy) if _has_gpu() else Line(name, "unused", found, without_gpu)
 
 
 def _extra() -> str:
@@ -136,7 +137,10 @@ def _torch() -> Iterator[Line]:
 def _bindings() -> Iterator[Line]:
     version = machine.installed("cuda-bindings")
     if version is None:
-        yield _absent("cuda-python", "cuda-bindings is not installed; it is how NVRTC is reached", _extra())
+        not_here = (
+            "cuda-bindings is not installed; it is how NVRTC is reached, which compiles kernels without a GPU too"
+        )
+        yield _absent("cuda-python", not_here, _extra(), machine.pip_install_extra("nvrtc"))
         return
     cupy = machine.cupy_cuda_major()
     if cupy is not None and machine.version_tuple(version)[0] != cupy:
@@ -158,7 +162,8 @@ def _nvrtc() -> Iterator[Line]:
     except CuflashError:
         major = machine.version_tuple(machine.installed("cuda-bindings") or "13")[0]
         remedy = machine.pip_install(f"cuda-toolkit[nvrtc,cudart]=={major}.*")
-        yield _absent("NVRTC", f"no libnvrtc of CUDA {major} is found", remedy)
+        without_gpu = machine.pip_install(f"cuda-toolkit[nvrtc]=={major}.*")
+        yield _absent("NVRTC", f"no libnvrtc of CUDA {major} is found", remedy, without_gpu)
         return
     driver = machine.driver()
     if driver is not None and version[0] > driver.cuda[0]:
@@ -239,7 +244,6 @@ def _nvdisasm() -> Iterator[Line]:
 
 
 def _print(lines: list[Line]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -248,7 +252,7 @@ def _print(lines: list[Line]) -> None:
         table.add_column(overflow=overflow)
     for line in lines:
         table.add_row(line.name, MARKS[line.state], escape(line.found))
-    console = Console()
+    console = terminal.console()
     console.print(table)
     remedies = [line for line in lines if line.remedy and line.state != "ok"]
     if remedies:
