@@ -202,9 +202,7 @@ def check_traced(prepared: PreparedCache, views: Views, known: dict[str, Any]) -
     return known
 
 
-def execute_traced(
-    framework: Any, views: Views, prepared: PreparedCache, scalars: tuple[int | float, ...]
-) -> None:
+def execute_traced(framework: Any, views: Views, prepared: PreparedCache, scalars: tuple[int | float, ...]) -> None:
     """Runs it. The views hold results, and workspace on a GPU, too."""
     step = _Step(framework, views, prepared, scalars, None)
     if prepared.device[0] == "cpu":
