@@ -17,7 +17,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import errors, mods
-from .api import attention, attention_backward
+from .api import attention, attention_backward, plan
+from .call.plan import Plan
 from .call.results import AttentionGrads, AttentionOutput
 from .flash import (
     flash_attn_func,
@@ -49,6 +50,7 @@ __all__ = [
     "AuxRequest",
     "BlockMask",
     "Explanation",
+    "Plan",
     "Support",
     "__version__",
     "and_masks",
@@ -78,6 +80,7 @@ __all__ = [
     "not_mask",
     "or_masks",
     "packing",
+    "plan",
     "scaled_dot_product_attention",
     "static",
     "supports",

@@ -121,6 +121,8 @@ def bind(
     if backward is not None:
         alignment |= views["dout"].ptr | views["out"].ptr
     alignment &= 15
+    if type(causal) is not bool:  # to the key below 1 is True, and the rules tell them apart
+        window_size, causal = number_checks.window(window_size, causal), False
     if isinstance(window_size, list):
         window_size = tuple(window_size)
     if type(aux) is not tuple:

@@ -25,7 +25,7 @@ from unittest import mock
 import numpy as np
 
 from .. import api, arch, dtypes, frameworks, mods, questions
-from ..call import bind
+from ..call import runner
 from ..errors import CuflashError
 from ..jit import module
 from ..ops import forward
@@ -329,7 +329,7 @@ def tile_of(target: arch.Arch, d: int, tile: Tile) -> Iterator[None]:
 
 def _forget_plans() -> None:
     forward.plan.cache_clear()
-    bind.PREPARED.clear()
+    runner.forget()
 
 
 def time_tile(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+import numpy as np
 import pytest
 
 import cuflash
@@ -30,7 +31,7 @@ def test_every_keyword_reaches_the_record(monkeypatch):
     seen = []
     monkeypatch.setattr(api, "_attention", lambda q, k, v, arguments: seen.append(arguments))
     given = {name: object() for name in Arguments._fields}
-    cuflash.attention(0, 0, 0, **given)
+    cuflash.attention(np.zeros(1), 0, 0, **given)
     assert seen == [Arguments(**given)]
 
 
