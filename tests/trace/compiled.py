@@ -20,7 +20,8 @@ from expressions import World
 
 from cuflash import emulator
 from cuflash.jit import hostcxx, source
-from cuflash.trace.emit_c import Words, Writer, mods_text
+from cuflash.trace.c_text import Words, Writer
+from cuflash.trace.emit_c import mods_text
 from cuflash.trace.expr import COORDINATES, SCORE, Mods, cast, coordinate
 
 HEAD = """
