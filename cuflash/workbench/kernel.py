@@ -16,7 +16,7 @@ from .. import arch as arches
 from .. import dtypes, emulator, frameworks, validate
 from ..array import TensorView
 from ..errors import ArgumentError, CompileError, CuflashError, EmulatorError, UnsupportedError
-from ..jit import layout, module, source
+from ..jit import layout, module, schedule, source
 from ..settings import config
 from . import jobs, report, text, worker
 
@@ -330,10 +330,10 @@ class Kernel:
     def counters(self, *, seconds: float = SECONDS) -> report.Counts:
         """Runs it on the emulator, and counts: bytes of global and shared memory, matrix instructions, barriers; of
         each access, by its line, bank conflicts and sectors that are not coalesced."""
-        if emulator._schedule not in self._counted:
+        if schedule.current() not in self._counted:
             here = self.on("emulator")
             self._counts(here._call(jobs.run, True, False, seconds=seconds))
-        return self._counted[emulator._schedule]
+        return self._counted[schedule.current()]
 
     def measure(self, *, seconds: float = SECONDS) -> tuple[report.Check | None, report.Counts]:
         """`check` and `counters` of one run on the emulator; no check where there is no reference."""
@@ -537,8 +537,8 @@ class Kernel:
         for spec in self.specs:
             changed = jobs.edited(spec, self._edits, self.specs[0].source)
             code |= {f"{f}:{n}": line for f, n, line in source.numbered(changed.text("emu")) if f"{f}:{n}" in sites}
-        self._counted[emulator._schedule] = report.Counts(**vars(outcome.counters), code=code)
-        return self._counted[emulator._schedule]
+        self._counted[schedule.current()] = report.Counts(**vars(outcome.counters), code=code)
+        return self._counted[schedule.current()]
 
     def _wrap(self, x: np.ndarray) -> Array:
         """A result as an array of the caller's framework and device."""
