@@ -17,6 +17,8 @@ from .block_kinds import Seen, mask_of
 from .block_mask import BlockMask, require_mask
 from .block_tables import as_used, checked_device, placed
 from .errors import ArgumentError, require
+from .mods.given import require_int
+from .namespaces import functions_of
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -161,7 +163,7 @@ def _require_4d(name: str, x: Any) -> None:
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
-    return x.expand(shape) if hasattr(x, "expand") else mods._namespace(x).broadcast_to(x, shape)
+    return x.expand(shape) if hasattr(x, "expand") else functions_of(x).broadcast_to(x, shape)
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -251,6 +253,6 @@ def create_mask(
 def _shape(shape: Sequence[int | None]) -> tuple[int, int, int, int]:
     names = ("B", "H", "Q_LEN", "KV_LEN")
     b, h, q, k = (
-        1 if n is None and name in "BH" else mods._require_int(name, n, 0) for name, n in zip(names, shape, strict=True)
+        1 if n is None and name in "BH" else require_int(name, n, 0) for name, n in zip(names, shape, strict=True)
     )
     return b, h, q, k

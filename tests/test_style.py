@@ -18,7 +18,7 @@ KERNELS = ROOT / "kernels_cu"
 # has no place yet and fails.
 LAYERS = (
     ("errors", "settings", "dtypes", "arch"),
-    ("array",),
+    ("array", "namespaces"),
     ("reference", "philox"),
     ("trace",),
     ("mods",),
