@@ -23,7 +23,7 @@ CIRCLES = [
 BORROWERS = {"cli.on_device", "frameworks.jax_transforms", "frameworks.torch_autograd", "kvcache", "workbench.jobs"}
 HALLS = {
     "api", "cli.device_check", "frameworks.jax_transforms", "frameworks.torch_autograd", "kvcache", "ops.backward",
-    "ops.forward", "reference", "validate", "workbench.kernel", "workbench.pictures",
+    "ops.forward", "reference", "validate",
 }  # fmt: skip
 
 
