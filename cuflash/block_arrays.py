@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from . import mods
 from .block_kinds import Grid, Seen, kinds_of, sparsity_of
 from .block_tables import EMPTY, FULL, PARTIAL, as_used, like, on_host, ordered, placed, write_orders
 from .errors import ArgumentError
+from .trace.tracer import mod
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -182,5 +182,5 @@ class BlockArrays:
             return placed(values, self._device)
         if self._table is not None:
             return like(values, self._table)
-        mod = mods._mod(self._mask_mod, "mask") if self._mod is None else self._mod
-        return as_used(values, mod.bind().arrays)
+        traced = mod(self._mask_mod, "mask") if self._mod is None else self._mod
+        return as_used(values, traced.bind().arrays)

@@ -21,7 +21,8 @@ from .block_pictures import draw, means, text_of
 from .block_tables import EMPTY, FULL, PARTIAL, checked_device, like, mod_of_table, moved, table_of
 from .call import number_checks
 from .errors import ArgumentError, UnsupportedError, require
-from .trace.tracer import takes_score
+from .mods.given import is_array, pair, require_int
+from .trace.tracer import mod, takes_score
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -78,7 +79,7 @@ class BlockMask(BlockArrays):
     ) -> None:
         """From PyTorch's block arrays, as its own constructor: `from_kv_blocks` says what they are, and makes those of
         queries where they are None here."""
-        block = mods._pair("BLOCK_SIZE", BLOCK_SIZE)
+        block = pair("BLOCK_SIZE", BLOCK_SIZE)
         require_mask("mask_mod", mask_mod)
         _require_together("full_kv", full_kv_num_blocks, full_kv_indices)
         _require_together("full_q", full_q_num_blocks, full_q_indices)
@@ -87,7 +88,7 @@ class BlockMask(BlockArrays):
             dq_write_order is not None or dq_write_order_full is None,
             "dq_write_order_full without dq_write_order: pass both",
         )
-        listed: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
+        listed: Any = tuple(kv_indices.shape) if is_array(kv_indices) else ()
         require(len(listed) >= 2, f"kv_indices.shape={listed} must be [B, H, q blocks, n]")
         lengths = _lengths(seq_lengths)
         grid = Grid(lengths, block)
@@ -120,8 +121,8 @@ class BlockMask(BlockArrays):
     ) -> BlockMask:
         """One that is a function."""
         made = cls.__new__(cls)
-        made._begin(mask_mod, shape, mods._pair("BLOCK_SIZE", block), device, separate, order)
-        made._mod = mods._mod(mask_mod, "mask")
+        made._begin(mask_mod, shape, pair("BLOCK_SIZE", block), device, separate, order)
+        made._mod = mod(mask_mod, "mask")
         return made
 
     def _begin(self, *given: Any) -> None:
@@ -135,7 +136,7 @@ class BlockMask(BlockArrays):
         vars(self).update(state)
         register_pytree()
         if self._table is None is self._before:
-            self._mod = mods._mod(self._mask_mod, "mask")
+            self._mod = mod(self._mask_mod, "mask")
 
     @property
     def mask_mod(self) -> Callable[..., Any]:
@@ -208,8 +209,8 @@ class BlockMask(BlockArrays):
         ██
         ████
         """
-        block = mods._pair("BLOCK_SIZE", BLOCK_SIZE)
-        shape: Any = tuple(kv_indices.shape) if mods._is_array(kv_indices) else ()
+        block = pair("BLOCK_SIZE", BLOCK_SIZE)
+        shape: Any = tuple(kv_indices.shape) if is_array(kv_indices) else ()
         require(len(shape) >= 2, f"kv_indices.shape={shape} must be [B, H, q blocks, n]")
         if seq_lengths is None:
             seq_lengths = shape[-2] * block[0], shape[-1] * block[1]
@@ -399,7 +400,7 @@ class BlockMask(BlockArrays):
             if "q_num_blocks" in self._arrays and self._arrays["q_num_blocks"] is None:
                 made._arrays = dict.fromkeys(name for name in LISTS if "q_" in name)
         else:
-            made._mod = mods._mod(mask_mod, "mask")
+            made._mod = mod(mask_mod, "mask")
         return made
 
     @outside_of_compilers
@@ -474,4 +475,4 @@ def _lengths(seq_lengths: Any) -> tuple[int, int]:
         isinstance(seq_lengths, (tuple, list)) and len(seq_lengths) == 2,
         f"seq_lengths={seq_lengths!r} must be (q_len, kv_len)",
     )
-    return mods._require_int("q_len", seq_lengths[0], 0), mods._require_int("kv_len", seq_lengths[1], 0)
+    return require_int("q_len", seq_lengths[0], 0), require_int("kv_len", seq_lengths[1], 0)

@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from . import mods
 from .block_tables import like, on_host
 from .errors import ArgumentError
+from .mods.parts import with_lengths
+from .trace.tracer import mod
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
@@ -72,7 +73,7 @@ class Chosen:
 
 
 def mod_of_part(mask_mod: Any, chosen: Sequence[Chosen], size: int, lengths: tuple[int, int]) -> Callable[..., Any]:
-    inner = mods._with_lengths("mask_mod", mask_mod)
+    inner = with_lengths("mask_mod", mask_mod)
     of_b, of_h, of_row = (c.map() for c in chosen)
     q_len, kv_len = lengths
     rows_all, begin, together = chosen[2].all, chosen[2].start * size, chosen[2].regular and chosen[2].step in (0, 1)
@@ -82,14 +83,14 @@ def mod_of_part(mask_mod: Any, chosen: Sequence[Chosen], size: int, lengths: tup
             q_idx = q_idx + begin if together else of_row(q_idx // size) * size + q_idx % size
         return inner(of_b(b), of_h(h), q_idx, kv_idx, q_len, kv_len)
 
-    made = mods._mod(part_mask)
+    made = mod(part_mask)
     made.made_by = mod_of_part, (mask_mod, chosen, size, lengths), {}
     return made
 
 
 def mask_at(mask_mod: Any, at_b: int, at_h: int) -> Callable[..., Any]:
     """The mask of one batch and head."""
-    inner = mods._with_lengths("mask_mod", mask_mod)
+    inner = with_lengths("mask_mod", mask_mod)
 
     def one(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any, kv_len: Any) -> Any:
         return inner(b + at_b, h + at_h, q_idx, kv_idx, q_len, kv_len)

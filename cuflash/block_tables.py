@@ -11,6 +11,8 @@ import numpy as np
 
 from . import frameworks, mods
 from .errors import require
+from .mods.parts import named_as_needed, with_lengths
+from .namespaces import arange, functions_of
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -36,14 +38,14 @@ def table_of(table: Array, kind: int, prefix: str, count: Array, indices: Array,
         f"{prefix}kv_num_blocks.shape={tuple(count.shape)} must be that of {prefix}kv_indices but for its last axis, "
         f"{tuple(indices.shape)}",
     )
-    xp, shape = mods._namespace(indices), (*indices.shape[:-1], columns + 1)
+    xp, shape = functions_of(indices), (*indices.shape[:-1], columns + 1)
     if xp is np:
         listed = np.arange(indices.shape[-1]) < count[..., None]
         bad = indices[listed & ((indices < 0) | (indices >= columns))]
         require(
             not bad.size, f"{prefix}kv_indices has {bad[:1]}: blocks go from 0 to {columns - 1}, of the keys' length"
         )
-    entries = mods._arange(xp, indices.shape[-1], indices)
+    entries = arange(xp, indices.shape[-1], indices)
     # One column more takes what is not listed.
     place = xp.where(entries < count[..., None], indices, 0 * indices + columns)
     if xp.__name__ == "torch":
@@ -53,7 +55,7 @@ def table_of(table: Array, kind: int, prefix: str, count: Array, indices: Array,
     else:
         new = xp.zeros_like(place, dtype=xp.uint8, shape=shape)
         flat = place.reshape(-1, place.shape[-1])
-        new.reshape(-1, columns + 1)[mods._arange(xp, len(flat), place)[:, None], flat] = kind
+        new.reshape(-1, columns + 1)[arange(xp, len(flat), place)[:, None], flat] = kind
     new = new[..., :columns]
     return new if table is None else xp.maximum(table, new)
 
@@ -62,7 +64,7 @@ def mod_of_table(table: Array, block: tuple[int, int], mask_mod: Any) -> Callabl
     """The mask that a table of blocks [B, H, q blocks, kv blocks] is, with `mask_mod` in those that are partly seen."""
     one_b, one_h = table.shape[0] == 1, table.shape[1] == 1
     q_size, kv_size = block
-    inner, all_full = mods._with_lengths("mask_mod", mask_mod), mask_mod is mods.noop_mask
+    inner, all_full = with_lengths("mask_mod", mask_mod), mask_mod is mods.noop_mask
 
     def block_table_mask(b: Any, h: Any, q_idx: Any, kv_idx: Any, q_len: Any = None, kv_len: Any = None) -> Any:
         row, column = (q_idx // q_size).clip(0, None), (kv_idx // kv_size).clip(0, None)  # seen to be no negative ones
@@ -71,7 +73,7 @@ def mod_of_table(table: Array, block: tuple[int, int], mask_mod: Any) -> Callabl
             return kind != 0
         return (kind == 2) | ((kind == 1) & inner(b, h, q_idx, kv_idx, q_len, kv_len))  # FULL, PARTIAL
 
-    return mods._named_as_needed(block_table_mask, (mask_mod,))
+    return named_as_needed(block_table_mask, (mask_mod,))
 
 
 def write_orders(kinds: np.ndarray, descending: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -104,7 +106,7 @@ def on_host(x: Any) -> np.ndarray:
 
 def like(values: np.ndarray, x: Any) -> Array:
     """NumPy values in the framework and on the device of x."""
-    xp = mods._namespace(x)
+    xp = functions_of(x)
     if xp is np:
         return values
     if xp.__name__ == "jax.numpy":

@@ -19,6 +19,8 @@ from .block_tables import as_used, checked_device, placed
 from .call import number_checks
 from .errors import ArgumentError, require
 from .keywords import with_suggestions
+from .mods.given import require_int
+from .namespaces import functions_of
 from .trace.uncompiled import outside_of_compilers
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
@@ -164,7 +166,7 @@ def _require_4d(name: str, x: Any) -> None:
 
 
 def _broadcast(x: Array, shape: tuple[int, ...]) -> Array:
-    return x.expand(shape) if hasattr(x, "expand") else mods._namespace(x).broadcast_to(x, shape)
+    return x.expand(shape) if hasattr(x, "expand") else functions_of(x).broadcast_to(x, shape)
 
 
 # Masks ----------------------------------------------------------------------------------------------------------------
@@ -254,6 +256,6 @@ def create_mask(
 def _shape(shape: Sequence[int | None]) -> tuple[int, int, int, int]:
     names = ("B", "H", "Q_LEN", "KV_LEN")
     b, h, q, k = (
-        1 if n is None and name in "BH" else mods._require_int(name, n, 0) for name, n in zip(names, shape, strict=True)
+        1 if n is None and name in "BH" else require_int(name, n, 0) for name, n in zip(names, shape, strict=True)
     )
     return b, h, q, k

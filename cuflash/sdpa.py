@@ -19,7 +19,7 @@ from .api import attention
 from .call.number_checks import flag
 from .errors import ArgumentError, UnsupportedError, require
 from .keywords import with_suggestions
-from .packing import _device_of, _namespace
+from .namespaces import device_of, namespace
 from .trace.tracer import mod
 from .trace.uncompiled import outside_of_compilers
 
@@ -78,7 +78,7 @@ def scaled_dot_product_attention(
             )
         require(len(x.shape) >= 2, f"{name}.shape={tuple(x.shape)} must be [..., heads, len, d]: give it a length")
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
-    xp = _namespace(query, "query")
+    xp = namespace(query, "query")
     most = max(len(x.shape) for x in given.values())
     q_len, kv_len = query.shape[-2], key.shape[-2]
     require(
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
         value.shape[-2] == kv_len,
         f"value.shape[-2]={value.shape[-2]} must be key.shape[-2]={kv_len}: every key has one value",
     )
-    with _device_of(query):
+    with device_of(query):
         lead = _broadcast_shape({name: tuple(x.shape[:-3]) for name, x in given.items()})
         q, k, v = (_flat(xp, x, lead) for x in given.values())
         q, k, v = _with_heads(xp, q, k, v, enable_gqa)
@@ -239,11 +239,11 @@ def dot_product_attention(
         implementation is None or (isinstance(implementation, str) and implementation in ("xla", "cudnn")),
         f"implementation={implementation!r} must be None, 'xla' or 'cudnn': leave it away",
     )
-    xp, alone = _namespace(query, "query"), len(query.shape) == 3
+    xp, alone = namespace(query, "query"), len(query.shape) == 3
     left, right = _window(local_window_size)
     if is_causal:
         right = 0 if right is None else min(right, 0)
-    with _device_of(query):
+    with device_of(query):
         q, k, v = (x[None] if len(x.shape) == 3 else x for x in (query, key, value))
         (batch, q_len, heads, _), kv_len = q.shape, k.shape[1]
         require(

@@ -36,7 +36,7 @@ myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
 nitpicky = True
-nitpick_ignore = [("py:class", "cuflash.emulator.Buffer")]
+nitpick_ignore = [("py:class", "cuflash.jit.emulated.Buffer")]
 nitpick_ignore_regex = [("py:.*", r"(?!cuflash\b).*")]  # types of others, and words for arrays
 smartquotes = False
 autodoc_type_aliases = {name: name for name in ("Arch", "Array", "IndexArray", "Mask", "Mod", "Score")}

@@ -21,7 +21,7 @@ LAYERS = (
     ("dtypes", "keywords"),
     ("arch",),
     ("settings",),
-    ("array",),
+    ("array", "namespaces"),
     ("philox",),
     ("reference",),
     ("trace",),
@@ -87,70 +87,6 @@ def test_imports_run_one_way(module: Path) -> None:
         if root == "cuflash":
             target = rest.split(".")[0] or "__init__"
             assert LAYER.get(target, LAYER["__init__"]) <= own, f"{unit(module)} must not import {name}"
-
-
-def dotted(module: Path) -> str:
-    return ".".join(module.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-NAMES = {dotted(module): module for module in MODULES}
-
-
-def needs(module: Path) -> set[str]:
-    """The modules of the package that a module imports, in functions as well; its own package only by name."""
-    found = set()
-    for name, _ in imports(ast.parse(module.read_text(encoding="utf-8")), module):
-        while name and name not in NAMES:
-            name = name.rpartition(".")[0]
-        found.add(name)
-    return found - {"", dotted(module)}
-
-
-# Where circles and borrowed names still stand; each name here is one to take away.
-CIRCLES = {"cuflash.trace", "cuflash.jit", "cuflash.emulator"}
-BORROWED = {
-    "cuflash.trace", "cuflash.jit", "cuflash.workbench",
-    "cuflash.flex", "cuflash.block_arrays", "cuflash.block_mask", "cuflash.block_parts", "cuflash.block_tables",  # mods
-    "cuflash.merge",  # packing
-}  # fmt: skip
-
-
-def excepted(name: str, allowed: set[str]) -> bool:
-    return any(name == a or name.startswith(f"{a}.") for a in allowed)
-
-
-def test_no_module_needs_itself_through_others() -> None:
-    graph = {name: needs(module) for name, module in NAMES.items()}
-    graph["cuflash"] = set()  # the public names, imported by whatever names the package
-    reach = {name: set(found) for name, found in graph.items()}
-    for middle in graph:
-        for found in reach.values():
-            if middle in found:
-                found |= reach[middle]
-    circles = sorted(name for name, found in reach.items() if name in found and not excepted(name, CIRCLES))
-    assert not circles, f"in a circle of imports: {', '.join(circles)}"
-
-
-@pytest.mark.parametrize("module", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
-def test_no_module_uses_anothers_underscore_names(module: Path) -> None:
-    tree = ast.parse(module.read_text(encoding="utf-8"))
-    ours = {
-        alias.asname or alias.name
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("cuflash"))
-        for alias in node.names
-    }
-    borrowed = [name for name, _ in imports(tree, module) if name.startswith("cuflash") and "._" in name]
-    borrowed += [
-        f"{node.value.id}.{node.attr}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ours
-        and node.attr.startswith("_") and not node.attr.startswith("__") and node.attr not in FIELDS
-    ]  # fmt: skip
-    assert not borrowed or excepted(dotted(module), BORROWED), f"{dotted(module)} borrows {', '.join(borrowed)}"
-
-
-FIELDS = {"_fields", "_field_defaults", "_asdict", "_replace", "_make"}  # public of a NamedTuple
 
 
 @pytest.mark.parametrize("module", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda p: p.name)

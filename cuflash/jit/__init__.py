@@ -7,5 +7,6 @@ nvrtc     string -> cubin          hostcxx   string -> shared object for the emu
 cache     compiled files on disk, each built once a machine
 progress  says on stderr what one waits for
 module    KernelSpec -> Kernel, and its launch
+emulated  launches on the emulator: native, what its runtime is told; schedule, counters, events, what callers ask of it
 sass      reads the machine code of a cubin
 """

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ArgumentError, CompileError
+from . import source
 
 # C name -> struct code. Sizes are those codes' standard sizes, which every 64-bit CUDA host shares.
 _SCALARS = {
@@ -150,8 +151,6 @@ class Layout:
 
 @functools.cache
 def _load(name: str, generation: int) -> Layout:
-    from . import source
-
     for path in sorted((source.folder() / "params").glob("*.cuh")):
         if re.search(_opening(name), source.read(path)):
             return parse(source.flatten(path, "cuda"), name)
@@ -164,8 +163,6 @@ def load(name: str) -> Layout:
     >>> load("ForwardParams")["q"].offset
     0
     """
-    from . import source
-
     return _load(name, source.generation())
 
 
@@ -202,6 +199,15 @@ def parse(text: str, name: str) -> Layout:
     if not fields:
         raise CompileError(f"struct {name} has no fields")
     return Layout(name, -(-at // align) * align, align, tuple(fields))
+
+
+def asserted(text: str, name: str) -> str:
+    """A kernel's text, at whose end the compiler holds the size of `struct name` against what Python computes."""
+    size = parse(text, name).size
+    return text + (
+        f"static_assert(sizeof({name}) == {size}, \"{name}: the compiler's size differs from the {size} bytes "
+        f"{source.ASSERTED}\n"
+    )
 
 
 def _opening(name: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 from ..arch import GRID_LIMITS, Arch
 from ..errors import ArgumentError, CompileError, DeviceError, UnsupportedError
 from ..settings import config
-from . import cache, driver, layout, nvrtc, progress, sass, source, variant
+from . import cache, driver, emulated, hostcxx, layout, nvrtc, progress, sass, source, variant
 
 BACKENDS = ("cuda", "emulator")
 DEFAULT_SMEM_BYTES = 48 * 1024  # more must be asked for, once a kernel and device
@@ -73,7 +73,8 @@ class KernelSpec:
         """The flattened text for "cuda" or "emu"."""
         chosen = variant.emit(self.variant) if self.variant is not None else ""
         mods = getattr(self.variant, "mods", "")
-        return source.flatten(self.source, target, variant=chosen, mods=mods, params=self.params, edits=self.edits)
+        text = source.flatten(self.source, target, variant=chosen, mods=mods, edits=self.edits)
+        return layout.asserted(text, self.params)
 
 
 @dataclass(frozen=True)
@@ -168,9 +169,8 @@ def _require_registers(spec: KernelSpec, used: int) -> None:
         )
 
 
-def _compile_emulated(spec: KernelSpec) -> tuple[Path, str]:
-    from . import hostcxx
-
+def compile_emulated(spec: KernelSpec) -> tuple[Path, str]:
+    """The shared object of a spec, from the cache or compiled, and the text it was made from."""
     start = time.perf_counter()
     text = spec.text("emu")
     built = False
@@ -361,16 +361,12 @@ class EmulatedKernel(Kernel):
     """Runs the same text on the emulator, on host memory."""
 
     def __init__(self, spec: KernelSpec, arch: Arch, path: Path, text: str) -> None:
-        from .. import emulator
-
         super().__init__(spec, arch, path, text)
-        emulator.open_kernel(path, spec.entry)  # now: somebody may clear the cache before the first launch
+        emulated.open_kernel(path, spec.entry)  # now: somebody may clear the cache before the first launch
 
     def _launch(self, grid: tuple[int, int, int], params: bytes, stream: int | None, buffers: Sequence[Buffer]) -> None:
-        from .. import emulator
-
         shape = grid, self.spec.threads, self.spec.smem_bytes
-        emulator.launch(self.path, self.spec.entry, *shape, params, buffers, text=self.text)
+        emulated.launch(self.path, self.spec.entry, *shape, params, buffers, text=self.text)
 
 
 # --- Loading ------------------------------------------------------------------------------------------------------
@@ -422,9 +418,9 @@ def load(spec: KernelSpec, arch: Arch, backend: str = "cuda", device: int | None
 def _load(spec: KernelSpec, arch: Arch, backend: str, device: int | None) -> Kernel:
     if backend == "emulator":
         try:
-            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+            return EmulatedKernel(spec, arch, *compile_emulated(spec))
         except OSError:  # the cache was cleared since it was looked into
-            return EmulatedKernel(spec, arch, *_compile_emulated(spec))
+            return EmulatedKernel(spec, arch, *compile_emulated(spec))
     if device is None:
         raise ArgumentError("backend='cuda' needs the index of a device")
     return CudaKernel(compile(spec, arch), device)
@@ -448,5 +444,5 @@ if hasattr(os, "register_at_fork"):
 
 __all__ = [
     "Buffer", "CompileEvent", "Compiled", "CudaKernel", "EmulatedKernel", "Kernel", "KernelSpec",
-    "clear", "compile", "launch_cuda", "load",
+    "clear", "compile", "compile_emulated", "launch_cuda", "load",
 ]  # fmt: skip

@@ -30,7 +30,7 @@ MODS_FILE = "mods.cuh"
 
 _INCLUDE = re.compile(r'\s*#\s*include\s*(?:<([^>]+)>|"([^"]+)")')
 _PRAGMA_ONCE = re.compile(r"\s*#\s*pragma\s+once\b")
-_ASSERTED = 'cuflash/jit/layout.py computed");'  # the end of the assertion that flatten adds
+ASSERTED = 'cuflash/jit/layout.py computed");'  # how the assertion ends that `layout` puts behind a kernel's text
 _LINE = re.compile(r'\s*#line\s+(\d+)\s+"([^"]+)"')
 
 
@@ -72,7 +72,6 @@ def flatten(
     *,
     variant: str = "",
     mods: str = "",
-    params: str | None = None,
     edits: Sequence[Edit] = (),
     folders: Sequence[str | os.PathLike[str]] = (),
 ) -> str:
@@ -82,7 +81,6 @@ def flatten(
     target   "cuda" or "emu": which twin `<hw/...>` names
     variant  text for `#include <variant.cuh>`, from `variant.emit`
     mods     text for `#include <mods.cuh>`, from cuflash/trace/emit_c.py
-    params   name of the launch struct; its size, as Python computes it, is asserted at the end of the text
     edits    changes to the files, see `Edit`
     folders  searched after kernels_cu (and the root's own folder, if it was given as a path)
 
@@ -97,16 +95,7 @@ def flatten(
     path = Path(root)
     search = [folder(), *([path.parent] if path.is_absolute() else []), *map(Path, folders)]
     generated = {VARIANT_FILE: variant, MODS_FILE: mods}
-    text = _Flattener(target, generated, search, edits).run(path)
-    if params is not None:
-        from .layout import parse
-
-        size = parse(text, params).size
-        text += (
-            f"static_assert(sizeof({params}) == {size}, \"{params}: the compiler's size differs from the {size} bytes "
-            f"{_ASSERTED}\n"
-        )
-    return text
+    return _Flattener(target, generated, search, edits).run(path)
 
 
 class _Flattener:
@@ -273,7 +262,7 @@ def numbered(text: str) -> Iterator[tuple[str, int, str]]:
         if directive is not None:
             number, file = int(directive[1]), directive[2]
             continue
-        if not line.endswith(_ASSERTED):
+        if not line.endswith(ASSERTED):
             yield file, number, line
         number += 1
 

@@ -5,103 +5,13 @@ Ints are int32 and wrap, floats are float32 (or float64, for an oracle), and not
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from .arithmetic import FUNCTIONS, made
 from .expr import Expr, walk
-
-
-def _floordiv(a: Any, b: Any) -> Any:
-    if np.asarray(a).dtype.kind == "f":
-        return np.floor(a / b)
-    return np.where(b == 0, np.int32(0), np.floor_divide(a, np.where(b == 0, np.int32(1), b)))
-
-
-def _mod(a: Any, b: Any) -> Any:
-    if np.asarray(a).dtype.kind == "f":
-        return a - np.floor(a / b) * b
-    return np.where(b == 0, np.int32(0), np.mod(a, np.where(b == 0, np.int32(1), b)))
-
-
-def _shl(a: Any, n: Any) -> Any:
-    return np.where((n >= 0) & (n < 32), np.left_shift(a, n & 31), np.int32(0))
-
-
-def _shr(a: Any, n: Any) -> Any:
-    return np.right_shift(a, np.where((n >= 0) & (n < 32), n, 31))
-
-
-def _not(a: Any) -> Any:
-    return ~np.asarray(a)
-
-
-def _int(a: Any) -> Any:
-    """Towards 0; what an int32 cannot hold becomes its nearest end, NaN 0, as the hardware's conversion does."""
-    a = np.asarray(a)
-    if a.dtype.kind != "f":
-        return a.astype(np.int32)
-    wide = np.trunc(np.nan_to_num(a.astype(np.float64), nan=0.0))
-    return np.clip(wide, -(2.0**31), 2.0**31 - 1).astype(np.int32)
-
-
-def _sigmoid(x: Any) -> Any:
-    return 1 / (1 + np.exp(-x))
-
-
-_erf_of_numbers = np.vectorize(math.erf, otypes=[np.float64])
-
-
-def _erf(x: Any) -> Any:
-    x = np.asarray(x)
-    return _erf_of_numbers(x).astype(x.dtype) if x.size else x
-
-
-def _float16(x: Any) -> Any:
-    x = np.asarray(x)
-    return x.astype(np.float16).astype(x.dtype)
-
-
-def _bfloat16(x: Any) -> Any:
-    x = np.asarray(x)
-    bits = x.astype(np.float32).view(np.uint32)
-    rounded = (bits + (np.uint32(0x7FFF) + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)  # ties to even
-    return np.where(np.isnan(x), x, rounded.view(np.float32).astype(x.dtype))
-
-
-# The functions of `expr.OPS`, on arrays of one kind.
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": np.divide, "floordiv": _floordiv, "mod": _mod,
-    "pow": np.power, "neg": np.negative, "abs": np.abs, "min": np.minimum, "max": np.maximum, "lt": np.less,
-    "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal, "ne": np.not_equal,
-    "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not, "shl": _shl, "shr": _shr,
-    "where": np.where, "exp": np.exp, "exp2": np.exp2, "log": np.log, "log2": np.log2, "tanh": np.tanh,
-    "tanh_approx": np.tanh, "sigmoid": _sigmoid, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x), "sin": np.sin,
-    "cos": np.cos, "erf": _erf, "expm1": np.expm1, "log1p": np.log1p, "atan": np.arctan, "atan2": np.arctan2,
-    "signbit": np.signbit, "float16": _float16, "bfloat16": _bfloat16, "floor": np.floor,
-    "ceil": np.ceil, "int": _int, "bool": lambda x: np.asarray(x) != 0,
-}  # fmt: skip
-
-
-def apply(op: str, kind: str, *values: Any) -> Any:
-    """One operation on Python numbers of one kind, as a NumPy scalar.
-
-    >>> int(apply("mod", "int", -7, 3)), float(apply("div", "float", 1.0, 4.0))
-    (2, 0.25)
-    """
-    made = [_made(v, kind_of(v)) for v in values]
-    with np.errstate(all="ignore"):
-        return FUNCTIONS[op](*made)
-
-
-def kind_of(value: Any) -> str:
-    return "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "float"
-
-
-def _made(x: Any, kind: str, real: Any = np.float64) -> Any:
-    return np.asarray(x, {"bool": np.bool_, "int": np.int32, "float": real}[kind])
 
 
 def evaluate(
@@ -129,23 +39,23 @@ def evaluate(
         for x in walk(*roots):
             args = [done[a] for a in x.args]
             if x.op == "const":
-                done[x] = _made(x.value, x.kind, real)
+                done[x] = made(x.value, x.kind, real)
             elif x.op == "scalar":
-                done[x] = _made(scalars[x.value], x.kind, real)
+                done[x] = made(scalars[x.value], x.kind, real)
             elif x.op == "extent":
-                done[x] = _made(arrays[x.value[0]].shape[x.value[1]], "int")
+                done[x] = made(arrays[x.value[0]].shape[x.value[1]], "int")
             elif x.op == "load":
-                done[x] = _made(_element(arrays[x.value], args, clip), x.kind, real)
+                done[x] = made(_element(arrays[x.value], args, clip), x.kind, real)
             elif x.op == "dot":
                 a, b, split = x.value
                 rows = _element(arrays[a], args[:split], clip), _element(arrays[b], args[split:], clip)
-                done[x] = np.sum(_made(rows[0], "float", real) * _made(rows[1], "float", real), axis=-1)
+                done[x] = np.sum(made(rows[0], "float", real) * made(rows[1], "float", real), axis=-1)
             elif x.op == "float":
-                done[x] = _made(args[0], "float", real)
+                done[x] = made(args[0], "float", real)
             elif x.op in FUNCTIONS:
                 done[x] = FUNCTIONS[x.op](*args)
             else:
-                done[x] = _made(leaves[x.op], x.kind, real)
+                done[x] = made(leaves[x.op], x.kind, real)
     return [np.asarray(done[x]) for x in roots]
 
 

@@ -31,6 +31,7 @@ from weakref import WeakValueDictionary
 
 from ..dtypes import DType
 from ..errors import TraceError
+from .arithmetic import apply
 
 COORDINATES = ("b", "h", "q_idx", "kv_idx", "q_len", "kv_len")
 RANK = {"bool": 0, "int": 1, "float": 2}
@@ -108,13 +109,13 @@ class Expr:
         return show(self)
 
     def __reduce__(self) -> Any:
-        return _intern, (self.op, self.args, self.kind, self.value)
+        return intern, (self.op, self.args, self.kind, self.value)
 
 
 _known: WeakValueDictionary[Any, Expr] = WeakValueDictionary()
 
 
-def _intern(op: str, args: tuple[Expr, ...], kind: str, value: Any = None) -> Expr:
+def intern(op: str, args: tuple[Expr, ...], kind: str, value: Any = None) -> Expr:
     # NOTE: 0.0 and -0.0, and 1 and True, are equal in Python and different here.
     key = op, args, kind, repr(value)
     found = _known.get(key)
@@ -125,8 +126,8 @@ def _intern(op: str, args: tuple[Expr, ...], kind: str, value: Any = None) -> Ex
     return found
 
 
-SCORE = _intern("score", (), "float")
-_COORDINATES = {name: _intern(name, (), "int") for name in COORDINATES}
+SCORE = intern("score", (), "float")
+_COORDINATES = {name: intern(name, (), "int") for name in COORDINATES}
 _KEEP = (SCORE, *_COORDINATES.values())
 
 
@@ -146,33 +147,33 @@ def const(value: bool | int | float) -> Expr:
     (3, True, 0.5)
     """
     if isinstance(value, bool):
-        return _intern("const", (), "bool", value)
+        return intern("const", (), "bool", value)
     if isinstance(value, int):
         if not -(2**31) <= value < 2**31:
             raise TraceError(f"the int {value} does not fit 32 bits, in which mods compute: write float({value})")
-        return _intern("const", (), "int", value)
-    return _intern("const", (), "float", float(value))
+        return intern("const", (), "int", value)
+    return intern("const", (), "float", float(value))
 
 
 def scalar(slot: int, kind: str) -> Expr:
     """The captured number in a slot, "int" or "float"."""
-    return _intern("scalar", (), kind, slot)
+    return intern("scalar", (), kind, slot)
 
 
 def load(slot: int, kind: str, indices: tuple[Expr, ...]) -> Expr:
     """An element of the captured array in a slot; indices count from 0 (symbols.Rows wraps negative ones)."""
-    return _intern("load", tuple(cast(i, "int") for i in indices), kind, slot)
+    return intern("load", tuple(cast(i, "int") for i in indices), kind, slot)
 
 
 def extent(slot: int, axis: int) -> Expr:
     """The length of the captured array in a slot along an axis."""
-    return _intern("extent", (), "int", (slot, axis))
+    return intern("extent", (), "int", (slot, axis))
 
 
 def dot(slot_a: int, indices_a: tuple[Expr, ...], slot_b: int, indices_b: tuple[Expr, ...]) -> Expr:
     """sum(a[indices_a, :] * b[indices_b, :]) of two captured arrays; `value` is (slot_a, slot_b, len(indices_a))."""
     args = tuple(cast(i, "int") for i in (*indices_a, *indices_b))
-    return _intern("dot", args, "float", (slot_a, slot_b, len(indices_a)))
+    return intern("dot", args, "float", (slot_a, slot_b, len(indices_a)))
 
 
 def cast(x: Expr, kind: str) -> Expr:
@@ -187,7 +188,7 @@ def cast(x: Expr, kind: str) -> Expr:
         if kind == "int" and x.kind == "float" and not math.isfinite(x.value):
             raise TraceError(f"{x.value} is no int")
         return const({"bool": bool, "int": int, "float": float}[kind](x.value))
-    return _intern(kind, (x,), kind)
+    return intern(kind, (x,), kind)
 
 
 def highest(*args: Expr) -> str:
@@ -229,7 +230,7 @@ def make(op: str, *args: Expr) -> Expr:
         return args[0]
     kind = kind if gives == "same" else gives
     simple = _simplified(op, args, kind)
-    return _intern(op, args, kind) if simple is None else simple
+    return intern(op, args, kind) if simple is None else simple
 
 
 def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
@@ -280,10 +281,8 @@ def _simplified(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
 
 
 def _folded(op: str, args: tuple[Expr, ...], kind: str) -> Expr | None:
-    from .emit_numpy import apply
-
     value = apply(op, kind, *[x.value for x in args])
-    return _intern("const", (), kind, {"bool": bool, "int": int, "float": float}[kind](value))
+    return intern("const", (), kind, {"bool": bool, "int": int, "float": float}[kind](value))
 
 
 # Questions --------------------------------------------------------------------------------------------------------
@@ -336,7 +335,7 @@ def rebuild(x: Expr, change: dict[Expr, Expr]) -> Expr:
             if args == node.args:
                 done[node] = node
             else:
-                done[node] = make(node.op, *args) if node.op in OPS else _intern(node.op, args, node.kind, node.value)
+                done[node] = make(node.op, *args) if node.op in OPS else intern(node.op, args, node.kind, node.value)
     return done[x]
 
 

@@ -12,16 +12,14 @@ import numbers
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..errors import TraceError
-from .expr import leaves
-from .symbols import FUNCTIONS, Symbol, call, name_of, traced
-
-if TYPE_CHECKING:
-    from .tracer import Trace
+from .expr import Expr, leaves
+from .names import FUNCTIONS, name_of
+from .symbols import Symbol, call, traced
 
 _LIBRARIES = {"numpy", "torch", "jax", "jaxlib", "cupy", "ml_dtypes", *sys.stdlib_module_names} - {"__main__"}
 
@@ -50,6 +48,38 @@ def is_autograd_function(x: Any) -> bool:
         f"{base.__module__}.{base.__qualname__}" == "torch.autograd.function.Function"
         for base in (x.__mro__ if isinstance(x, type) else ())
     )
+
+
+class Following(Protocol):
+    """What stand-ins ask of the trace they belong to. A variable is one of the reader's."""
+
+    def read(self, parent: str, text: str) -> str:
+        """The variable that holds `text` of a parent variable, "{}" in it."""
+        ...
+
+    def unless(self, condition: str) -> None:
+        """The trace holds no longer where a condition is true."""
+        ...
+
+    def constant(self, value: Any) -> str:
+        """The name under which the reader has a value of today."""
+        ...
+
+    def is_type(self, variable: str, value: Any) -> None:
+        """The trace holds while the variable has a value of this one's type."""
+        ...
+
+    def wrap(self, value: Any, variable: str, name: str) -> Any:
+        """What stands for a captured value in the traced function."""
+        ...
+
+    def build(self, function: types.FunctionType, variable: str) -> types.FunctionType:
+        """A copy of a function whose captured values are symbols."""
+        ...
+
+    def concrete(self, x: Expr) -> Any:
+        """The value of an expression of captured numbers alone, which become constants of this trace."""
+        ...
 
 
 class Library:
@@ -128,7 +158,7 @@ min_, max_ = _extreme("minimum", min), _extreme("maximum", max)
 class Function:
     """A captured function: its traced copy is made when it is first called."""
 
-    def __init__(self, trace: Trace, function: types.FunctionType, variable: str, name: str) -> None:
+    def __init__(self, trace: Following, function: types.FunctionType, variable: str, name: str) -> None:
         self._trace, self._function, self._variable, self._name, self._built = trace, function, variable, name, None
         self.__name__ = function.__name__
         trace.is_type(variable, function)
@@ -153,7 +183,7 @@ class Function:
 class Elements(Sequence):
     """A captured tuple or list."""
 
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
+    def __init__(self, trace: Following, value: Any, variable: str, name: str) -> None:
         self._trace, self._value, self._variable, self._name = trace, value, variable, name
 
     @property
@@ -209,7 +239,7 @@ def _attribute(stand_in: Any, name: str, builtin: type) -> Any:
 class Items(Mapping):
     """A captured dictionary."""
 
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
+    def __init__(self, trace: Following, value: Any, variable: str, name: str) -> None:
         self._trace, self._value, self._variable, self._name = trace, value, variable, name
 
     @property
@@ -247,7 +277,7 @@ class Items(Mapping):
 class Object:
     """Any other captured object, or a user's module or class: its attributes are followed."""
 
-    def __init__(self, trace: Trace, value: Any, variable: str, name: str) -> None:
+    def __init__(self, trace: Following, value: Any, variable: str, name: str) -> None:
         object.__setattr__(self, "_cuflash", (trace, value, variable, name))
         if isinstance(value, type | types.ModuleType):
             trace.unless(f"{variable} is not {trace.constant(value)}")

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from .. import dtypes
-from .expr import ArraySlot, Expr, Mods, ScalarSlot, _intern, make, walk
+from .expr import ArraySlot, Expr, Mods, ScalarSlot, intern, make, walk
 
 
 @lru_cache(maxsize=4096)
@@ -43,7 +43,7 @@ def loads(text: str) -> Mods:
     found, score, mask, arrays, scalars = json.loads(text)
     nodes: list[Expr] = []
     for op, args, kind, value in found:
-        nodes.append(_intern(op, tuple(nodes[i] for i in args), kind, _as_it_was(value)))
+        nodes.append(intern(op, tuple(nodes[i] for i in args), kind, _as_it_was(value)))
     return Mods(
         None if score is None else nodes[score],
         None if mask is None else nodes[mask],
@@ -84,5 +84,5 @@ def _moved(root: Expr | None, arrays: int, scalars: int) -> Expr | None:
             value = value[0] + arrays, value[1]
         elif x.op == "dot":
             value = value[0] + arrays, value[1] + arrays, value[2]
-        done[x] = _intern(x.op, tuple(done[a] for a in x.args), x.kind, value)
+        done[x] = intern(x.op, tuple(done[a] for a in x.args), x.kind, value)
     return done[root]

@@ -22,20 +22,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from .kernel import Kernel, kernel, load
-from .pictures import (
-    Bar,
-    Timeline,
-    Traffic,
-    Visit,
-    bytes_moved,
-    plot_bytes,
-    plot_mask,
-    plot_timeline,
-    plot_visits,
-    timeline,
-    visits,
-)
+from .kernel import Kernel, kernel
+from .ours import load
+from .plots_bytes import Traffic, bytes_moved, plot_bytes
+from .plots_mask import plot_mask
+from .plots_timeline import Bar, Timeline, plot_timeline, timeline
+from .plots_visits import Visit, plot_visits, visits
 from .report import Check, Compared, Counts, Diff, MachineCode, Resources, Timing
 from .worker import Stopped
 

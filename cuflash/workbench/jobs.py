@@ -137,7 +137,7 @@ def compile_for(problem: Problem, edits: Edits, arch: str) -> list[tuple[module.
     changed = [edited(spec, edits, shipped[0].source) for spec in shipped]
     if arch == "emulator":
         for spec in changed:
-            module._compile_emulated(spec)
+            module.compile_emulated(spec)
         return [(spec, None) for spec in changed]
     return [(changed[0], module.compile(changed[0], arches.named(arch)))]
 

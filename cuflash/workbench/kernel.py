@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os.path
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -16,20 +15,11 @@ from .. import arch as arches
 from .. import dtypes, emulator, frameworks
 from ..array import TensorView
 from ..call import number_checks
-from ..errors import ArgumentError, CompileError, CuflashError, EmulatorError, UnsupportedError
-from ..jit import layout, module, source
-from ..settings import config
+from ..errors import ArgumentError, CompileError, EmulatorError, UnsupportedError
+from ..jit import layout, module, schedule, source
 from . import jobs, report, text, worker
+from .given import SECONDS, Array, grid_of, is_array, like_result, own_kernel, require_mapping, require_text, to_host
 
-Array = Any  # of NumPy, CuPy, PyTorch, JAX or any other producer of DLPack
-SECONDS = 60.0  # that anything in the child process may take
-
-# What a kernel of the user's own finds included.
-PRELUDE = ("base.cuh", "hw/device.cuh", "hw/math.cuh", "hw/warp.cuh", "hw/matrix.cuh", "hw/async_copy.cuh")
-_ENTRY = re.compile(
-    r"^HW_KERNEL\((?P<threads>[^\n]*?)\)\s*(?P<name>\w+)\s*\(\s*HW_GRID_CONSTANT\s+(?P<params>\w+)\s+\w+\s*\)",
-    re.MULTILINE,
-)
 # What a pointer may lead to, where its type says so; void*, u8* and structs of the text take anything.
 _POINTED_AT = {
     f"{name}*": tuple(map(np.dtype, dtypes_of.split()))
@@ -38,63 +28,6 @@ _POINTED_AT = {
         "u64": "uint64 int64", "i16": "int16", "i8": "int8", "bool": "bool",
     }.items()
 }  # fmt: skip
-_ARRAYS = (
-    "cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table", "alibi_slopes", "sink", "seed", "offset",
-    "dout", "dlse",
-)  # fmt: skip
-
-
-def load(name: str, q: Array, k: Array, v: Array, *, arch: str | None = None, **keywords: Any) -> Kernel:
-    """One of our kernels, and the call that runs it: `attention(q, k, v, **keywords)`, or, for a kernel of the
-    backward, `attention_backward`, with `dout` among the keywords.
-
-    name      "forward_sm80", "forward_sm90", "decode_sm80" (with split_size), "combine", "backward_sm80" ...: a file of
-              kernels_cu without its ".cu"
-    q, k, v   of NumPy, CuPy, PyTorch or JAX, small: the emulator does a few million multiplications a second
-    arch      whose shared memory decides on tiles, e.g. "sm_90a"; None: sm_90a for names that end so, else config.arch
-    keywords  of `attention`; `captured_grads` and `dlse` too for the backward. No out=
-
-    The arrays are copied now. Arrays on a GPU run there, others on the emulator; `Kernel.on` says otherwise.
-    Raises `ArgumentError` if the call does not run that kernel, and whatever the call raises.
-
-    >>> x = np.random.default_rng(0).standard_normal((1, 40, 1, 32)).astype(np.float16)
-    >>> kernel = load("forward_sm80", x, x, x, causal=True)
-    >>> bool(kernel.check())
-    True
-    >>> kernel.counters().matrix_instructions
-    Counter({'mma_m16n8k16_f16': 256})
-    """
-    from ..call.mods import bind_mods
-
-    if keywords.pop("out", None) is not None:
-        raise ArgumentError("out= is not taken: run() returns what a kernel wrote")
-    framework = frameworks.of(q)
-    given = {n: keywords.pop(n) for n in _ARRAYS if hasattr(keywords.get(n), "shape")}
-    mods = [keywords.pop(n, None) for n in ("score_mod", "mask_mod", "block_mask")]
-    bound = None
-    if any(mod is not None for mod in mods):
-        bound = bind_mods(q, k, *mods)
-        bound = bound._replace(arrays=tuple(_to_host(x, "captured") for x in bound.arrays))
-    arrays = {n: _to_host(x, n) for n, x in {"q": q, "k": k, "v": v, **given}.items()}
-    like = framework.view(q)
-    on_gpu = like.device[0] == "cuda"
-    target = arch or ("sm_90a" if name.endswith("sm90") else config.arch)
-    if on_gpu and arch is None:
-        target = frameworks.cupy.arch_of(like.device[1]).name
-    if name == "forward_sm80":
-        keywords["kernel_options"] = {**(keywords.get("kernel_options") or {}), "kernel": "sm_80"}
-    backend = "cuda" if on_gpu else "emulator"
-    problem = jobs.OurProblem(name, arrays, keywords, bound, arches.named(target).name, backend)
-    backward = name.startswith(("backward", "captured_gradient"))
-    if backward != ("dout" in arrays):
-        needs = "the backward: pass dout=, in the shape of the result" if backward else "the forward: leave out dout="
-        raise ArgumentError(f"{name} is a kernel of {needs}")
-    if backward:
-        forward = {n: x for n, x in arrays.items() if n not in ("dout", "dlse")}
-        results = worker.call(jobs.forward_of, problem, forward, seconds=SECONDS)
-        problem = dataclasses.replace(problem, arrays={**arrays, **results})
-    found = tuple(worker.call(jobs.specs, problem, seconds=SECONDS))
-    return Kernel(name, problem, found, like=like, framework=framework)
 
 
 def kernel(
@@ -138,22 +71,22 @@ def kernel(
     >>> bool(double.check()), double.run()[:3]
     (True, array([0., 2., 4.], dtype=float32))
     """
-    _require_mapping(arguments)
-    arrays = {n: x for n, x in arguments.items() if _is_array(x)}
+    require_mapping(arguments)
+    arrays = {n: x for n, x in arguments.items() if is_array(x)}
     if not arrays:
         raise ArgumentError("arguments has no array: a kernel without one has nothing to write to")
     first = next(iter(arrays.values()))
     framework = frameworks.of(first, next(iter(arrays)))
     like = framework.view(first)
-    values = {n: _to_host(x, n) if n in arrays else x for n, x in arguments.items()}
+    values = {n: to_host(x, n) if n in arrays else x for n, x in arguments.items()}
     if reference is not None and not callable(reference):
         raise ArgumentError(f"reference={reference!r} must be a function f(**arguments) -> array, or None")
     tolerance = None if tolerance is None else number_checks.number("tolerance", tolerance)
     smem_bytes = number_checks.count("smem_bytes", smem_bytes, least=0)
     first_line = number_checks.count("first_line", first_line)
-    name, spec, whole = _own(text, threads, module.KernelSpec("", "", "", None, 0, smem_bytes), label, first_line)
+    name, spec, whole = own_kernel(text, threads, module.KernelSpec("", "", "", None, 0, smem_bytes), label, first_line)
     backend = "cuda" if like.device[0] == "cuda" else "emulator"
-    problem = jobs.OwnProblem(spec, values, _grid(grid), arches.named(arch).name, backend)
+    problem = jobs.OwnProblem(spec, values, grid_of(grid), arches.named(arch).name, backend)
     labels = frozenset({spec.source, spec.source if label is None else label})
     made = Kernel(name, problem, (spec,), {spec.source: whole}, like, framework, reference, tolerance, labels)
     made._check_arguments()
@@ -196,7 +129,7 @@ class Kernel:
 
     def text(self, file: str) -> str:
         """One file's text as it is now."""
-        _require_text("file", file)
+        require_text("file", file)
         if file in self.changed:
             return self.changed[file]
         if file in jobs.GENERATED or os.path.isfile(source.folder() / file):
@@ -219,7 +152,7 @@ class Kernel:
         """Another version, in which `file`, such as "tile/softmax.cuh" or the kernel's own "forward_sm80.cu", has this
         text. Messages call its lines those of `label`, counted from `first_line`; None: of the file."""
         self.text(file)  # refuses what is no file of the kernel
-        _require_text("text", text)
+        require_text("text", text)
         first_line = number_checks.count("first_line", first_line)
         if label is not None:
             text = f'#line {first_line} "{_label(label)}"\n{text}'
@@ -230,13 +163,14 @@ class Kernel:
         it, from its return type (or `template`) to its closing brace; lines before it, such as comments or functions
         that it calls, may stand in front.
 
+        >>> from cuflash.workbench import load
         >>> x = np.ones((1, 40, 1, 32), np.float16)
         >>> kernel = load("forward_sm80", x, x, x)
         >>> wrong = kernel.replace_function("quad_sum", "HW_DEVICE float quad_sum(float value) { return value; }")
         >>> wrong.check().results[0].got  # the sum of every row is a quarter of what it should be
         4.0
         """
-        _require_text("text", text)
+        require_text("text", text)
         first_line = number_checks.count("first_line", first_line)
         file, found = self._find(name)
         last = name.split("::")[-1]
@@ -251,8 +185,8 @@ class Kernel:
     def edit(self, file: str, old: str, new: str) -> Kernel:
         """Another version, in which `old`, which must occur once in `file`, is `new`."""
         before = self.text(file)
-        _require_text("old", old)
-        _require_text("new", new)
+        require_text("old", old)
+        require_text("new", new)
         count = before.count(old)
         if not old or count != 1:
             raise ArgumentError(f"old={old!r} occurs {count} times in {file}, and must once: take more around it")
@@ -274,8 +208,8 @@ class Kernel:
         if not isinstance(problem, jobs.OwnProblem):
             raise ArgumentError(f"bind is for kernels of your own: load {self.name} again, with other arguments")
         arguments = {} if arguments is None else arguments
-        _require_mapping(arguments)
-        values = {n: _to_host(x, n) if _is_array(x) else x for n, x in arguments.items()}
+        require_mapping(arguments)
+        values = {n: to_host(x, n) if is_array(x) else x for n, x in arguments.items()}
         spec = problem.spec
         if threads is not None:
             spec = dataclasses.replace(spec, threads=number_checks.count("threads", threads))
@@ -285,7 +219,7 @@ class Kernel:
             problem,
             spec=spec,
             arguments={**problem.arguments, **values},
-            grid=problem.grid if grid is None else _grid(grid),
+            grid=problem.grid if grid is None else grid_of(grid),
         )
         made = dataclasses.replace(self, problem=problem, specs=(spec,))
         made._check_arguments()
@@ -312,12 +246,12 @@ class Kernel:
         wrapped = {name: self._wrap(x) for name, x in results.items()}
         if isinstance(self.problem, jobs.OwnProblem):
             return next(iter(wrapped.values())) if len(wrapped) == 1 else wrapped
-        from ..call.results import AttentionGrads, AttentionOutput
+        from .. import api
 
         if self.problem.backward:
             captured = tuple(wrapped.pop(n) for n in list(wrapped) if n.startswith("dcaptured"))
-            return AttentionGrads(**wrapped, dcaptured=captured)
-        return AttentionOutput(**wrapped) if len(wrapped) > 1 else wrapped["out"]
+            return api.AttentionGrads(**wrapped, dcaptured=captured)
+        return api.AttentionOutput(**wrapped) if len(wrapped) > 1 else wrapped["out"]
 
     def check(self, *, seconds: float = SECONDS) -> report.Check:
         """Runs it, and compares with the reference: true where every element is right. Ours are compared with
@@ -331,10 +265,10 @@ class Kernel:
     def counters(self, *, seconds: float = SECONDS) -> report.Counts:
         """Runs it on the emulator, and counts: bytes of global and shared memory, matrix instructions, barriers; of
         each access, by its line, bank conflicts and sectors that are not coalesced."""
-        if emulator._schedule not in self._counted:
+        if schedule.current() not in self._counted:
             here = self.on("emulator")
             self._counts(here._call(jobs.run, True, False, seconds=seconds))
-        return self._counted[emulator._schedule]
+        return self._counted[schedule.current()]
 
     def measure(self, *, seconds: float = SECONDS) -> tuple[report.Check | None, report.Counts]:
         """`check` and `counters` of one run on the emulator; no check where there is no reference."""
@@ -421,14 +355,14 @@ class Kernel:
     def _with(self, file: str, text: str, label: str | None) -> Kernel:
         changes: dict[str, Any] = {}
         if isinstance(self.problem, jobs.OwnProblem) and file == self.problem.spec.source:
-            name, spec, text = _own(text, None, self.problem.spec)
+            name, spec, text = own_kernel(text, None, self.problem.spec)
             changes = {"name": name, "problem": dataclasses.replace(self.problem, spec=spec), "specs": (spec,)}
         labels = self.labels | {file} | ({label} if label is not None else set())
         return dataclasses.replace(self, changed={**self.changed, file: text}, labels=frozenset(labels), **changes)
 
     def _find(self, name: str) -> tuple[str, text.Function]:
         """(file, place) of the one function of that name."""
-        _require_text("name", name)
+        require_text("name", name)
         searched = [file for file in self.files if not file.startswith("hw_")]
         found = [(file, x) for file in searched for x in _functions(self.text(file), name)]
         if len(found) == 1:
@@ -490,7 +424,7 @@ class Kernel:
             if unknown := expected.keys() - outcome.results.keys():
                 written = ", ".join(outcome.results)
                 raise ArgumentError(f"reference gave {', '.join(unknown)}; the kernel writes {written}")
-            expected = {n: _like_result(n, x, outcome.results[n]) for n, x in expected.items()}
+            expected = {n: like_result(n, x, outcome.results[n]) for n, x in expected.items()}
             allowed = {n: self._allowed(outcome.results[n].dtype, x) for n, x in expected.items()}
         else:
             expected, allowed = outcome.expected, outcome.allowed
@@ -538,8 +472,8 @@ class Kernel:
         for spec in self.specs:
             changed = jobs.edited(spec, self._edits, self.specs[0].source)
             code |= {f"{f}:{n}": line for f, n, line in source.numbered(changed.text("emu")) if f"{f}:{n}" in sites}
-        self._counted[emulator._schedule] = report.Counts(**vars(outcome.counters), code=code)
-        return self._counted[emulator._schedule]
+        self._counted[schedule.current()] = report.Counts(**vars(outcome.counters), code=code)
+        return self._counted[schedule.current()]
 
     def _wrap(self, x: np.ndarray) -> Array:
         """A result as an array of the caller's framework and device."""
@@ -562,80 +496,4 @@ class Kernel:
 _functions, _replaced, _label = text.functions, text.replaced, text.check_label
 
 
-def _own(
-    whole: str, threads: int | None, before: module.KernelSpec, label: str | None = None, first_line: int = 1
-) -> tuple[str, module.KernelSpec, str]:
-    """(name, spec, text with its prelude) of a kernel of the user's own, launched as one before."""
-    _require_text("text", whole)
-    found = list(_ENTRY.finditer(whole))
-    if len(found) != 1:
-        raise ArgumentError(
-            f"the text has {len(found)} kernels, and must have one, that begins a line: "
-            "HW_KERNEL(threads) name(HW_GRID_CONSTANT Params p) { ... }"
-        )
-    name, asked = found[0]["name"], found[0]["threads"].strip()
-    if threads is not None:
-        threads = number_checks.count("threads", threads)
-    else:
-        constant = re.search(rf"\bconstexpr\s+(?:i32|u32|int)\s+{re.escape(asked)}\s*=\s*(\d+)\s*;", whole)
-        digits = asked if asked.isdecimal() else constant[1] if constant else None
-        if digits is None and not before.threads:
-            raise ArgumentError(f"HW_KERNEL({asked}): threads= says how many that are; only a number can be read here")
-        threads = int(digits or before.threads)
-    file = before.source or f"{name}.cu"
-    prelude = "".join(f"#include <{x}>\n" for x in PRELUDE)
-    if not whole.startswith(prelude):  # the first time
-        own = whole.startswith("#line")  # says itself whose lines these are
-        label = _label(file if label is None else label)
-        whole = prelude + whole if own else f'{prelude}#line {first_line} "{label}"\n{whole}'
-    return name, module.KernelSpec(file, name, found[0]["params"], None, threads, before.smem_bytes), whole
-
-
-def _like_result(name: str, expected: Any, result: np.ndarray) -> np.ndarray:
-    found = np.asarray(expected)
-    try:
-        return np.broadcast_to(found, result.shape)
-    except ValueError:
-        raise ArgumentError(
-            f"reference gave {name} of shape {found.shape}: the kernel writes one of shape {result.shape}"
-        ) from None
-
-
-def _grid(grid: int | Sequence[int]) -> tuple[int, int, int]:
-    sizes: tuple[Any, ...] = tuple(grid) if isinstance(grid, (tuple, list)) else (grid,)
-    known = all(isinstance(n, (int, np.integer)) and 0 < int(n) < 2**31 for n in sizes)
-    if not 0 < len(sizes) <= 3 or not known:
-        raise ArgumentError(f"grid={grid!r} must be one to three numbers of blocks, each at least 1 and below 2**31")
-    x, y, z = (*map(int, sizes), 1, 1)[:3]
-    return x, y, z
-
-
-def _require_text(name: str, x: Any) -> None:
-    if not isinstance(x, str):
-        raise ArgumentError(f"{name} is a {type(x).__qualname__} and must be a str")
-
-
-def _require_mapping(arguments: Any) -> None:
-    if not isinstance(arguments, Mapping):
-        raise ArgumentError(
-            f"arguments is a {type(arguments).__qualname__} and must be a dict: a value for each field of Params"
-        )
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "shape") and not np.isscalar(x)
-
-
-def _to_host(x: Any, name: str) -> np.ndarray:
-    """A copy in host memory, contiguous."""
-    framework = frameworks.of(x, name)
-    try:
-        view = framework.view(x)
-    except CuflashError as error:
-        raise type(error)(f"{name}: {error}") from None
-    if view.device[0] == "cpu":
-        return np.array(view.as_numpy(), order="C")
-    return np.array(frameworks.cupy.download(view, framework.stream(view.device[1])), order="C")
-
-
-__all__ = ["CompileError", "Kernel", "kernel", "load"]
+__all__ = ["CompileError", "Kernel", "kernel"]

@@ -22,7 +22,8 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 
 from ..errors import ArgumentError, CuflashError
 from . import report
-from .kernel import SECONDS, Kernel, kernel
+from .given import SECONDS
+from .kernel import Kernel, kernel
 
 _FIRST_LINE = 2  # of a cell's text: the magic stands in the first
 

@@ -22,8 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .. import emulator
 from ..errors import CuflashError
+from ..jit import schedule
 from ..settings import config
 
 _SETTINGS = ("arch", "cache_dir", "check", "dump")
@@ -98,7 +98,7 @@ class _Child:
     def call(self, function: Callable[..., Any], args: tuple[Any, ...], seconds: float) -> Any:
         __tracebackhide__ = True
         settings = {name: getattr(config, name) for name in _SETTINGS}
-        request = pickle.dumps((settings, emulator._schedule, function, args), pickle.HIGHEST_PROTOCOL)
+        request = pickle.dumps((settings, schedule.current(), function, args), pickle.HIGHEST_PROTOCOL)
         answers: queue.Queue[tuple[bool, Any, bool] | None] = queue.Queue()
         threading.Thread(target=self._exchange, args=(request, answers), daemon=True).start()
         try:
@@ -158,14 +158,16 @@ def serve() -> None:
     config.on_compile = "quiet"
     while True:
         try:
-            settings, schedule, function, args = pickle.load(sys.stdin.buffer)
+            settings, order, function, args = pickle.load(sys.stdin.buffer)
         except EOFError:
             return
-        answers.write(_answer(settings, schedule, function, args))
+        answers.write(_answer(settings, order, function, args))
         answers.flush()
 
 
-def _answer(settings: dict[str, Any], schedule: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+def _answer(
+    settings: dict[str, Any], order: schedule.Schedule, function: Callable[..., Any], args: tuple[Any, ...]
+) -> bytes:
     """Pickled: whether it went well, the result or the exception, and whether this process can go on: after a fault on
     a GPU nothing runs there any more."""
     usable = True
@@ -173,7 +175,7 @@ def _answer(settings: dict[str, Any], schedule: Any, function: Callable[..., Any
         for name, value in settings.items():
             if getattr(config, name) != value:
                 setattr(config, name, value)
-        emulator._schedule = schedule
+        schedule.resume(order)
         return pickle.dumps((True, function(*args), usable), pickle.HIGHEST_PROTOCOL)
     except Exception as error:
         usable = not type(error).__module__.startswith("cupy")

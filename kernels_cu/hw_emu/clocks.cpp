@@ -13,6 +13,10 @@
 // A write by a thread and a read or write by the asynchronous proxy (wgmma, tma) also need the writer's
 // fence_proxy_async between them, before the release that orders them.
 
+namespace {
+
+std::string shared_place(u32 offset, u32 bytes) { return format("%u bytes at shared + %u", bytes, offset); }
+
 constexpr u32 kAgentBits = 7;
 constexpr u32 kAgents = 1 << kAgentBits;
 constexpr u32 kMaxMbarriers = kAgents - 32;
@@ -274,3 +278,5 @@ ALWAYS_INLINE void clocked_async_read_run(Fiber* f, u32 offset, u32 group, u32& 
   for (u32 i = 0; i < kUnits; i++) groups[i] = group;
   clocks.groupers[offset >> 10] |= 1u << warp;
 }
+
+}  // namespace

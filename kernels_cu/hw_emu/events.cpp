@@ -5,6 +5,8 @@
 // that does the same at the same place. A warp's events stand in the order of its program: where one lane alone does
 // something between what all do, and comes last, that goes in between.
 
+namespace {
+
 extern "C" {
 struct CuflashEmuEvent {
   u64 tick;        // steps the block had taken, when the first lane did it
@@ -126,3 +128,5 @@ ALWAYS_INLINE void note_warp(Fiber* f, const char* what, Site site, i32 object =
                              bool passed = false, Copied copied = {}) {
   if (UNLIKELY(f->block->launch->event_limit != 0)) add_event(f, what, site, object, phase, passed, 32, copied);
 }
+
+}  // namespace

@@ -193,7 +193,7 @@ def test_a_spec_is_a_key_that_travels() -> None:
 
 def test_a_kernel_that_is_deleted_before_it_is_opened_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process clears the cache: what is loaded stays, what is looked for is made anew."""
-    made, compile_emulated = [], module._compile_emulated
+    made, compile_emulated = [], module.compile_emulated
 
     def cleared_once(spec: module.KernelSpec) -> tuple[Path, str]:
         path, text = compile_emulated(spec)
@@ -201,7 +201,7 @@ def test_a_kernel_that_is_deleted_before_it_is_opened_is_built_again(monkeypatch
         return made[-1], text
 
     monkeypatch.setattr(config, "cache_dir", os.environ["CUFLASH_CACHE_DIR"])  # which has the emulator's runtime
-    monkeypatch.setattr(module, "_compile_emulated", cleared_once)
+    monkeypatch.setattr(module, "compile_emulated", cleared_once)
     module.clear()
     assert module.load(toy_spec(), SM80, "emulator").path == made[1] != made[0]
 

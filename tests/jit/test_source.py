@@ -9,7 +9,7 @@ import pytest
 from jit_toys import TOY, ToyVariant
 
 from cuflash.errors import ArgumentError, CompileError
-from cuflash.jit import source, variant
+from cuflash.jit import layout, source, variant
 from cuflash.trace.emit_c import NO_MODS
 
 KERNELS = sorted(p.name for p in source.folder().glob("*.cu"))
@@ -101,10 +101,10 @@ def test_the_variant_stands_where_it_is_included(tmp_path: Path) -> None:
 
 
 def test_the_size_of_the_params_is_asserted() -> None:
-    text = source.flatten("params/forward.cuh", "cuda", params="ForwardParams")
+    text = layout.asserted(source.flatten("params/forward.cuh", "cuda"), "ForwardParams")
     assert re.search(r'^static_assert\(sizeof\(ForwardParams\) == \d+, "', text, re.M)
     with pytest.raises(CompileError, match="struct NoParams is not defined"):
-        source.flatten("params/forward.cuh", "cuda", params="NoParams")
+        layout.asserted(source.flatten("params/forward.cuh", "cuda"), "NoParams")
 
 
 def test_an_edit_changes_one_place_of_one_file() -> None:

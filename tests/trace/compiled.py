@@ -18,9 +18,9 @@ from unittest import mock
 import numpy as np
 from expressions import World
 
-from cuflash import emulator
-from cuflash.jit import hostcxx, source
-from cuflash.trace.emit_c import Words, Writer, mods_text
+from cuflash.jit import emulated, hostcxx, source
+from cuflash.trace.c_text import Words, Writer
+from cuflash.trace.emit_c import mods_text
 from cuflash.trace.expr import COORDINATES, SCORE, Mods, cast, coordinate
 
 HEAD = """
@@ -116,7 +116,7 @@ class Library:
                     continue
                 form = {"classify": CLASSIFY_TEXT, "score": SCORE_TEXT, "mask": MASK_TEXT}[part]
                 texts.append(form.format(i=i, terms=TERMS.format(i=i)))
-        emulator._runtime()  # whose functions the wrappers name
+        emulated.runtime()  # whose functions the wrappers name
         with tempfile.TemporaryDirectory() as folder:
             head = Path(folder, "head.cuh")
             head.write_text(HEAD)

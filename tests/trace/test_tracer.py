@@ -22,9 +22,10 @@ import pytest
 
 from cuflash.errors import ArgumentError, TraceError
 from cuflash.trace import tracer
+from cuflash.trace.capture import is_array
 from cuflash.trace.emit_numpy import evaluate
 from cuflash.trace.expr import show
-from cuflash.trace.tracer import Bound, Mod, bind, is_array, mod, static
+from cuflash.trace.tracer import Bound, Mod, bind, mod, static
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="PyTorch is not installed")
 needs_jax = pytest.mark.skipif(find_spec("jax") is None, reason="JAX is not installed")
