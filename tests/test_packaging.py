@@ -111,7 +111,37 @@ def test_an_editable_install_uses_the_kernels_of_the_checkout(tmp_path: Path) ->
 def test_versions_agree() -> None:
     import cuflash
 
-    assert cuflash.__version__ == PROJECT["project"]["version"]
+    version = PROJECT["project"]["version"]
+    assert cuflash.__version__ == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest and newest[1] == version
+
+
+def test_the_extra_nvrtc_compiles_without_cupy_and_is_part_of_test() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert {r.split(";")[0] for r in extras["nvrtc"]} == {"cuda-bindings", "cuda-toolkit[nvrtc]"}
+    assert any(re.fullmatch(r"cuflash\[.*\bnvrtc\b.*\]", r) for r in extras["test"])
+
+
+def test_the_versions_of_python_named_begin_with_the_oldest_served() -> None:
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["project"]["classifiers"]))
+    assert PROJECT["project"]["requires-python"] == f">={named[0]}"
+
+
+def test_contributing_names_files_that_exist_and_commands_that_are_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = re.findall(r"`((?:cuflash|kernels_cu|tests|examples|notebooks)/[\w./]*|\w+\.md)`", text)
+    assert len(paths) > 10
+    for path in paths:
+        assert "NAME" in path or (ROOT / path).exists(), path
+    for command in set(re.findall(r"-m cuflash ([\w-]+)", text)):
+        used = re.findall(r"--[a-z]+", " ".join(re.findall(rf"-m cuflash {command}\b([^\n`#]*)", text)))
+        shown = run([sys.executable, "-m", "cuflash", command, "--help"], cwd=ROOT)
+        assert all(option in shown for option in used), command
+    for script in (".ci/run", ".ci/release"):
+        assert f"bash {script}" in text
+        run(["bash", "-n", str(ROOT / script)])
 
 
 def test_python_has_no_upper_bound_and_no_framework_is_required() -> None:

@@ -33,7 +33,7 @@ DTYPE = np.dtype(np.float16)
 _SHOWS = """\
 Sentences of unequal length go through a text encoder as one packed batch: no padding is computed.
 The attention of each of its six layers is one call of cuflash.attention, on the GPU or on an emulator of it.
-Every layer is compared with padded dense attention in float64; neighbours in meaning must come out as pairs.
+Every layer is compared with padded dense attention in float64. Last come the sentences nearest in meaning.
 """
 _MOST_CHARACTERS = 2**20  # of a file: some 10,000 sentences
 _EPSILON = 1e-5  # about the spacing of float16 where attention's outputs lie, so that a lucky dense result fails nobody

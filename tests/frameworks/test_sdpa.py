@@ -297,3 +297,19 @@ def test_both_are_attention_of_numpy_arrays(backend, rng: np.random.Generator) -
     np.testing.assert_array_equal(cuflash.dot_product_attention(q, q, q, is_causal=True), expected)
     found = cuflash.scaled_dot_product_attention(*(q.swapaxes(1, 2),) * 3, is_causal=True)
     np.testing.assert_array_equal(found.swapaxes(1, 2), expected)
+
+
+@pytest.mark.gpu
+def test_both_of_cupy_arrays(rng: np.random.Generator) -> None:
+    import cupy
+
+    q = rng.standard_normal((2, 5, 4, 64)).astype(np.float16)
+    mask = rng.random((2, 1, 1, 5)) > 0.3
+    there = cupy.asarray(q)
+    found = cuflash.dot_product_attention(there, there, there, is_causal=True, local_window_size=2)
+    expected = cuflash.dot_product_attention(q, q, q, is_causal=True, local_window_size=2)
+    np.testing.assert_allclose(cupy.asnumpy(found), expected, atol=2e-3)
+    x, there = q.swapaxes(1, 2), there.swapaxes(1, 2)
+    found = cuflash.scaled_dot_product_attention(there, there, there, cupy.asarray(mask))
+    expected = cuflash.scaled_dot_product_attention(x, x, x, mask)
+    np.testing.assert_allclose(cupy.asnumpy(found), expected, atol=2e-3)
