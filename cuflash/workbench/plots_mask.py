@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import mods
+from .. import mods, validate
 from ..block_kinds import Seen, mask_of
+from ..block_mask import require_mask
 from ..block_parts import mask_at
 from ..errors import require
 from .figures import SHADE, subplots
@@ -18,14 +19,22 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EMPTY, MIXED, FULL = 0, 1, 2
+_ANY = -(2**63)  # whether lengths are at least 1 is said of all together
 _KIND_COLORS = ("#f4f4f4", "#f2b880", "#7fb3d5")
+
+
+def _lengths(name: str, given: Any) -> list[int]:
+    """A length as a list of one, or a list of them, each an int."""
+    if not isinstance(given, (tuple, list, np.ndarray)) or np.ndim(given) == 0:
+        return [validate.count(name, given, least=_ANY)]
+    return [validate.count(f"{name}[{i}]", n, least=_ANY) for i, n in enumerate(given)]
 
 
 def _mask_of(mask_mod: Any, causal: bool, window_size: tuple[int | None, int | None]) -> Any:
     """One mask_mod for all of them."""
-    left, right = (None if side in (None, -1) else side for side in window_size)
-    if causal:
-        right = 0
+    left, right = (None if side < 0 else side for side in validate.window(window_size, causal))
+    if mask_mod is not None:
+        require_mask("mask_mod", mask_mod)
     found = [] if mask_mod is None else [mask_mod]
     if left is not None or right is not None:
         found.append(mods.sliding_window(left, right))
@@ -64,8 +73,9 @@ def plot_mask(
     >>> figure.axes[0].get_title()
     '11 full, 7 mixed and 11 empty tiles of 64 x 64'
     """
-    q_lens = [q_len] if isinstance(q_len, (int, np.integer)) else list(q_len)
-    k_lens = q_lens if k_len is None else [k_len] if isinstance(k_len, (int, np.integer)) else list(k_len)
+    q_lens = _lengths("q_len", q_len)
+    k_lens = q_lens if k_len is None else _lengths("k_len", k_len)
+    h = validate.count("h", h, least=0)
     require(
         len(q_lens) == len(k_lens) and min([*q_lens, *k_lens], default=0) > 0,
         f"q_len={q_len!r}, k_len={k_len!r} must be as many lengths, each at least 1",
@@ -74,7 +84,13 @@ def plot_mask(
         max(sum(q_lens), sum(k_lens)) <= 4096,
         f"q_len={q_len!r}, k_len={k_len!r} must come to at most 4096 queries and keys: pairs are drawn one by one",
     )
-    require(min(tile) > 0, f"tile={tile!r} must be queries and keys of one, each at least 1")
+    require(
+        isinstance(tile, (tuple, list)) and len(tile) == 2,
+        f"tile={tile!r} must be queries and keys of one, each at least 1",
+    )
+    rows, columns = (validate.count(f"tile[{i}]", n, least=_ANY) for i, n in enumerate(tile))
+    require(min(rows, columns) > 0, f"tile={tile!r} must be queries and keys of one, each at least 1")
+    tile = rows, columns
     mask = _mask_of(mask_mod, causal, window_size)
     shape = sum(q_lens) / sum(k_lens)
     plt, figure, axes = subplots(5, 5 * min(2.0, max(0.5, shape)))

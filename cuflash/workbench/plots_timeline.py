@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import emulator
+from .. import emulator, validate
 from ..errors import require
 from .figures import subplots
 
@@ -65,6 +65,9 @@ class Timeline:
         return dict(found)
 
 
+_MOST_TICKS = 2**20
+
+
 def timeline(
     trace: emulator.Trace,
     *,
@@ -96,6 +99,13 @@ def timeline(
     >>> found.rows[:4], sorted(found.waited("warp 0"))
     (['warp 0', 'warp 4', 'products of warp 4', 'warp 8'], ['k_empty[0]', 'v_empty[0]'])
     """
+    ticks = {"copy": copy_ticks, "product": product_ticks, "shuffle": shuffle_ticks}
+    ticks = {name: validate.count(f"{name}_ticks", n, least=0, most=_MOST_TICKS) for name, n in ticks.items()}
+    launch = None if launch is None else validate.count("launch", launch, least=0)
+    if block is not None:
+        require(isinstance(block, (tuple, list)) and len(block) == 3, f"block={block!r} must be (x, y, z), or None")
+        x, y, z = (validate.count(f"block[{i}]", n, least=0) for i, n in enumerate(block))
+        block = x, y, z
     if launch is None and trace.events:
         launch = Counter(e.launch for e in trace.events).most_common(1)[0][0]
     events = [e for e in trace.events if e.launch == launch and (block is None or e.block == block)]
@@ -109,7 +119,7 @@ def timeline(
     )
     events = [e for e in events if e.block == events[0].block]
     made = Timeline(events[0].kernel, events[0].block)
-    bars = _Replay(events, {"copy": copy_ticks, "product": product_ticks, "shuffle": shuffle_ticks}).run()
+    bars = _Replay(events, ticks).run()
     made.bars = _joined(sorted(bars, key=lambda bar: (_place(bar.row), bar.begin, bar.end)))
     return made
 
