@@ -480,8 +480,8 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   constexpr bool kRescaleUnderS = V::kHeadDimV > 128;
   // Where exponentials take about as long as products, O of the tile before is awaited between the rows' maxima and the
   // exponentials, under which the other warpgroups' products run: so weights are rounded as they come. Where they take less,
-  // or dropout stands behind them, they run under the warpgroup's own products.
-  constexpr bool kWaitsEarly = V::kHeadDimV <= 128 && !V::kDropout;
+  // or dropout stands behind them, or a tile has few keys, they run under the warpgroup's own products.
+  constexpr bool kWaitsEarly = V::kHeadDimV <= 128 && V::kBlockK >= 128 && !V::kDropout;
   const Barriers<V> barriers(smem);
   const i32 lane = hw::lane_idx();
   const i32 warp_row = 64 * consumer + 16 * (hw::warp_idx() % 4);
