@@ -478,6 +478,10 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
   // Between the end of O's products and the next ones' issue nothing should stand. A wide O is rescaled under S of the next
   // tile; a narrow one in its warpgroup's idle time, for that would keep the others' products waiting.
   constexpr bool kRescaleUnderS = V::kHeadDimV > 128;
+  // Where exponentials take about as long as products, O of the tile before is awaited between the rows' maxima and the
+  // exponentials, under which the other warpgroups' products run: so weights are rounded as they come. Where they take less,
+  // or dropout stands behind them, or a tile has few keys, they run under the warpgroup's own products.
+  constexpr bool kWaitsEarly = V::kHeadDimV <= 128 && V::kBlockK >= 128 && !V::kDropout;
   const Barriers<V> barriers(smem);
   const i32 lane = hw::lane_idx();
   const i32 warp_row = 64 * consumer + 16 * (hw::warp_idx() % 4);
@@ -599,14 +603,22 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       // wait   k full <- the producer: K and the tile's word
       hw::mbarrier_wait(barriers.k_full(barriers.stage(tile)), barriers.parity(tile));
       word = read_word(tile);
+      const auto wait_for_values = [&] {
+        // wait   v full <- the producer
+        hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));
+      };
+      // NOTE: a wait behind S has the compiler move the rescaling behind it, where S is nearly there.
+      if constexpr (kRescaleUnderS) wait_for_values();
       // sync   turn <- the warpgroup before: its products are issued
       if constexpr (V::kTurns) hw::named_sync(2 + consumer, 256);
       S s;
       hw::wgmma_fence();
       issue_scores(s, tile);
-      if constexpr (kRescaleUnderS) rescale_out(rescale);
-      // wait   v full <- the producer
-      hw::mbarrier_wait(barriers.v_full(barriers.stage(before)), barriers.parity(before));
+      if constexpr (kRescaleUnderS) {
+        rescale_out(rescale);
+      } else {
+        wait_for_values();
+      }
       hw::wgmma_pin(accumulators(o));
       hw::wgmma_pin(weights.x);
       hw::wgmma_fence();
@@ -616,15 +628,22 @@ HW_DEVICE bool consume_tile(const ForwardSm90Params& p, u32 smem, i32 consumer, 
       hw::wgmma_wait<1>();
       hw::wgmma_pin(accumulators(s));
       score_tile(s, word, tile);
-      softmax.weigh(s, rescale);
-      drop(s, word);
-      // NOTE: the compiler would move the softmax behind the wait below, where no product runs any more. It does not move
-      // a store to shared memory, and the sums need all weights.
-      hw::store_shared(smem + static_cast<u32>(Plan::kPins + 8 * warp_row + 4 * lane), softmax.sum[0] + softmax.sum[1]);
-      hw::wgmma_wait<0>();
-      hw::wgmma_pin(accumulators(o));
-      // arrive   v empty -> the producer
-      give_back(barriers.v_empty(barriers.stage(before)));
+      const auto finish_out = [&] {
+        hw::wgmma_wait<0>();
+        hw::wgmma_pin(accumulators(o));
+        // arrive   v empty -> the producer
+        give_back(barriers.v_empty(barriers.stage(before)));
+      };
+      if constexpr (kWaitsEarly) {
+        softmax.weigh(s, rescale, finish_out);
+      } else {
+        softmax.weigh(s, rescale);
+        drop(s, word);
+        // NOTE: the compiler would move the exponentials behind the wait, where no product runs any more. It does not move
+        // a store to shared memory, and the sums need all weights.
+        hw::store_shared(smem + static_cast<u32>(Plan::kPins + 8 * warp_row + 4 * lane), softmax.sum[0] + softmax.sum[1]);
+        finish_out();
+      }
       weights.round(s);
       if constexpr (!kRescaleUnderS) rescale_out(rescale);
     }

@@ -59,8 +59,9 @@ def compile_kernels(
 
 def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict[str, Any]:
     """One kernel's row. `sass` counts its opcodes by class, `loops` those of each innermost loop with matrix products.
-    Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `ex2_in_window`,
-    exponentials of the main loop that run under its products, and all; `loop_instructions`, of a plain tile;
+    Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `maxima_in_window`,
+    comparisons for rows' maxima in the main loop that run under its products, and all, and `ex2_in_window`, the same of
+    exponentials; `loop_instructions`, of a plain tile;
     `tensor_use`, the share of the time that the tensor cores can be busy, predicted (jit/sm_model.py), not measured.
 
     `error` is None, or why it did not compile; then the measurements are None.
@@ -76,7 +77,8 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         "cubin": None,
         "sass": None,
         "loops": None,
-        **dict.fromkeys(("consumer_spills", "producer_spills", "ex2_in_window", "loop_instructions", "tensor_use")),
+        **dict.fromkeys(("consumer_spills", "producer_spills", "maxima_in_window", "ex2_in_window")),
+        **dict.fromkeys(("loop_instructions", "tensor_use")),
         "error": None,
     }
     try:
@@ -101,7 +103,8 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         if code.local_by_role is not None and code.loops:
             main = code.loops[0]
             row["consumer_spills"], row["producer_spills"] = code.local_by_role
-            row.update(ex2_in_window=main.in_window("MUFU.EX2"), loop_instructions=main.shortest)
+            row.update(maxima_in_window=main.in_window("FMNMX"), ex2_in_window=main.in_window("MUFU.EX2"))
+            row["loop_instructions"] = main.shortest
             if isinstance(spec.variant, forward.ForwardSm90Variant):
                 row["tensor_use"] = round(forward.predicted(spec.variant, main).tensor_use, 3)
     if out is not None:

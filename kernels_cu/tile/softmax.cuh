@@ -4,7 +4,8 @@
 //
 // What the exponent subtracts is round(c m): its round-off is a factor that l and O share, and cancels. It is at most 1/2
 // below |c m| = 2^24, the row is `near`. A row beyond is `far`: round-off would overflow the sums, and c m itself may be
-// past the largest float. There scores are taken relative to m first, and the sums stand at c m itself.
+// past the largest float. There scores are taken relative to m first, and the sums stand at c m itself. A row that has
+// seen nothing, c m = -inf, goes that way too: a tile pays nothing for it elsewhere.
 #pragma once
 #include <base.cuh>
 #include <hw/device.cuh>
@@ -67,11 +68,8 @@ struct OnlineSoftmax {
     }
   }
 
-  // What the exponent subtracts.
-  HW_DEVICE float reference(i32 row) const { return reference_of(maximum[row], scale); }
-
-  // For the rows that are far, or come from there: scores less m, nothing to subtract from the exponent. Of the others not
-  // a bit changes, whichever rows are in the warp.
+  // For the rows that are far, or come from there: scores less m, nothing to subtract from the exponent; of a row that has
+  // seen nothing, scores as they are. Of the others not a bit changes, whichever rows are in the warp.
   template <class S>
   HW_DEVICE void center_far_rows(S& s, const float (&before)[kRows], float (&subtract)[kRows],
                                  float (&rescale)[kRows]) const {
@@ -80,15 +78,17 @@ struct OnlineSoftmax {
     for (i32 i = 0; i < kRows; ++i) {
       const bool far = is_far(subtract[i]);
       rescale[i] = hw::exp2_approx(fall_of(before[i], maximum[i], scale));
-      shift[i] = far ? maximum[i] : 0.0f;
+      shift[i] = far && maximum[i] != -kInfinity ? maximum[i] : 0.0f;
       subtract[i] = far ? 0.0f : subtract[i];
     }
     s.for_each([&](float& x, i32 row, i32) { x -= shift[row]; });
   }
 
   // S: scores in, 2^(c s - c m) out. What O is to be multiplied by, row by row, is left in `rescale`.
-  template <class S>
-  HW_DEVICE void weigh(S& s, float (&rescale)[kRows]) {
+  // between(): called when the maxima are known, before the exponentials. The branch on them keeps the compiler from moving
+  // either across.
+  template <class S, class Between>
+  HW_DEVICE void weigh(S& s, float (&rescale)[kRows], const Between& between) {
     // A row that leaves the far ones for a maximum still below this comes from so far away that nothing of it is left.
     constexpr float kNearlyFar = kFar - 256.0f;
     float tile_maximum[kRows];
@@ -101,17 +101,23 @@ struct OnlineSoftmax {
     for (i32 i = 0; i < kRows; ++i) {
       before[i] = maximum[i];
       maximum[i] = quad_max(tile_maximum[i]);
-      subtract[i] = reference(i);
+      subtract[i] = hw::mul(maximum[i], scale);
       far |= hw::abs(subtract[i]) >= kNearlyFar;
       rescale[i] = hw::exp2_approx(hw::mul(before[i], scale) - subtract[i]);
     }
     if (hw::any(far)) center_far_rows(s, before, subtract, rescale);
+    between();
     HW_UNROLL
     for (i32 i = 0; i < kRows; ++i) sum[i] *= rescale[i];
     s.for_each([&](float& x, i32 row, i32) {
       x = hw::exp2_approx(hw::fma(x, scale, -subtract[row]));
       sum[row] += x;
     });
+  }
+
+  template <class S>
+  HW_DEVICE void weigh(S& s, float (&rescale)[kRows]) {
+    weigh(s, rescale, [] {});
   }
 
   // The same, and O rescaled to the new maximum.

@@ -376,7 +376,12 @@ BUGS: dict[str, tuple[Edit, str | None]] = {
              "      hw::wgmma_wait<1>();\n"), None),
     "scores used before they are there": (Edit(KERNEL, "      hw::wgmma_wait<1>();\n", ""), None),
     "O used before it is there": (
-        Edit(KERNEL, "+ softmax.sum[1]);\n      hw::wgmma_wait<0>();", "+ softmax.sum[1]);"), None),
+        Edit(KERNEL, "hw::wgmma_wait<0>();\n        hw::wgmma_pin(accumulators(o));\n        // arrive",
+             "hw::wgmma_pin(accumulators(o));\n        // arrive"), None),
+    "V given back before it is read": (
+        Edit(KERNEL, "hw::wgmma_wait<0>();\n        hw::wgmma_pin(accumulators(o));\n        // arrive",
+             "give_back(barriers.v_empty(barriers.stage(before)));\n        hw::wgmma_wait<0>();\n"
+             "        hw::wgmma_pin(accumulators(o));\n        // arrive"), None),
     "fence of scores missing": (
         Edit(KERNEL, "S s;\n      hw::wgmma_fence();\n      issue_scores(s, tile);\n      if",
              "S s;\n      issue_scores(s, tile);\n      if"), None),
@@ -452,16 +457,16 @@ def test_every_wait_and_fence_is_removed_in_turn():
 
 # Machine code -----------------------------------------------------------------------------------------------------
 
-# (d, d_v) -> wgmma instructions of a key tile (d / 16 + block_k / 16), exponentials (block_k / 2 + 2), how many
-# instructions a tile may take that nothing is masked of and no score changed in: 1.1 x those of a kernel of that alone;
-# and the share of its time, in percent, that the tensor cores can be busy in that kernel by the same model.
+# (d, d_v) -> wgmma instructions of a key tile (d / 16 + block_k / 16); how many instructions a tile may take that
+# nothing is masked of and no score changed in: 1.1 x those of a kernel of that alone; the percentage of its time that
+# the tensor cores can be busy by the model (sm_model.py).
 GATES = {
-    (64, 64): (12, 66, 476, 72),
-    (96, 96): (16, 82, 594, 91),
-    (128, 128): (16, 66, 534, 97),
-    (192, 192): (18, 50, 504, 98),
-    (192, 128): (20, 66, 557, 97),
-    (256, 256): (21, 42, 514, 95),
+    (64, 64): (12, 476, 84.1),
+    (96, 96): (16, 594, 97.6),
+    (128, 128): (16, 534, 99.9),
+    (192, 192): (18, 504, 99.5),
+    (192, 128): (20, 557, 99.9),
+    (256, 256): (21, 514, 99.5),
 }
 
 
@@ -482,16 +487,28 @@ def loop_of(variant: forward.ForwardSm90Variant) -> sass.Loop:
     return loop
 
 
+def check_window(variant: forward.ForwardSm90Variant, loop: sass.Loop) -> None:
+    """What stands between the wait for S and that for O: all rows' maxima, and, where O is not awaited before them, all
+    exponentials."""
+    maxima, exponentials = loop.in_window("FMNMX"), loop.in_window("MUFU.EX2")
+    assert maxima[0] == maxima[1] >= variant.tile.block_k / 2
+    assert exponentials[1] >= variant.tile.block_k / 2 + 2
+    if variant.dropout or variant.head_dim_v > 128 or variant.tile.block_k < 128:
+        assert exponentials[0] == exponentials[1]
+    else:
+        assert exponentials[0] < exponentials[1]
+
+
 @needs_nvrtc
 @pytest.mark.parametrize("d, d_v", GATES)
 def test_machine_code(d, d_v):
-    """The softmax of a tile runs under the products of the tile before, and what it waits for leaves these room."""
-    products, exponentials, length, tensor_use = GATES[d, d_v]
+    """The maxima of a tile, and a wide head's exponentials, run under the products of the tile before, and what waits
+    leaves these room."""
+    products, length, tensor_use = GATES[d, d_v]
     variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d_v)
     loop = loop_of(variant)
     assert loop.counts["HGMMA"] == products
-    inside, everywhere = loop.in_window("MUFU.EX2")
-    assert inside == everywhere >= exponentials
+    check_window(variant, loop)
     assert loop.shortest <= length
     assert forward.predicted(variant, loop).tensor_use >= tensor_use / 100
 
@@ -518,15 +535,14 @@ def test_nothing_moves_across_the_fences_of_products(d):
 @pytest.mark.parametrize("d", [64, 128, *(pytest.param(d, marks=pytest.mark.slow) for d in (96, 192, 256))])
 def test_machine_code_of_pages(d):
     """Consumers of keys in pages are those of keys in one piece."""
-    products, exponentials, length, _ = GATES[d, d]
+    products, length, _ = GATES[d, d]
     variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d, paged=True)
     loop = loop_of(variant)
     if d <= 128:
         natten = tracer.bind(None, mods.natten_2d(32, 32, 7))
         loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d, paged=True, mods=natten.mods))
     assert loop.counts["HGMMA"] == products
-    inside, everywhere = loop.in_window("MUFU.EX2")
-    assert inside == everywhere >= exponentials
+    check_window(variant, loop)
     assert loop.shortest <= length
     plain = forward.choose_sm90_variant(dtypes.bfloat16, d, d)
     assert variant.tile.block_k == plain.tile.block_k, "sums are taken in the same order"
@@ -536,10 +552,11 @@ def test_machine_code_of_pages(d):
 @pytest.mark.parametrize("d", [128, *(pytest.param(d, marks=pytest.mark.slow) for d in (64, 96, 192, 256))])
 def test_machine_code_of_clusters(d):
     """Within the table, too."""
-    products, exponentials, length, _ = GATES[d, d]
-    loop = loop_of(dataclasses.replace(forward.choose_sm90_variant(dtypes.bfloat16, d, d), cluster=2))
-    inside, everywhere = loop.in_window("MUFU.EX2")
-    assert loop.counts["HGMMA"] == products and inside == everywhere >= exponentials and loop.shortest <= length
+    products, length, _ = GATES[d, d]
+    variant = dataclasses.replace(forward.choose_sm90_variant(dtypes.bfloat16, d, d), cluster=2)
+    loop = loop_of(variant)
+    check_window(variant, loop)
+    assert loop.counts["HGMMA"] == products and loop.shortest <= length
 
 
 @needs_nvrtc
@@ -565,14 +582,14 @@ def test_machine_code_with_mods(d, what):
     }.get(what)
     variant = forward.choose_sm90_variant(dtypes.bfloat16, d, d, mods=bound and bound.mods, dropout=what == "dropout")
     loop = loop_of(variant)
-    inside, everywhere = loop.in_window("MUFU.EX2")
-    assert inside == everywhere
+    check_window(variant, loop)
     if what == "causal":
         assert loop.shortest <= loop_of(forward.choose_sm90_variant(dtypes.bfloat16, d, d)).shortest + 3
     if what == "documents" and 64 < d < 256:  # where the tile is the same
-        assert loop.shortest <= GATES[d, d][2]
+        assert loop.shortest <= GATES[d, d][1]
     if what in ("causal", "documents"):
-        assert forward.predicted(variant, loop).tensor_use >= GATES[d, d][3] / 100
+        least = {(64, "causal"): 83.8, (64, "documents"): 73.0}.get((d, what), GATES[d, d][2])
+        assert forward.predicted(variant, loop).tensor_use >= least / 100
 
 
 @needs_nvrtc
