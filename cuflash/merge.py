@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from .errors import require
-from .packing import _device_of, _listed, _namespace, _type_name
+from .packing import device_of, listed, namespace_of, type_name
 
 Array = Any  # of NumPy, CuPy, PyTorch or JAX
 
@@ -50,12 +50,12 @@ def merge_states(outs: Sequence[Array], lses: Sequence[Array]) -> tuple[Array, A
     >>> bool(np.allclose(out, attention(q, whole, whole, causal=True), atol=1e-6))
     True
     """
-    outs, lses = _listed(outs, "outs"), _listed(lses, "lses")
+    outs, lses = listed(outs, "outs"), listed(lses, "lses")
     _check(outs, lses)
-    xp = _namespace(outs[0], "outs[0]")
+    xp = namespace_of(outs[0], "outs[0]")
     out_dtype, lse_dtype = outs[0].dtype, lses[0].dtype
     wide = out_dtype if "float64" in str(out_dtype) else lse_dtype
-    with _device_of(outs[0]), _quiet(xp):
+    with device_of(outs[0]), _quiet(xp):
         lses = [_cast(x, wide) for x in lses]
         # A constant to autograd: that it cancels out of both results is known here, and not there.
         largest = lses[0]
@@ -84,12 +84,12 @@ def _check(outs: list[Array], lses: list[Array]) -> None:
         f"len(lses)={len(lses)} must equal len(outs)={len(outs)}: one lse a part; pass what attention(..., "
         "aux=('lse',)) returned with each out",
     )
-    xp = _namespace(outs[0], "outs[0]")
+    xp = namespace_of(outs[0], "outs[0]")
     for what, arrays in (("outs", outs), ("lses", lses)):
         for i, x in enumerate(arrays):
             require(
-                _namespace(x, f"{what}[{i}]") is xp,
-                f"{what}[{i}] is a {_type_name(x)}, outs[0] a {_type_name(outs[0])}: all must be of one framework; "
+                namespace_of(x, f"{what}[{i}]") is xp,
+                f"{what}[{i}] is a {type_name(x)}, outs[0] a {type_name(outs[0])}: all must be of one framework; "
                 "convert with from_dlpack",
             )
             first = arrays[0]

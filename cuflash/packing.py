@@ -48,13 +48,13 @@ def pack(arrays: Iterable[Array]) -> Packed:
     >>> packed.data.shape, packed.cu_seqlens, packed.max_seqlen
     ((5, 4, 64), array([0, 3, 3, 5], dtype=int32), 3)
     """
-    arrays = _listed(arrays, "arrays")
+    arrays = listed(arrays, "arrays")
     require(
         len(arrays) > 0,
         "arrays=[] must hold at least one sequence, whose framework and trailing shape the result takes: pass one "
         "array of length 0 for a batch without rows",
     )
-    first, xp = arrays[0], _namespace(arrays[0], "arrays[0]")
+    first, xp = arrays[0], namespace_of(arrays[0], "arrays[0]")
     for i, x in enumerate(arrays):
         _require_same(xp, x, first, f"arrays[{i}]", "arrays[0]")
         if x.ndim == 0 or x.shape[1:] != first.shape[1:]:  # the message is made only then, for compilers
@@ -66,7 +66,7 @@ def pack(arrays: Iterable[Array]) -> Packed:
             raise ArgumentError(f"arrays[{i}].dtype={x.dtype} must be {first.dtype} as of arrays[0]: cast it")
     lengths = [x.shape[0] for x in arrays]
     totals = _totals(lengths)
-    with _device_of(first):
+    with device_of(first):
         return Packed(xp.concatenate(arrays), _int32_like(first, totals), max(lengths))
 
 
@@ -76,7 +76,7 @@ def unpack(data: Array, cu_seqlens: Array | Sequence[int]) -> list[Array]:
     >>> [x.tolist() for x in unpack(np.arange(5), [0, 3, 3, 5])]
     [[0, 1, 2], [], [3, 4]]
     """
-    xp = _namespace(data, "data")
+    xp = namespace_of(data, "data")
     require(data.ndim > 0, "data.shape=() must be [total, ...]: its first dimension counts the rows of all sequences")
     followed = xp.__name__ == "torch" and xp.compiler.is_compiling() and not isinstance(cu_seqlens, Sequence)
     if followed and isinstance(cu_seqlens, np.ndarray):
@@ -117,8 +117,8 @@ def unpad_input(x: Array, mask: Array, unused_mask: Array | None = None) -> tupl
     >>> unpad_input(x, x > 0)
     (array([1., 2., 3.]), array([0, 1, 3]), array([0, 2, 3], dtype=int32), 2, array([2, 1], dtype=int32))
     """
-    xp = _namespace(x, "x")
-    with _device_of(x):
+    xp = namespace_of(x, "x")
+    with device_of(x):
         used = kept = _as_mask(mask, "mask", like=x)
         if unused_mask is not None:
             kept = used | _as_mask(unused_mask, "unused_mask", like=x)
@@ -136,7 +136,7 @@ def pad_input(x: Array, indices: Array, batch: int, seqlen: int) -> Array:
     array([[1., 2., 0.],
            [3., 0., 0.]])
     """
-    xp = _namespace(x, "x")
+    xp = namespace_of(x, "x")
     require(x.ndim > 0, "x.shape=() must be [total, ...]: pass the rows that unpad_input returned")
     _require_same(xp, indices, x, "indices", "x")
     require(
@@ -149,7 +149,7 @@ def pad_input(x: Array, indices: Array, batch: int, seqlen: int) -> Array:
     require(rows <= _MOST, f"batch * seqlen = {batch} * {seqlen} must be below 2**31: split the batch")
     _check_places(xp, indices, rows)
     shape = (rows, *x.shape[1:])
-    with _device_of(x):
+    with device_of(x):
         try:
             padded = x.new_zeros(shape) if xp.__name__ == "torch" else xp.zeros_like(x, shape=shape)
         except MemoryError:
@@ -210,24 +210,24 @@ def cu_seqlens_from(
         "position_ids; leave the others out",
     )
     if mask is not None:
-        xp = _namespace(mask, "mask")
-        with _device_of(mask):
+        xp = namespace_of(mask, "mask")
+        with device_of(mask):
             return _cumulative_on_device(xp, xp.sum(_as_mask(mask, "mask", like=mask), 1, dtype=xp.int32))
     if lengths is not None:
         if isinstance(lengths, Sequence):
             return _cumulative(list(lengths))
-        xp = _namespace(lengths, "lengths")
+        xp = namespace_of(lengths, "lengths")
         _require_integers(lengths, "lengths", ndim=1)
         _require_size(lengths, "lengths")
-        with _device_of(lengths):
+        with device_of(lengths):
             return _cumulative(lengths.tolist()) if xp is np else _cumulative_on_device(xp, lengths)
 
-    xp = _namespace(position_ids, "position_ids")
+    xp = namespace_of(position_ids, "position_ids")
     _require_integers(position_ids, "position_ids")
     shape = tuple(position_ids.shape)  # type: ignore[union-attr]
     require(len(shape) in (1, 2), f"position_ids.shape={shape} must be [total] or [batch, len]: reshape it")
     require(math.prod(shape) <= _MOST, f"position_ids.shape={shape} must be less than 2**31 positions: split the batch")
-    with _device_of(position_ids):
+    with device_of(position_ids):
         positions = position_ids.reshape(-1)  # type: ignore[union-attr]
         total = positions.shape[0]
         starts = xp.argwhere(positions == 0)[:, 0]
@@ -245,7 +245,7 @@ def cu_seqlens_from(
 _NAMESPACES = {"numpy": "numpy", "cupy": "cupy", "torch": "torch", "jax": "jax.numpy", "jaxlib": "jax.numpy"}
 
 
-def _namespace(x: Array, name: str) -> Any:
+def namespace_of(x: Array, name: str) -> Any:
     """The module with the functions for `x`, in which the four frameworks agree but for what is written below."""
     for cls in type(x).__mro__:
         module = _NAMESPACES.get(cls.__module__.partition(".")[0])
@@ -254,7 +254,7 @@ def _namespace(x: Array, name: str) -> Any:
             # Loaded already, with the array; compilers of PyTorch follow a look-up and no import.
             return sys.modules.get(module) or importlib.import_module(module)
     raise ArgumentError(
-        f"{name} is a {_type_name(x)}, not an array of NumPy, CuPy, PyTorch or JAX: wrap it with that framework's "
+        f"{name} is a {type_name(x)}, not an array of NumPy, CuPy, PyTorch or JAX: wrap it with that framework's "
         "asarray or from_dlpack"
     )
 
@@ -269,34 +269,34 @@ def _require_plain(x: Array, name: str, module: str) -> None:
 
 def _require_same(xp: Any, x: Array, first: Array, name: str, first_name: str) -> None:
     """`x` is of the framework of `first`, and in PyTorch on its device."""
-    if _namespace(x, name) is not xp:
+    if namespace_of(x, name) is not xp:
         raise ArgumentError(
-            f"{name} is a {_type_name(x)}, {first_name} a {_type_name(first)}: all must be of one framework; "
+            f"{name} is a {type_name(x)}, {first_name} a {type_name(first)}: all must be of one framework; "
             "convert with from_dlpack"
         )
     if xp.__name__ == "torch" and x.device != first.device:
         raise ArgumentError(f"{name} is on {x.device}, {first_name} on {first.device}: move it there")
 
 
-def _device_of(x: Array) -> AbstractContextManager[Any]:
+def device_of(x: Array) -> AbstractContextManager[Any]:
     """Makes the device of `x` current where the framework would otherwise use another one: CuPy does."""
     return x.device if type(x).__module__.startswith("cupy") else nullcontext()
 
 
-def _type_name(x: Any) -> str:
+def type_name(x: Any) -> str:
     return f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")
 
 
 def _int32_like(x: Array, values: list[int]) -> Array:
     """Host integers as an int32 array in the framework and on the device of `x`."""
-    xp = _namespace(x, "x")
+    xp = namespace_of(x, "x")
     if xp.__name__ == "torch":  # whose compiler follows lists
         return xp.tensor(values, dtype=xp.int32, device=x.device)
     array = np.array(values, np.int32)
     if xp is np:
         return array
     if xp.__name__ == "cupy":
-        with _device_of(x):
+        with device_of(x):
             return xp.asarray(array)
     if _is_traced(x):  # under jax.jit x has no device yet: the constant goes where the computation runs
         return xp.asarray(array)
@@ -309,12 +309,12 @@ def _is_traced(x: Array) -> bool:
     return isinstance(x, Tracer)
 
 
-def _listed(x: Any, name: str) -> list[Any]:
+def listed(x: Any, name: str) -> list[Any]:
     """The elements of a sequence, or of an array along its first dimension."""
     try:
         return list(x)
     except TypeError:
-        raise ArgumentError(f"{name} is a {_type_name(x)} and must be a sequence: pass a list") from None
+        raise ArgumentError(f"{name} is a {type_name(x)} and must be a sequence: pass a list") from None
     except MemoryError:
         raise ArgumentError(f"{name} has {len(x)} elements, for which memory has no room: pass fewer") from None
 
@@ -323,7 +323,7 @@ def _on_host(x: Array | Sequence[int]) -> list[int]:
     """Integers of a list or of an array of any framework, as Python ints."""
     if isinstance(x, Sequence):
         return [_int(f"cu_seqlens[{i}]", value) for i, value in enumerate(x)]
-    if _namespace(x, "cu_seqlens").__name__ == "jax.numpy" and _is_traced(x):
+    if namespace_of(x, "cu_seqlens").__name__ == "jax.numpy" and _is_traced(x):
         raise ArgumentError(
             "cu_seqlens is traced, and the shapes of the sequences follow from its values: pass it as a NumPy array, "
             "or call outside of jax.jit"
@@ -363,7 +363,7 @@ def _require_size(x: Array, name: str) -> None:
 
 def _as_mask(mask: Array, name: str, like: Array) -> Array:
     """`mask [batch, len]` as bools. Floats are refused: in an additive mask 0 means kept, here it means dropped."""
-    _require_same(_namespace(like, "x"), mask, like, name, "x")
+    _require_same(namespace_of(like, "x"), mask, like, name, "x")
     require(
         tuple(mask.shape) == tuple(like.shape[:2]) and mask.ndim == 2,
         f"{name}.shape={tuple(mask.shape)} must be [batch, len], the first two dimensions of {tuple(like.shape)}",

@@ -108,7 +108,6 @@ CIRCLES = {"cuflash.trace", "cuflash.jit", "cuflash.emulator"}
 BORROWED = {
     "cuflash.trace", "cuflash.jit", "cuflash.workbench",
     "cuflash.flex", "cuflash.block_arrays", "cuflash.block_mask", "cuflash.block_parts", "cuflash.block_tables",  # mods
-    "cuflash.merge",  # packing
 }  # fmt: skip
 
 
