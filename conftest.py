@@ -4,7 +4,7 @@ start."""
 from importlib.util import find_spec
 
 _MODULES = {
-    "torch": ("torch", "torch_derivatives", "torch_operators", "torch_vmap"),
+    "torch": ("torch", "torch_derivatives", "torch_operators", "torch_uncompiled", "torch_vmap"),
     "jax": ("jax", "jax_cache", "jax_call", "jax_sharding"),
 }
 _ON_TORCH = ("bert_padding", "interface", "mha", "rotary", "tensors")

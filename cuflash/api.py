@@ -140,7 +140,7 @@ def _attention(q: Array, k: Array, v: Array, arguments: Arguments) -> Any:
         if framework is frameworks.torch and frameworks.torch.compiling():
             bound = traced_before(q, k, arguments.score_mod, arguments.mask_mod, arguments.block_mask)
             if bound is None:
-                return autograd.operations(framework).uncompiled(_attention, q, k, v, arguments)
+                return autograd.outside_of_graphs()(_attention, q, k, v, arguments)
         else:
             bound = bind_mods(q, k, arguments.score_mod, arguments.mask_mod, arguments.block_mask)
     captured = () if bound is None else bound.arrays

@@ -255,7 +255,7 @@ def _call(
     attention_chunk = peers.chunk_size(attention_chunk)
     framework = frameworks.of(q)
     if attention_chunk and framework is frameworks.torch and frameworks.torch.compiling():
-        return autograd.operations(framework).uncompiled(
+        return autograd.outside_of_graphs()(
             _call, q, k, v, return_attn_probs, mask_mod=mask_mod, attention_chunk=attention_chunk,
             num_splits=num_splits, **keywords,
         )  # fmt: skip

@@ -139,7 +139,7 @@ def flash_attn_with_kvcache(
         if framework is frameworks.torch and frameworks.torch.compiling():
             bound = None if attention_chunk else traced_before(q, k_cache, score_mod, mask_mod, None)
             if bound is None:
-                return autograd.operations(framework).uncompiled(
+                return autograd.outside_of_graphs()(
                     flash_attn_with_kvcache, q, k_cache, v_cache, k, v, rotary_cos, rotary_sin,
                     cache_seqlens if length is None else length, cache_batch_idx, cache_leftpad, block_table,
                     softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, num_splits,

@@ -64,6 +64,11 @@ def forward() -> dict[str, Any]:
     return {**options(), "seqused_q": None, "seqused_k": None, "page_table": None, "out": None, "aux": ("lse",)}
 
 
+def planned(q: Any, k: Any, v: Any, out: Any, **keywords: Any) -> Any:
+    """Planned for one set of arrays, and run on those given."""
+    return cuflash.plan(**dense(), **keywords).run(q, k, v, out)
+
+
 def headed() -> dict[str, Any]:
     """What has a number for each head."""
     return {"alibi_slopes": floats(4, dtype=np.float32), "sink": floats(4, dtype=np.float32)}
@@ -274,6 +279,7 @@ DOORS = (
         "dropout_p": 0.5, "aux": ("lse", "dropout_mask"), "out": floats(2, 6, 4, 64),
     }),
     Door("attention split", cuflash.attention, lambda: dense() | forward() | {"split_size": 64}),
+    Door("plan", planned, lambda: dense() | options() | {"out": floats(2, 6, 4, 64)}),
     Door("attention_backward", cuflash.attention_backward, lambda: backward(dense() | options())),
     Door("attention_backward packed", cuflash.attention_backward, lambda: backward(packed() | options())),
     Door("explain", cuflash.explain, lambda: dense() | forward() | {"backward": False}),

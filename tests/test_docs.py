@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
 import types
 from html.parser import HTMLParser
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -130,3 +132,13 @@ def test_the_lines_of_the_doctor_are_explained() -> None:
     lines = {name.strip() for name in re.findall(r'\bLine\(\s*f?"([^"{]+)', doctor)}
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     assert lines == set(re.findall(r"^\| ([\w+ -]+) \| (?!---)", page.split("## Errors")[0], re.MULTILINE)) - {"line"}
+
+
+def test_the_walk_of_a_call_names_what_there_is() -> None:
+    text = (DOCS / "how_a_call_runs.md").read_text(encoding="utf-8")
+    names = set(re.findall(r"`(cuflash\.[\w.]+)`", text))
+    assert len(names) > 25
+    if find_spec("torch") is None or find_spec("jax") is None:  # whose operators cannot be imported
+        names = {name for name in names if not name.startswith("cuflash.autograd.")}
+    for name in sorted(names):
+        pkgutil.resolve_name(name)

@@ -6,6 +6,7 @@ has finished with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ..frameworks import Framework
@@ -30,3 +31,10 @@ def operations(framework: Framework) -> Any:
     from . import jax
 
     return jax
+
+
+def outside_of_graphs() -> Callable[..., Any]:
+    """A function that calls another, with the arguments that follow it, outside of the graph of torch.compile."""
+    from .torch_uncompiled import uncompiled
+
+    return uncompiled

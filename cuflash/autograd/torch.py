@@ -10,8 +10,6 @@ Importing this module imports PyTorch: that is done once a tensor asks for it.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -88,20 +86,6 @@ def _captured(bound: Bound, q: Any) -> list[Any]:
             )
         found.append(x)
     return found
-
-
-@torch.compiler.disable(
-    reason="torch.compile cannot look into a mod: trace it before, as score_mod = cuflash.mod(score_mod) outside of "
-    "what is compiled, and pass what that returns"
-)
-def uncompiled(function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-    """Calls a function outside of the graph that torch.compile makes, which breaks in two here."""
-    warnings.warn(
-        "torch.compile breaks its graph at this call of attention, for it cannot look into a mod: trace it before, as "
-        "score_mod = cuflash.mod(score_mod) outside of what is compiled, and pass what that returns",
-        stacklevel=3,
-    )
-    return function(*args, **keywords)
 
 
 def _lengths(name: str, x: Any, q: Any) -> Any:

@@ -10,7 +10,7 @@ from ..dtypes import DType
 from ..errors import ArgumentError, UnsupportedError, require
 from ..frameworks import Framework
 from ..trace.tracer import Bound
-from . import runner
+from . import number_checks, runner
 from .arguments import Arguments
 from .bind import bind
 from .mods import bind_mods
@@ -41,11 +41,13 @@ class Plan:
 
     def __init__(self, q: Array, k: Array, v: Array, arguments: Arguments) -> None:
         framework = frameworks.of(q)
-        if arguments.out is not None or arguments.aux != ():
+        if arguments.out is not None or number_checks.aux_names(arguments.aux):
             raise ArgumentError("out= and aux= are not taken by plan: run(q, k, v, out) writes out, and nothing else")
         if framework is frameworks.jax:
             raise UnsupportedError("JAX arrays are immutable, and a plan writes to out: call attention under jax.jit")
+        number_checks.flag("deterministic", arguments.deterministic)
         self._framework: Framework = framework
+        self._type = type(q)
         self._arguments = arguments
         self._runner: runner.Runner | None = None
         self._refuse_watched(q, k, v)
@@ -68,7 +70,7 @@ class Plan:
         Raises `ArgumentError` where an array's shape, strides, dtype or device is another than the plan's.
         """
         given = self._arguments._replace(out=out)
-        if self._framework is frameworks.cupy and type(q) is type(out):
+        if self._framework is frameworks.cupy and type(q) is self._type:
             warm = runner.warm(q, k, v, given)
             found = None if warm is None else runner.found(warm)
             if warm is not None and found is not None and found is self._runner and not found.overlaps(warm.at):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import mods, validate
+from .. import mods
 from ..block_kinds import Seen, mask_of
 from ..block_mask import require_mask
 from ..block_parts import mask_at
+from ..call import number_checks
 from ..errors import require
 from .figures import SHADE, subplots
 
@@ -26,13 +27,13 @@ _KIND_COLORS = ("#f4f4f4", "#f2b880", "#7fb3d5")
 def _lengths(name: str, given: Any) -> list[int]:
     """A length as a list of one, or a list of them, each an int."""
     if not isinstance(given, (tuple, list, np.ndarray)) or np.ndim(given) == 0:
-        return [validate.count(name, given, least=_ANY)]
-    return [validate.count(f"{name}[{i}]", n, least=_ANY) for i, n in enumerate(given)]
+        return [number_checks.count(name, given, least=_ANY)]
+    return [number_checks.count(f"{name}[{i}]", n, least=_ANY) for i, n in enumerate(given)]
 
 
 def _mask_of(mask_mod: Any, causal: bool, window_size: tuple[int | None, int | None]) -> Any:
     """One mask_mod for all of them."""
-    left, right = (None if side < 0 else side for side in validate.window(window_size, causal))
+    left, right = (None if side < 0 else side for side in number_checks.window(window_size, causal))
     if mask_mod is not None:
         require_mask("mask_mod", mask_mod)
     found = [] if mask_mod is None else [mask_mod]
@@ -75,7 +76,7 @@ def plot_mask(
     """
     q_lens = _lengths("q_len", q_len)
     k_lens = q_lens if k_len is None else _lengths("k_len", k_len)
-    h = validate.count("h", h, least=0)
+    h = number_checks.count("h", h, least=0)
     require(
         len(q_lens) == len(k_lens) and min([*q_lens, *k_lens], default=0) > 0,
         f"q_len={q_len!r}, k_len={k_len!r} must be as many lengths, each at least 1",
@@ -88,7 +89,7 @@ def plot_mask(
         isinstance(tile, (tuple, list)) and len(tile) == 2,
         f"tile={tile!r} must be queries and keys of one, each at least 1",
     )
-    rows, columns = (validate.count(f"tile[{i}]", n, least=_ANY) for i, n in enumerate(tile))
+    rows, columns = (number_checks.count(f"tile[{i}]", n, least=_ANY) for i, n in enumerate(tile))
     require(min(rows, columns) > 0, f"tile={tile!r} must be queries and keys of one, each at least 1")
     tile = rows, columns
     mask = _mask_of(mask_mod, causal, window_size)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from .. import emulator, validate
+from .. import emulator
+from ..call import number_checks
 from ..errors import require
 from .figures import subplots
 
@@ -100,11 +101,11 @@ def timeline(
     (['warp 0', 'warp 4', 'products of warp 4', 'warp 8'], ['k_empty[0]', 'v_empty[0]'])
     """
     ticks = {"copy": copy_ticks, "product": product_ticks, "shuffle": shuffle_ticks}
-    ticks = {name: validate.count(f"{name}_ticks", n, least=0, most=_MOST_TICKS) for name, n in ticks.items()}
-    launch = None if launch is None else validate.count("launch", launch, least=0)
+    ticks = {name: number_checks.count(f"{name}_ticks", n, least=0, most=_MOST_TICKS) for name, n in ticks.items()}
+    launch = None if launch is None else number_checks.count("launch", launch, least=0)
     if block is not None:
         require(isinstance(block, (tuple, list)) and len(block) == 3, f"block={block!r} must be (x, y, z), or None")
-        x, y, z = (validate.count(f"block[{i}]", n, least=0) for i, n in enumerate(block))
+        x, y, z = (number_checks.count(f"block[{i}]", n, least=0) for i, n in enumerate(block))
         block = x, y, z
     if launch is None and trace.events:
         launch = Counter(e.launch for e in trace.events).most_common(1)[0][0]

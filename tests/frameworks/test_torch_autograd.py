@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -759,3 +761,15 @@ def test_no_warning_of_ours():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         torch.compile(cuflash.attention, fullgraph=True, backend="aot_eager")(q, k, v).sum().backward()
+
+
+def test_gradients_import_no_compiler():
+    """dynamo takes seconds to import, and nobody compiles here."""
+    script = (
+        "import sys, torch, cuflash\n"
+        "q = torch.ones(1, 4, 2, 8, requires_grad=True)\n"
+        "cuflash.attention(q, q, q, score_mod=lambda s, b, h, i, j: s * 2).sum().backward()\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
