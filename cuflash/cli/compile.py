@@ -25,11 +25,12 @@ DEFAULT_ARCHES = ("sm_80", "sm_90a")
 
 def specs(arch: Arch) -> list[module.KernelSpec]:
     """Every kernel that runs on `arch`, with representative Variants."""
-    from ..ops import append, backward, decode, dropout_mask
+    from ..ops import append, backward, backward_sm90, decode, dropout_mask
 
     tiled = (
         *(ops.representative(arch) for ops in (forward, backward, append, decode)),
         forward.representative_sm90(arch),
+        backward_sm90.representative(arch),
     )
     return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
 
