@@ -120,7 +120,8 @@ struct BackwardPlan {
 constexpr u32 kMasked = 1u << 31;
 constexpr u32 kLast = 1u << 30;
 constexpr u32 kSpecial = 1u << 29;  // it has rows that keep nothing, or whose weights need more than 2^(c s - lse_base2)
-constexpr u32 kNumber = kSpecial - 1;
+constexpr u32 kTailNext = 1u << 28;  // the tile after it has rows behind the last query
+constexpr u32 kNumber = kTailNext - 1;
 
 template <class V>
 struct Barriers {
@@ -178,7 +179,10 @@ struct KeyTile {
   // A sequence has slots that none of its tiles is in.
   HW_DEVICE bool exists() const { return first >= 0; }
 
-  // Whether causal, window or lengths mask anything of the tile `n` of queries.
+  // Whether the tile `n` of queries has rows behind the last one.
+  HW_DEVICE bool is_tail(i32 n) const { return (n + 1) * V::kBlockQ > seq.q_len; }
+
+  // Whether causal, window or lengths mask anything of it.
   HW_DEVICE bool is_mixed(i32 n) const {
     return n * V::kBlockQ < queries.all.begin || (n + 1) * V::kBlockQ > queries.all.end || last_row + 1 < V::kBlockK;
   }
@@ -318,7 +322,7 @@ HW_DEVICE void describe_tiles(const BackwardSm90Params& p, u32 smem, const KeyTi
     if (hw::lane_idx() == 0) {
       const u32 to = smem + Plan::kWords + 8 * stage;
       hw::store_shared(to, static_cast<u32>(n) | (masked ? kMasked : 0u) | (special ? kSpecial : 0u) |
-                               (tiles.found ? 0u : kLast));
+                               (tiles.found ? 0u : kLast) | (t.is_tail(tiles.n) ? kTailNext : 0u));
       hw::store_shared(to + 4, static_cast<u32>(group));
     }
     hw::sync_warp();
@@ -419,9 +423,10 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
       // sync   k and v cleared <-> all consumers
       meet();
     }
-    u32 word;
+    // NOTE: whether a tile has a tail the word before says. A tile's own would keep S waiting, and to count tiles takes
+    // registers.
+    u32 word = t.is_tail(tiles.n) ? kTailNext : 0;
     u32 tile = 0;
-    i32 n = tiles.n;
     HW_NO_UNROLL
     do {
       const u32 stage = barriers.stage(tile), parity = barriers.parity(tile);
@@ -431,17 +436,13 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
       const u32 terms = smem + Plan::kTerms + stage * Plan::kTermsBytes;
       // wait   q full <- warps 0 and 1
       hw::mbarrier_wait(barriers.q_full(stage), parity);
-      // NOTE: without a mask_mod n is counted here, for the word would keep S waiting.
-      if constexpr (M::kMask) {
-        word = read_word(stage, 0);
-        n = static_cast<i32>(word & kNumber);
-      }
-      if ((n + 1) * V::kBlockQ > t.seq.q_len) {
+      if (word & kTailNext) {
+        const i32 used = t.seq.q_len - static_cast<i32>(read_word(stage, 0) & kNumber) * V::kBlockQ;
         // wait   do full <- warp 0
         hw::mbarrier_wait(barriers.do_full(stage), parity);
         // Queries behind the last one, likewise.
-        clear_rows<QkChunk, V::kHeadDim, V::kBlockQ, Plan::kConsumerThreads>(q, t.seq.q_len - n * V::kBlockQ, thread);
-        clear_rows<VChunk, V::kHeadDimV, V::kBlockQ, Plan::kConsumerThreads>(dout, t.seq.q_len - n * V::kBlockQ, thread);
+        clear_rows<QkChunk, V::kHeadDim, V::kBlockQ, Plan::kConsumerThreads>(q, used, thread);
+        clear_rows<VChunk, V::kHeadDimV, V::kBlockQ, Plan::kConsumerThreads>(dout, used, thread);
         hw::fence_proxy_async();
         // sync   q and dout cleared <-> all consumers
         meet();
@@ -452,7 +453,7 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
       hw::wgmma_fence();
       issue_qk<Element, QkChunk, V::kHeadDim, V::kBlockK, V::kBlockQ>(s, own_k, q);
       hw::wgmma_commit();
-      if constexpr (!M::kMask) word = read_word(stage, 0);
+      word = read_word(stage, 0);
       i32 head = 0;
       if constexpr (V::kRich) head = t.head_kv * p.head_group + static_cast<i32>(read_word(stage, 1));
       // wait   do full <- warp 0
@@ -464,7 +465,7 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
       hw::wgmma_pin(accumulators(s));
 
       // P
-      const i32 first = n * V::kBlockQ, row_first = t.first + warp_row;
+      const i32 first = static_cast<i32>(word & kNumber) * V::kBlockQ, row_first = t.first + warp_row;
       const i32 center = row_first - t.seq.diagonal() - first;  // the column on the diagonal of this warp's row 0
       const auto mods = [&] {
         if constexpr (M::kScore || M::kMask) return M::tile(p, t.sequence, head, t.seq.q_len, t.seq.k_len);
@@ -613,7 +614,6 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
       add_dq<V>(dq, p.dq_accum + (head * p.dq_blocks + dq_begin + first / 16) * (16 * V::kHeadDim), consumer,
                 t.seq.q_len - first);
       ++tile;
-      if (++n == t.first_tile + t.tiles) n = t.first_tile;
     } while ((word & kLast) == 0);
     hw::wgmma_pin(accumulators(dv));
     hw::wgmma_pin(accumulators(dk));
