@@ -152,6 +152,13 @@ struct Barriers {
   }
 };
 
+// Which key tile a block has, and of which sequence and key head.
+template <class V>
+HW_DEVICE TileRange key_tile_of_block(const BackwardParams& p) {
+  return tiles_of_block(p.cu_seqlens_k, p.k_len, p.batch, p.packed_grid, V::kBlockK);
+}
+HW_DEVICE i32 key_head_of_block() { return hw::block_idx_y(); }
+
 // The key tile of a block, as every role works it out.
 template <class V>
 struct KeyTile {
@@ -164,7 +171,7 @@ struct KeyTile {
   i32 first_tile, tiles;  // of queries, of one head
 
   HW_DEVICE explicit KeyTile(const BackwardParams& p)
-      : KeyTile(p, tiles_of_block(p.cu_seqlens_k, p.k_len, p.batch, p.packed_grid, V::kBlockK), hw::block_idx_y()) {}
+      : KeyTile(p, key_tile_of_block<V>(p), key_head_of_block()) {}
   HW_DEVICE KeyTile(const BackwardParams& p, const TileRange& range, i32 head)
       : sequence(range.sequence), head_kv(head), seq(read_sequence(p, sequence)),
         first((ceil_div(seq.k_rows, V::kBlockK) - 1 - range.first) * V::kBlockK),
@@ -177,7 +184,7 @@ struct KeyTile {
                   : 0) {}
 
   // A sequence has slots that none of its tiles is in.
-  HW_DEVICE bool exists() const { return first >= 0; }
+  HW_DEVICE bool exists() const { return 0 <= first && first < seq.k_rows; }
 
   // Whether the tile `n` of queries has rows behind the last one.
   HW_DEVICE bool is_tail(i32 n) const { return (n + 1) * V::kBlockQ > seq.q_len; }
@@ -624,7 +631,7 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
   meet();
   // What it needs is read anew: kept through the loop it would cost registers there.
   const Sequence owner = read_sequence(p, t.sequence);
-  const i32 warp_first = t.first + warp_row, head_kv = hw::block_idx_y();
+  const i32 warp_first = t.first + warp_row, head_kv = key_head_of_block();
   const i32 used = owner.k_len - warp_first, owned = owner.k_rows - warp_first;
   u8* to_k = at_row(p.dk, owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
              head_kv * p.dk_stride_head;
