@@ -37,7 +37,7 @@ from cuflash import api, arch, dtypes, emulator, frameworks
 from cuflash.cli import compile as compile_command
 from cuflash.errors import ArgumentError, CuflashError
 from cuflash.jit import module, sass
-from cuflash.ops import forward
+from cuflash.ops import backward_sm90, forward
 from cuflash.settings import config
 
 from . import machine_code, nowhere, on_numpy, schema
@@ -209,15 +209,18 @@ def flop_of(instruction: str) -> int:
 def predicting() -> Iterator[Row]:
     """The share of the time that a Hopper GPU's tensor cores can be busy, for every Variant of its kernels."""
     target = arch.named(ARCH)
-    for spec in forward.representative_sm90(target):
-        assert isinstance(spec.variant, forward.ForwardSm90Variant)
+    for spec in (*forward.representative_sm90(target), *backward_sm90.representative(target)):
         compiled = module.compile(spec, target)
         loop = sass.functions(sass.disassemble(compiled.path))[spec.entry].loops[0]
-        tile = forward.predicted(spec.variant, loop)
         v = spec.variant
+        if isinstance(v, backward_sm90.BackwardSm90Variant):
+            tile, features = backward_sm90.predicted(v, loop), (("dropout", v.dropout), ("rich", v.rich))
+        else:
+            assert isinstance(v, forward.ForwardSm90Variant)
+            tile, features = forward.predicted(v, loop), (("dropout", v.dropout), ("pages", v.paged))
         dims = f"{v.head_dim}" if v.head_dim == v.head_dim_v else f"{v.head_dim} and {v.head_dim_v}"
-        features = "".join(f", {name}" for name, on in (("dropout", v.dropout), ("pages", v.paged)) if on)
-        case = f"{spec.name}, d {dims}, tile {v.tile.block_q} x {v.tile.block_k}{features}"
+        extras = "".join(f", {name}" for name, on in features if on)
+        case = f"{spec.name}, d {dims}, tile {v.tile.block_q} x {v.tile.block_k}{extras}"
         more = {
             "tensor_use": round(tile.tensor_use, 3),
             "issue_use": round(tile.issue_use, 3),

@@ -19,6 +19,29 @@
 #include <tile/store.cuh>
 #include <variant.cuh>
 
+// How dq_accum has 16 rows (params/backward.cuh).
+constexpr i32 kApart = 0;       // [d / 8, 4, 32]
+constexpr i32 kSideBySide = 1;  // [d / 8, 32, 4]
+constexpr i32 kTransposed = 2;  // [d / 16, 2, 32, 4]: blocks of 16 columns, as rows, and 8 queries
+
+// Rounds the transposed sums and writes them where they belong in a tile of rows: two of 16 columns and 8 queries each make
+// what a fragment has of two column tiles.
+template <class Element, class Tile, class Dq>
+HW_DEVICE void gather_transposed(Dq& dq, u32 tile) {
+  static_assert(sizeof(Element) == 2, "of 16-bit elements");
+  HW_UNROLL
+  for (i32 c = 0; c < Dq::kColTiles; ++c) {
+    HW_UNROLL
+    for (i32 i = 0; i < 2; ++i) {
+      const i32 unit = c / 2 * 2 + i, place = 2 * (hw::lane_idx() / 4);
+      const i32 row = 8 * (c % 2) + Dq::first_col();
+      const u32 pair = hw::pack2<Element>(dq.x[0][c][2 * i], dq.x[0][c][2 * i + 1]);
+      hw::store_shared(Tile::address(tile, row, unit) + static_cast<u32>(place), static_cast<u16>(pair));
+      hw::store_shared(Tile::address(tile, row + 1, unit) + static_cast<u32>(place), static_cast<u16>(pair >> 16));
+    }
+  }
+}
+
 template <class V>
 HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   using Element = typename V::Element;
@@ -33,17 +56,31 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   dq.fill(0.0f);
   if (first < seq.q_len) {
     const i64 block = head * p.dq_blocks + slot_begin(p.cu_seqlens_q, p.q_len, sequence, 16) + first / 16;
-    const float* from = p.dq_accum + block * (V::kHeadDim / 8) * 128 + lane;
+    const float* from = p.dq_accum + block * (V::kHeadDim / 8) * 128 + (V::kDqOrder == kApart ? lane : 4 * lane);
     HW_UNROLL
     for (i32 c = 0; c < Dq::kColTiles; ++c) {
-      HW_UNROLL
-      for (i32 i = 0; i < 4; ++i) dq.x[0][c][i] = hw::load_global(from + 128 * c + 32 * i) * p.scale;
+      if constexpr (V::kDqOrder != kApart) {
+        const u32x4 four = hw::load_global(reinterpret_cast<const u32x4*>(from + 128 * c));
+        HW_UNROLL
+        for (i32 i = 0; i < 4; ++i) dq.x[0][c][i] = hw::bits_float(four.x[i]);
+      } else {
+        HW_UNROLL
+        for (i32 i = 0; i < 4; ++i) dq.x[0][c][i] = hw::load_global(from + 128 * c + 32 * i);
+      }
     }
   }
+  dq.for_each([&](float& x, i32, i32) { x *= p.scale; });
   u8* to = at_row(p.dq, seq, p.dq_stride_batch, seq.q_begin + first, p.dq_stride_row) + head * p.dq_stride_head;
   const u32 warp_tile = hw::smem_base() + static_cast<u32>(16 * warp * Tile::kRowBytes);
-  store_rows<Element, Tile, V::kLoadBytes>(dq, warp_tile, to, p.dq_stride_row, seq.q_len - first, seq.q_rows - first,
-                                           p.head_dim * static_cast<i32>(sizeof(Element)));
+  const i32 used = seq.q_len - first, owned = seq.q_rows - first, row_bytes = p.head_dim * static_cast<i32>(sizeof(Element));
+  if constexpr (V::kDqOrder == kTransposed) {
+    gather_transposed<Element, Tile>(dq, warp_tile);
+    store_gathered_at<Tile, V::kLoadBytes, 16, Tile::kUnits>(warp_tile, row_bytes, [&](i32 row, const auto& write) {
+      if (row < owned) write(to + row * p.dq_stride_row, row >= used);
+    });
+  } else {
+    store_rows<Element, Tile, V::kLoadBytes>(dq, warp_tile, to, p.dq_stride_row, used, owned, row_bytes);
+  }
 
   // One partial sum a warp: backward_sum.cu adds them up.
   if (p.sink_partials == nullptr) return;

@@ -57,6 +57,7 @@
 #include <tile/sequence.cuh>
 #include <tile/shared_tile.cuh>
 #include <tile/store.cuh>
+#include <tile/weight.cuh>
 #include <variant.cuh>
 
 template <class V>
@@ -106,23 +107,6 @@ struct BackwardPlan {
                     V::kSharedBytes,
                 "the host asks for as much shared memory as is used");
 };
-
-// d(score) / d(q.k), less the scale, where scores are capped: 1 - tanh^2. The capped score is had from P again, whose
-// logarithm it is; where P is 0 so is the gradient.
-// Never below 0, however lse is rounded.
-HW_DEVICE float cap_derivative(float weight, float lse_base2, float bias, float cap) {
-  const float t = hw::fma(hw::log2_approx(weight) + lse_base2, kLn2, -bias) * hw::rcp_approx(cap);
-  return weight == 0.0f ? 0.0f : hw::max(hw::fma(-t, t, 1.0f), 0.0f);
-}
-
-// Whether a row's weights need more than 2^(c s - lse_base2): lse is so large that its round-off shows, or it keeps nothing.
-HW_DEVICE bool is_special(float lse_base2) { return hw::abs(lse_base2) >= 16384.0f; }
-
-// The weight of a score of such a row. lse: in natural units, in which it is rounded once. c: of the exponential.
-HW_DEVICE float special_weight(float score, float c, float lse) {
-  const float exponent = hw::fma(score, c * kLn2, -lse) * kLog2e;
-  return hw::exp2_approx(exponent > 0.0f ? 0.0f : exponent);
-}
 
 // Zeros in the moved rows of dout that keep nothing, for 0 times what lies there may be NaN. Each thread clears what it
 // has copied, and waited for. rows_smem: lse_base2 of each.
@@ -412,7 +396,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
         if (base2 == kInfinity) {
           x = 0.0f;
         } else if (is_special(base2)) {
-          x = special_weight(x, p.softmax_scale, hw::load_global(lse + query));
+          x = special_weight(x, p.softmax_scale * kLn2, hw::load_global(lse + query));
         } else {
           x = hw::exp2_approx(hw::fma(x, p.softmax_scale, -base2));
         }

@@ -12,6 +12,10 @@ struct alignas(16) u32x4 {
   u32 x[4];
 };
 
+struct alignas(8) f32x2 {
+  float x[2];
+};
+
 // A CUtensorMap: what a tensor copy knows of a tensor in global memory (cuflash/jit/tensor_map.py).
 struct alignas(64) TensorMap {
   u64 words[16];

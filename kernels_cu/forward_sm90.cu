@@ -66,6 +66,7 @@
 #include <tile/score.cuh>
 #include <tile/sequence.cuh>
 #include <tile/softmax.cuh>
+#include <tile/tensor_rows.cuh>
 #include <variant.cuh>
 
 template <class V>
@@ -155,16 +156,6 @@ struct Barriers {
     hw::fence_mbarrier_init();
   }
 };
-
-// Rows of a tensor, chunk by chunk; the caller announces kRows x kHeadDim elements.
-template <class Chunk, i32 kHeadDim, i32 kRows>
-HW_DEVICE void load_rows(u32 to, const TensorMap& map, u32 mbarrier, hw::CachePolicy policy, i32 head, i32 row,
-                         i32 batch) {
-  HW_UNROLL
-  for (i32 column = 0; column < kHeadDim; column += Chunk::kElements) {
-    hw::tma_load(to + static_cast<u32>(column * kRows * 2), map, mbarrier, policy, column, head, row, batch);
-  }
-}
 
 // A key tile; the caller announces all of it. In a cluster its blocks bring a part each, to all of them.
 template <class V, class Chunk, i32 kHeadDim>

@@ -10,7 +10,7 @@ from benchmarks import nowhere, offline, schema
 from benchmarks.schema import Row
 from cuflash import arch, dtypes
 from cuflash.errors import ArgumentError, UnsupportedError
-from cuflash.ops import dropout_mask, forward
+from cuflash.ops import backward_sm90, dropout_mask, forward
 
 
 @needs_nvrtc
@@ -76,13 +76,18 @@ def test_the_model_of_every_hopper_kernel(monkeypatch):
     every = forward.representative_sm90(arch.named("sm_90a"))
     assert len(every) > 10
     one = forward.kernel_spec(forward.choose_sm90_variant(dtypes.bfloat16, 128, 128))
+    other = backward_sm90.kernel_spec(backward_sm90.choose_variant(dtypes.bfloat16, 128, 128, rich=True))
     monkeypatch.setattr(forward, "representative_sm90", lambda target: [one])
-    (row,) = offline.predicting()
-    assert row.case.startswith("forward_sm90, d 128, tile 128 x 128")
-    assert row.ms is row.tflops is None, "a prediction is no measurement"
-    assert row.more["tensor_use"] == pytest.approx(
-        row.more["clocks"]["tensor"] / row.more["clocks"]["clocks"], abs=2e-3
-    )
+    monkeypatch.setattr(backward_sm90, "representative", lambda target: [other])
+    rows = list(offline.predicting())
+    assert [row.case for row in rows] == [
+        "forward_sm90, d 128, tile 128 x 128", "backward_sm90, d 128, tile 64 x 128, rich"
+    ]  # fmt: skip
+    for row in rows:
+        assert row.ms is row.tflops is None, "a prediction is no measurement"
+        assert row.more["tensor_use"] == pytest.approx(
+            row.more["clocks"]["tensor"] / row.more["clocks"]["clocks"], abs=2e-3
+        )
 
 
 def test_results_say_that_no_gpu_was_there(monkeypatch):

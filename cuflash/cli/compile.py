@@ -16,7 +16,7 @@ from .. import arch as arches
 from ..arch import Arch
 from ..errors import ArgumentError, CompileError, UnsupportedError
 from ..jit import cache, module, nvrtc, sass, variant
-from ..ops import forward
+from ..ops import backward_sm90, forward
 from ..settings import config
 
 THREADS = 2  # NVRTC needs about 200 MB a compile
@@ -30,6 +30,7 @@ def specs(arch: Arch) -> list[module.KernelSpec]:
     tiled = (
         *(ops.representative(arch) for ops in (forward, backward, append, decode, write_kv)),
         forward.representative_sm90(arch),
+        backward_sm90.representative(arch),
     )
     return [*(spec for specs in tiled for spec in specs), dropout_mask.SPEC]
 
@@ -59,9 +60,9 @@ def compile_kernels(
 
 def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict[str, Any]:
     """One kernel's row. `sass` counts its opcodes by class, `loops` those of each innermost loop with matrix products.
-    Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `maxima_in_window`,
-    comparisons for rows' maxima in the main loop that run under its products, and all, and `ex2_in_window`, the same of
-    exponentials; `loop_instructions`, of a plain tile;
+    Where warps have roles: `consumer_spills` and `producer_spills`, accesses to local memory; `loop_instructions`, of a
+    plain tile; of a forward also `maxima_in_window`, comparisons for rows' maxima in the main loop that run under its
+    products, and all, and `ex2_in_window`, the same of exponentials;
     `tensor_use`, the share of the time that the tensor cores can be busy, predicted (jit/sm_model.py), not measured.
 
     `error` is None, or why it did not compile; then the measurements are None.
@@ -103,10 +104,12 @@ def report(spec: module.KernelSpec, arch: Arch, out: Path | None = None) -> dict
         if code.local_by_role is not None and code.loops:
             main = code.loops[0]
             row["consumer_spills"], row["producer_spills"] = code.local_by_role
-            row.update(maxima_in_window=main.in_window("FMNMX"), ex2_in_window=main.in_window("MUFU.EX2"))
             row["loop_instructions"] = main.shortest
             if isinstance(spec.variant, forward.ForwardSm90Variant):
+                row.update(maxima_in_window=main.in_window("FMNMX"), ex2_in_window=main.in_window("MUFU.EX2"))
                 row["tensor_use"] = round(forward.predicted(spec.variant, main).tensor_use, 3)
+            elif isinstance(spec.variant, backward_sm90.BackwardSm90Variant):
+                row["tensor_use"] = round(backward_sm90.predicted(spec.variant, main).tensor_use, 3)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         path = out / f"{spec.name}.{arch.name}.{cache.key_of(compiled.text)[:10]}.cubin"

@@ -1,7 +1,8 @@
 """Attention backward: the launches around kernels_cu/backward_sm80.cu, and the workspace between them.
 
     backward_delta   a number or two of every query row
-    backward_sm80    with the keys held: dk, dv, and dq summed in float32 by atomics
+    backward_sm80    with the keys held: dk, dv, and dq summed in float32 by atomics. Hopper has a kernel of its own for
+                     this step, backward_sm90 (`backward_sm90.why_not` says for which calls it has not)
     backward_cast    dq of that sum, and what dsink needs of every row
     backward_sum     dsink, where it is wanted
 
@@ -32,7 +33,7 @@ from ..dtypes import DType
 from ..jit import layout, module
 from ..trace import emit_c
 from ..trace.expr import Mods
-from . import forward
+from . import backward_sm90, forward
 from .forward import Strides
 
 
@@ -197,11 +198,12 @@ class DeltaVariant:
 
 @dataclass(frozen=True, slots=True)
 class CastVariant:
-    """All that backward_cast depends on."""
+    """All that backward_cast depends on. dq_order: how the sums lie, see backward_cast.cu."""
 
     element: DType
     head_dim: int
     load_bytes: int
+    dq_order: int = 0
 
     @property
     def smem_bytes(self) -> int:
@@ -214,6 +216,7 @@ class CastVariant:
             "kRows": CAST_ROWS,
             "kThreads": CAST_THREADS,
             "kLoadBytes": self.load_bytes,
+            "kDqOrder": self.dq_order,
         }
 
 
@@ -364,20 +367,30 @@ class BackwardPlan:
         self.arch = arch
         # The gradient of a slope is summed over the queries of one head, which blocks that hold queries do as they go.
         two_kernels = p.deterministic or p.dslopes
-        keys, *queries = choose_variants(
-            p.dtype,
-            p.head_dim,
-            p.head_dim_v,
-            p.load_bytes,
-            deterministic=two_kernels,
-            dropout=p.dropout_p > 0,
-            mods=p.mods,
-            dcaptured=tuple(slot for slot, _ in p.dcaptured),
-            fixed_sums=p.deterministic and bool(p.dcaptured),
-        )
-        cast = CastVariant(p.dtype, keys.head_dim, keys.load_bytes)
+        self.fallback = backward_sm90.why_not(p, arch)
+        keys: BackwardVariant | backward_sm90.BackwardSm90Variant
+        queries: list[BackwardVariant] = []
+        self._maps: backward_sm90.TensorMaps | None = None
+        if self.fallback:
+            keys, *queries = choose_variants(
+                p.dtype,
+                p.head_dim,
+                p.head_dim_v,
+                p.load_bytes,
+                deterministic=two_kernels,
+                dropout=p.dropout_p > 0,
+                mods=p.mods,
+                dcaptured=tuple(slot for slot, _ in p.dcaptured),
+                fixed_sums=p.deterministic and bool(p.dcaptured),
+            )
+            block_k, slices, dq_order = keys.tile.held, keys.tile.slices, 0
+        else:
+            keys = backward_sm90.choose_for(p)
+            block_k, slices, dq_order = keys.tile.block_k, 1, keys.dq_order
+            self._maps = backward_sm90.TensorMaps(p, keys)
+        cast = CastVariant(p.dtype, keys.head_dim, keys.load_bytes, dq_order)
         sums = p.dsink or p.dslopes
-        held, warps = (keys.tile.held, keys.tile.warps) if queries else (CAST_ROWS, CAST_THREADS // 32)
+        held, warps = (queries[0].tile.held, queries[0].tile.warps) if queries else (CAST_ROWS, CAST_THREADS // 32)
         slots = forward.slots_of(packed=p.packed, batch=p.batch, rows=p.q_rows, block=held)
         partials = slots * warps if sums else 0
         rows = (p.heads_q, p.q_rows) if p.packed else (p.batch, p.heads_q, p.q_rows)
@@ -402,11 +415,16 @@ class BackwardPlan:
             | {"scale": p.scale}
         )
         names = [*values, "packed_grid"]
-        self._pack = layout.load("BackwardParams").packer(*POINTERS, "seed_value", "offset_value", "captured", *names)
+        fields = (*POINTERS, "seed_value", "offset_value", "captured", *names)
+        self._pack = layout.load("BackwardParams").packer(*fields)
+        if self._maps is not None:
+            self._natural_scale = p.scale if values["raw_scores"] else 1.0
+            self._pack_with_maps = layout.load(backward_sm90.PARAMS).packer(*fields, *backward_sm90.FIELDS)
         self._captured = forward.Captured(p.mods)
 
         def step(variant: Any, grid: tuple[int, int, int], slots: bool, why: str) -> Step:
-            return Step(kernel_spec(variant), grid, why, (*values.values(), int(slots)))
+            spec_of = backward_sm90.kernel_spec if variant is keys and self._maps is not None else kernel_spec
+            return Step(spec_of(variant), grid, why, (*values.values(), int(slots)))
 
         def step_over(variant: Any, rows: int, longest: int | None, heads: int, block: int) -> Step:
             return step(
@@ -427,7 +445,8 @@ class BackwardPlan:
         grid = (max(blocks, int(sums)), p.heads_q, 1 if p.packed else min(p.batch, forward.MAX_HEADS))
         self.steps = [
             step(delta, grid, False, "query rows"),
-            step_over(keys, p.k_rows, p.max_seqlen_k, p.heads_kv * keys.tile.slices, keys.tile.held),
+            # A block of Hopper's kernel has one tile: no hint may leave it more.
+            step_over(keys, p.k_rows, p.max_seqlen_k if self._maps is None else None, p.heads_kv * slices, block_k),
         ]
         for variant, block in [(side, side.tile.held) for side in queries] or [(cast, CAST_ROWS)]:
             self.steps.append(step_over(variant, p.q_rows, p.max_seqlen_q, p.heads_q, block))
@@ -448,11 +467,14 @@ class BackwardPlan:
         lines = []
         for step in self.steps:
             name, held = step.spec.source.removesuffix(".cu"), ""
-            if isinstance(step.spec.variant, BackwardVariant):
-                held = " with the keys held" if step.spec.variant.keys_held else " with the queries held"
+            if isinstance(step.spec.variant, BackwardVariant | backward_sm90.BackwardSm90Variant):
+                by_keys = not isinstance(step.spec.variant, BackwardVariant) or step.spec.variant.keys_held
+                held = " with the keys held" if by_keys else " with the queries held"
                 held += ", dq added up by atomics" * step.spec.variant.accumulate_dq
             x, y, z = step.grid
             lines.append(f"{name}{held}: {x} x {y} x {z} blocks, {step.why}")
+        if self.arch.name == "sm_90a" and self.fallback:
+            lines.append(f"kernel: backward_sm80 and not backward_sm90, for {self.fallback}")
         apart = "dq is computed apart, in seven matrix products instead of five, the same bits every time"
         keys = self.steps[1]
         if "dq_accum" in self.workspace:
@@ -492,7 +514,14 @@ class BackwardPlan:
         for gradient in self.gradients:
             gradient.clear(arrays, **where)
         for step in self.steps:
-            params = self._pack(*pointers, seed % 2**64, offset % 2**32, captured, *step.values)
+            if step.grid[0] == 0:
+                continue
+            given = (*pointers, seed % 2**64, offset % 2**32, captured, *step.values)
+            if self._maps is not None and step.spec.params == backward_sm90.PARAMS:
+                maps = self._maps(backend, device, *(arrays[name].ptr for name in ("q", "k", "v", "dout")))
+                params = self._pack_with_maps(*given, *maps, self._natural_scale)
+            else:
+                params = self._pack(*given)
             kernel = module.load(step.spec, self.arch, backend, device)
             kernel.launch(step.grid, params, stream=stream, buffers=buffers)
         for gradient in self.gradients:

@@ -34,10 +34,11 @@ HW_DEVICE void sync_warp() { __syncwarp(); }
 // The address of the block's dynamic shared memory, a multiple of 1,024.
 HW_DEVICE u32 smem_base() { return static_cast<u32>(__cvta_generic_to_shared(dynamic_shared_memory)); }
 
-// T: a trivially copyable type of 2, 4 or 16 bytes. The address is a multiple of its size.
+// T: a trivially copyable type of 2, 4, 8 or 16 bytes. The address is a multiple of its size.
 template <class T>
 HW_DEVICE T load_shared(u32 address) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "load_shared moves 2, 4 or 16 bytes");
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16,
+                "load_shared moves 2, 4, 8 or 16 bytes");
   T value;
   if constexpr (sizeof(T) == 2) {
     u16 bits;
@@ -46,6 +47,10 @@ HW_DEVICE T load_shared(u32 address) {
   } else if constexpr (sizeof(T) == 4) {
     u32 bits;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(bits) : "r"(address) : "memory");
+    value = __builtin_bit_cast(T, bits);
+  } else if constexpr (sizeof(T) == 8) {
+    u64 bits;
+    asm volatile("ld.shared.u64 %0, [%1];" : "=l"(bits) : "r"(address) : "memory");
     value = __builtin_bit_cast(T, bits);
   } else {
     u32x4 bits;
@@ -58,6 +63,7 @@ HW_DEVICE T load_shared(u32 address) {
   return value;
 }
 
+// T: of 2, 4 or 16 bytes.
 template <class T>
 HW_DEVICE void store_shared(u32 address, T value) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "store_shared moves 2, 4 or 16 bytes");
@@ -93,6 +99,12 @@ HW_DEVICE i32 checked_index(i32 index, i32 size) {
 // *pointer += value, one of many that do so at a time, in no order. Denormals are flushed. (PTX ISA, "red")
 HW_DEVICE void atomic_add(float* pointer, float value) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(value) : "memory");
+}
+// The same of four neighbours, at a multiple of 16 bytes; each is added by itself. Compute capability 9.0 and later.
+HW_DEVICE void atomic_add4(float* pointer, const float (&values)[4]) {
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(pointer), "f"(values[0]), "f"(values[1]),
+               "f"(values[2]), "f"(values[3])
+               : "memory");
 }
 HW_DEVICE void atomic_add(u64* pointer, u64 value) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(pointer), "l"(value) : "memory");

@@ -33,7 +33,7 @@ NEVER_INLINE void count_accesses(Warp* w) {
     std::sort(lanes.begin(), lanes.end(), [](auto* x, auto* y) { return x->lane < y->lane; });
     const u32 bytes = lanes[0]->bytes;
     if (lanes[0]->shared) {
-      const u32 phase = bytes == 16 ? 8 : 32;  // lanes served together: 128 bytes
+      const u32 phase = bytes > 4 ? 128 / bytes : 32;  // lanes served together: 128 bytes
       u32 addresses[32];
       u8 words[32];
       i32 count = 0;

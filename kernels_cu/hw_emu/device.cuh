@@ -29,7 +29,8 @@ HW_DEVICE u32 smem_base() { return emu::this_thread()->shared; }
 
 template <class T>
 HW_DEVICE T load_shared(u32 address, Site site = Site::here()) {
-  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 16, "load_shared moves 2, 4 or 16 bytes");
+  static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16,
+                "load_shared moves 2, 4, 8 or 16 bytes");
   T value;
   cuflash_emu_load_shared(&value, address, sizeof(T), site);
   return value;
@@ -60,6 +61,9 @@ HW_DEVICE i32 checked_index(i32 index, i32 size, Site site = Site::here()) {
 
 HW_DEVICE void atomic_add(float* pointer, float value, Site site = Site::here()) {
   cuflash_emu_atomic_add(pointer, value, site);
+}
+HW_DEVICE void atomic_add4(float* pointer, const float (&values)[4], Site site = Site::here()) {
+  cuflash_emu_atomic_add4(pointer, values, site);
 }
 HW_DEVICE void atomic_add(u64* pointer, u64 value, Site site = Site::here()) {
   cuflash_emu_atomic_add_u64(pointer, value, site);

@@ -79,16 +79,27 @@ void cuflash_emu_store_global(const void* value, void* pointer, u32 bytes, Site 
 }
 
 // Atomic for this machine's threads, too, over which the blocks are spread.
-void cuflash_emu_atomic_add(float* pointer, float value, Site site) {
-  Fiber* f = this_fiber();
-  step(f, site);
-  check_global(f, reinterpret_cast<u64>(pointer), 4, 4, true, "atomic_add", site);
+static void add_to(float* pointer, float value) {
   u32* word = reinterpret_cast<u32*>(pointer);
   u32 before = __atomic_load_n(word, __ATOMIC_RELAXED), after;
   do {
     const float sum = flush_denormal(__builtin_bit_cast(float, before)) + flush_denormal(value);
     after = __builtin_bit_cast(u32, flush_denormal(sum));
   } while (!__atomic_compare_exchange_n(word, &before, after, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+}
+
+void cuflash_emu_atomic_add(float* pointer, float value, Site site) {
+  Fiber* f = this_fiber();
+  step(f, site);
+  check_global(f, reinterpret_cast<u64>(pointer), 4, 4, true, "atomic_add", site);
+  add_to(pointer, value);
+}
+
+void cuflash_emu_atomic_add4(float* pointer, const float* values, Site site) {
+  Fiber* f = this_fiber();
+  step(f, site);
+  check_global(f, reinterpret_cast<u64>(pointer), 16, 16, true, "atomic_add4", site);
+  for (i32 i = 0; i < 4; i++) add_to(pointer + i, values[i]);
 }
 
 void cuflash_emu_bad_index(i32 index, i32 size, Site site) {

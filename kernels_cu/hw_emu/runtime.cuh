@@ -64,6 +64,7 @@ void cuflash_emu_store_shared(const void* value, u32 address, u32 bytes, hw::Sit
 void cuflash_emu_load_global(void* value, const void* pointer, u32 bytes, hw::Site site);
 void cuflash_emu_store_global(const void* value, void* pointer, u32 bytes, hw::Site site);
 void cuflash_emu_atomic_add(float* pointer, float value, hw::Site site);
+void cuflash_emu_atomic_add4(float* pointer, const float* values, hw::Site site);
 void cuflash_emu_atomic_add_u64(u64* pointer, u64 value, hw::Site site);
 
 void cuflash_emu_bad_index(i32 index, i32 size, hw::Site site);

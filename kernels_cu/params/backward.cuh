@@ -20,7 +20,8 @@ struct BackwardParams {
   float* lse_base2;           // [batch, heads_q, q_len] or [heads_q, total_q]: lse log2(e); +inf: the row keeps nothing
   float* delta;               // likewise: sum of dout out, less dlse; of a row that keeps nothing -dlse, or 0
   float* dq_accum;            // [heads_q, dq_blocks, class of head_dim / 8, 4, 32]: sums of dq, before scale, as mma.sync
-                              // leaves 16 rows and 8 columns in 4 registers of 32 lanes; null: no atomics
+                              // leaves 16 rows and 8 columns in 4 registers of 32 lanes. Or [.., / 8, 32, 4]; or
+                              // [.., / 16, 2, 32, 4]: 16 columns and 8 rows, likewise; null: no atomics
   float* sink_partials;       // [heads_q, partials]; null where dsink is
   float* slope_partials;      // [heads_q, partials]; null where dslopes is
   const i32* cu_seqlens_q;    // [batch + 1]; null: dense

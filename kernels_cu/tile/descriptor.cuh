@@ -23,6 +23,9 @@ struct Chunk {
     return static_cast<u32>(row * kBytes + ((unit ^ (row * kBytes >> 7)) & (kUnits - 1)) * 16);
   }
 
+  // From the address of unit `unit` of a row to that of unit `unit ^ other`: one instruction, and no register to keep.
+  HW_DEVICE static u32 other_unit(u32 address, i32 other) { return address ^ static_cast<u32>(16 * other); }
+
   // The part of a shared address that a descriptor has: 18 bits. In a cluster a block's memory begins at its rank << 24.
   // NOTE: what stands in the upper bits is added to it and not or-ed: shifted and added is one instruction.
   HW_DEVICE static u32 start(u32 address) { return (address & 0x3ffff) >> 4; }

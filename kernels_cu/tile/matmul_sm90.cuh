@@ -43,6 +43,20 @@ struct Weights {
       }
     }
   }
+
+  // All of them or-ed.
+  HW_DEVICE u32 bits() const {
+    u32 all = 0;
+    HW_UNROLL
+    for (i32 k = 0; k < kSteps; ++k) all |= x[k][0] | x[k][1] | x[k][2] | x[k][3];
+    return all;
+  }
+
+  // What became of the fragment's x[0][c][i].
+  HW_DEVICE float at(i32 c, i32 i) const {
+    const u32 pair = x[c / 2][2 * (c % 2) + i / 2];
+    return hw::to_float(Element{static_cast<u16>(i % 2 != 0 ? pair >> 16 : pair)});
+  }
 };
 
 // o += p v; v: chunks of as many rows as p has columns.

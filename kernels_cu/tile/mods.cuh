@@ -45,7 +45,7 @@ template <class M, bool kRowsAreQueries, i32 kColumns, i32 kThreads, class Param
 HW_DEVICE void stage_terms(const Params& p, const typename M::Tile& t, u32 smem, i32 first) {
   if constexpr (staged_fields<M, kRowsAreQueries>() > 0) {
     HW_NO_UNROLL
-    for (i32 i = hw::thread_idx(); i < kColumns; i += kThreads) {
+    for (i32 i = kThreads == 32 ? hw::lane_idx() : hw::thread_idx(); i < kColumns; i += kThreads) {
       const u32 to = smem + static_cast<u32>(4 * i);
       if constexpr (kRowsAreQueries) {
         M::stage(to, 4 * kColumns, M::k_terms(p, t, inside(first + i, t.kv_len)));

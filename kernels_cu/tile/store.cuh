@@ -24,18 +24,16 @@ HW_DEVICE void store_unit(u8* to, u32x4 bits, i32 left) {
   }
 }
 
-// Rounds the fragment to Element and stores its rows. They are gathered in shared memory first, in a tile that no other
-// warp touches, so that whole 16-byte units leave. place(row, write) calls write(where the row goes, whether it is zeros
-// instead), or does not. The fragment has as many columns as it has: row_bytes are left of a row from its first one.
-template <class Element, class Tile, i32 kLoadBytes, class O, class Place>
-HW_DEVICE void store_rows_at(const O& o, u32 warp_tile, i32 row_bytes, const Place& place) {
-  constexpr i32 kUnits = 8 * O::kColTiles * static_cast<i32>(sizeof(Element)) / 16;
-  store_fragment<Element, Tile>(o, warp_tile);
+// Stores kRows rows of kUnits 16-byte units that a warp's lanes have gathered in a tile of shared memory, which no other warp
+// touches. place(row, write) calls write(where the row goes, whether it is zeros instead), or does not. row_bytes are left
+// of a row from its first unit.
+template <class Tile, i32 kLoadBytes, i32 kRows, i32 kUnits, class Place>
+HW_DEVICE void store_gathered_at(u32 warp_tile, i32 row_bytes, const Place& place) {
   hw::sync_warp();
   constexpr i32 kGroup = Tile::kPeriod;  // lanes that share a row
   const i32 first_row = hw::lane_idx() / kGroup, first_unit = hw::lane_idx() % kGroup;
   HW_UNROLL
-  for (i32 step = 0; step < 16 * O::kRowTiles * kGroup / 32; ++step) {
+  for (i32 step = 0; step < kRows * kGroup / 32; ++step) {
     const i32 row = first_row + step * (32 / kGroup);
     place(row, [&](u8* out, bool zeros) {
       HW_UNROLL
@@ -47,6 +45,15 @@ HW_DEVICE void store_rows_at(const O& o, u32 warp_tile, i32 row_bytes, const Pla
       }
     });
   }
+}
+
+// Rounds the fragment to Element and stores its rows, likewise: gathered first, so that whole units leave. The fragment has
+// as many columns as it has.
+template <class Element, class Tile, i32 kLoadBytes, class O, class Place>
+HW_DEVICE void store_rows_at(const O& o, u32 warp_tile, i32 row_bytes, const Place& place) {
+  store_fragment<Element, Tile>(o, warp_tile);
+  store_gathered_at<Tile, kLoadBytes, 16 * O::kRowTiles, 8 * O::kColTiles * static_cast<i32>(sizeof(Element)) / 16>(
+      warp_tile, row_bytes, place);
 }
 
 // Rows one after the other: those at or past `used` are written as zeros, those at or past `owned` not at all.

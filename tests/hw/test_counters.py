@@ -150,12 +150,16 @@ def test_each_access_has_its_passes_and_sectors(toy):
         hw::store_shared(smem + 4 * lane, x);  // plain
         const u32 y = hw::shfl_xor(hw::load_shared<u32>(smem + 4 * lane), 1);  // read
         hw::store_global(out<u32>() + lane, y + hw::ballot(x == 0));  // write
+        hw::sync_warp();
+        const f32x2 pair = hw::load_shared<f32x2>(smem + 8 * (lane / 2));  // pair
+        const float four[4] = {pair.x[0], pair.x[1], pair.x[1], pair.x[0]};
+        hw::atomic_add4(out<float>() + 4 * lane, four);  // four
     """
     kernel = toy(body, smem_bytes=4096)
-    counters = count(kernel, a=aligned(256, np.uint32), out=aligned(32, np.uint32))
+    counters = count(kernel, a=aligned(256, np.uint32), out=aligned(128, np.uint32))
     line = kernel.line
-    assert counters.sectors == {line("scattered"): 32, line("write"): 4}
+    assert counters.sectors == {line("scattered"): 32, line("write"): 4, line("four"): 16}
     assert counters.uncoalesced == {line("scattered"): 28}
-    assert counters.shared_passes == {line("conflicting"): 32, line("plain"): 1, line("read"): 1}
+    assert counters.shared_passes == {line("conflicting"): 32, line("plain"): 1, line("read"): 1, line("pair"): 2}
     assert counters.bank_conflicts == {line("conflicting"): 31}
     assert counters.exchanges == {"shfl_xor": 1, "ballot": 1}

@@ -260,6 +260,17 @@ FAULTS = {
         "hw::atomic_add(out<float>() + 448 + thread + FAULT, 1.0f);  // access\n",
         "1", "0", ("access",), ("atomic_add", "0 bytes past the end of out", "thread 63 "),
     ),
+    "an addition of four past the end": Fault(
+        "out of bounds",
+        "const float ones[4] = {1, 1, 1, 1};\n"
+        "hw::atomic_add4(out<float>() + 256 + 4 * (thread % 64 + FAULT), ones);  // access\n",
+        "1", "0", ("access",), ("atomic_add4", "0 bytes past the end of out", "thread 63 "),
+    ),
+    "an addition of four in between": Fault(
+        "misaligned",
+        "const float ones[4] = {1, 1, 1, 1};\nhw::atomic_add4(out<float>() + FAULT + 4 * thread, ones);  // access\n",
+        "2", "0", ("access",), ("atomic_add4 of 16 bytes", "8 past a multiple of 16"),
+    ),
     "a write to an input": Fault(
         "out of bounds",
         "hw::store_global(FAULT + thread, 1u);  // access\n",

@@ -67,6 +67,15 @@ BODIES = {
       const float mine = hw::load_global(a<float>() + hw::block_idx_x() * 64 + thread);
       hw::atomic_add(out<float>() + thread % n, mine);
     """, 64, 0),
+    "atomic_add4": ("""
+      // Lanes pass what they add through shared memory, in pairs.
+      hw::store_shared(smem + 16 * thread, hw::load_global(a<u32x4>() + hw::block_idx_x() * 64 + thread));
+      hw::sync_threads();
+      const f32x2 low = hw::load_shared<f32x2>(smem + 16 * (63 - thread));
+      const f32x2 high = hw::load_shared<f32x2>(smem + 16 * (63 - thread) + 8);
+      const float mine[4] = {low.x[0], low.x[1], high.x[0], high.x[1]};
+      hw::atomic_add4(out<float>() + 4 * (thread % n), mine);
+    """, 64, 1024),
     "sync_warp": ("""
       hw::store_shared(smem + 4 * lane, static_cast<u32>(lane * lane));
       hw::sync_warp();
@@ -476,6 +485,15 @@ def test_to_long_rounds_to_the_nearest(run, rng, backend):
     x[:4] = 0.5, 1.5, -2.5, 2.0**61
     found = run("to_long", backend, a=x, out=np.zeros(1024, np.int64))
     np.testing.assert_array_equal(found, np.rint(x.astype(np.float64)).astype(np.int64))
+
+
+@each_backend
+@pytest.mark.parametrize("sums", [1, 8, 64])
+def test_atomic_add_of_four(run, rng, backend, sums):
+    x = rng.integers(-50, 50, (300, 64, 4)).astype(np.float32)
+    before = rng.integers(-50, 50, (sums, 4)).astype(np.float32)
+    found = run("atomic_add4", backend, a=x, out=before.ravel(), n=sums, grid=(300, 1, 1))
+    np.testing.assert_array_equal(found.reshape(sums, 4), before + x[:, ::-1].reshape(-1, sums, 4).sum(axis=0))
 
 
 @each_backend

@@ -74,7 +74,7 @@ def test_tiles_without_a_score_cost_the_forward_nothing(name):
 def test_tiles_without_a_score_cost_the_backward_nothing(name, deterministic):
     mask_mod, keep = MASKS[name]
     q, k, v = arrays(heads=2)
-    with using("emulator"):
+    with using("emulator", "sm_80"):
         out, lse, *_ = cuflash.attention(q, k, v, mask_mod=mask_mod, aux=("lse",))
         with cuflash.emulator.counting() as counters:
             keywords = {"mask_mod": mask_mod, "deterministic": deterministic}

@@ -123,6 +123,9 @@ def test_the_kernel_for_hopper_and_that_for_few_queries() -> None:
     hopper = workbench.load("forward_sm90", q, k, k, causal=True)
     assert hopper.problem.arch == "sm_90a" and hopper.check()
     assert any(name.startswith("wgmma") for name in hopper.counters().matrix_instructions)
+    backward = workbench.load("backward_sm90", q, k, k, dout=q, causal=True)
+    assert backward.problem.arch == "sm_90a" and backward.check()
+    assert any(name.startswith("wgmma") for name in backward.counters().matrix_instructions)
     decode = workbench.load("decode_sm80", q[:, :1], k, k, split_size=64)
     assert [spec.name for spec in decode.specs] == ["decode_sm80", "combine"] and decode.check()
     # An edit of a file that both include is in both.
