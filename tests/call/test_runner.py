@@ -226,6 +226,27 @@ def test_a_plan_refuses_what_looks_otherwise(recorder):
     assert len(recorder.launches) == 2
 
 
+@needs_nvrtc
+def test_a_plan_heeds_settings_alignment_and_lengths_that_change(recorder, monkeypatch):
+    q, k, v, out = three(recorder, DENSE)
+    used = on_device(recorder, {"seqused_k": i32(3, 70)})
+    planned = cuflash.plan(q, k, v, **used)
+    for _ in range(3):
+        planned.run(q, k, v, out)
+    assert len({x.params for x in recorder.launches}) == 1
+    moved = nowhere.CupyArray(k.data.ptr + 4, np.empty(DENSE, np.float16))
+    alone = launched(recorder, q, moved, v, out=out, **used)
+    for given in (moved, k, moved):
+        planned.run(q, given, v, out)
+    last, before = recorder.launches[-1], recorder.launches[-2]
+    assert (last.kernel.spec, last.params) == alone[0][::2] != (before.kernel.spec, before.params)
+    with pytest.raises(ArgumentError, match=r"k is a NumPy array"):
+        planned.run(q, np.ones(DENSE, np.float16), v, out)
+    monkeypatch.setattr(cuflash.config, "backend", "emulator")
+    with pytest.raises(ArgumentError, match="backend='emulator' runs on the host"):
+        planned.run(q, k, v, out)
+
+
 def test_plans_of_host_arrays_mods_and_lengths(rng):
     q, k, v = rng.standard_normal((3, 2, 9, 2, 8)).astype(np.float32)
     used, factor = i32(4, 9), 2.0
