@@ -244,7 +244,7 @@ def test_a_plan_heeds_settings_alignment_and_lengths_that_change(recorder, monke
         planned.run(q, np.ones(DENSE, np.float16), v, out)
     monkeypatch.setattr(cuflash.config, "backend", "emulator")
     with pytest.raises(ArgumentError, match="backend='emulator' runs on the host"):
-        planned.run(q, k, v, out)
+        planned.run(q, moved, v, out)
 
 
 def test_plans_of_host_arrays_mods_and_lengths(rng):
