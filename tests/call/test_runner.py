@@ -269,3 +269,26 @@ def test_a_plan_is_refused_where_a_framework_looks_on():
     assert torch.equal(planned.run(q, q, q, torch.empty_like(q)), q)
     with pytest.raises(cuflash.errors.UnsupportedError, match="a plan has no gradient"):
         planned.run(q.requires_grad_(), q, q, torch.empty(1, 4, 2, 8))
+
+
+@pytest.mark.gpu
+def test_warm_calls_and_plans_on_a_gpu(rng):
+    cupy = pytest.importorskip("cupy")
+    q, k, v = (cupy.asarray(x) for x in rng.standard_normal((3, *PACKED)).astype(np.float16))
+    starts = cupy.asarray(i32(0, 70, 140))
+    keywords = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 70, "causal": True}
+    runner.forget()
+    first = cupy.asnumpy(cuflash.attention(q, k, v, **keywords))
+    assert len(runner.RUNNERS) == 1
+    planned, out = cuflash.plan(q, k, v, **keywords), cupy.empty_like(q)
+    with ThreadPoolExecutor(2) as pool:
+        warm = pool.map(lambda _: cupy.asnumpy(cuflash.attention(q, k, v, **keywords)), range(4))
+        for found in (*warm, *(cupy.asnumpy(planned.run(q, k, v, out)) for _ in range(3))):
+            np.testing.assert_array_equal(found, first)
+    starts[1] = 3  # lengths are read anew
+    warm, planned_too = cuflash.attention(q, k, v, **keywords), planned.run(q, k, v, out)
+    runner.forget()
+    expected = cupy.asnumpy(cuflash.attention(q, k, v, **keywords))
+    for found in (warm, planned_too):
+        np.testing.assert_array_equal(cupy.asnumpy(found), expected)
+    assert (expected != first).any()
