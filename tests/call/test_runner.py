@@ -226,6 +226,27 @@ def test_a_plan_refuses_what_looks_otherwise(recorder):
     assert len(recorder.launches) == 2
 
 
+@needs_nvrtc
+def test_a_plan_heeds_settings_alignment_and_lengths_that_change(recorder, monkeypatch):
+    q, k, v, out = three(recorder, DENSE)
+    used = on_device(recorder, {"seqused_k": i32(3, 70)})
+    planned = cuflash.plan(q, k, v, **used)
+    for _ in range(3):
+        planned.run(q, k, v, out)
+    assert len({x.params for x in recorder.launches}) == 1
+    moved = nowhere.CupyArray(k.data.ptr + 4, np.empty(DENSE, np.float16))
+    alone = launched(recorder, q, moved, v, out=out, **used)
+    for given in (moved, k, moved):
+        planned.run(q, given, v, out)
+    last, before = recorder.launches[-1], recorder.launches[-2]
+    assert (last.kernel.spec, last.params) == alone[0][::2] != (before.kernel.spec, before.params)
+    with pytest.raises(ArgumentError, match=r"k is a NumPy array"):
+        planned.run(q, np.ones(DENSE, np.float16), v, out)
+    monkeypatch.setattr(cuflash.config, "backend", "emulator")
+    with pytest.raises(ArgumentError, match="backend='emulator' runs on the host"):
+        planned.run(q, moved, v, out)
+
+
 def test_plans_of_host_arrays_mods_and_lengths(rng):
     q, k, v = rng.standard_normal((3, 2, 9, 2, 8)).astype(np.float32)
     used, factor = i32(4, 9), 2.0
@@ -248,3 +269,26 @@ def test_a_plan_is_refused_where_a_framework_looks_on():
     assert torch.equal(planned.run(q, q, q, torch.empty_like(q)), q)
     with pytest.raises(cuflash.errors.UnsupportedError, match="a plan has no gradient"):
         planned.run(q.requires_grad_(), q, q, torch.empty(1, 4, 2, 8))
+
+
+@pytest.mark.gpu
+def test_warm_calls_and_plans_on_a_gpu(rng):
+    cupy = pytest.importorskip("cupy")
+    q, k, v = (cupy.asarray(x) for x in rng.standard_normal((3, *PACKED)).astype(np.float16))
+    starts = cupy.asarray(i32(0, 70, 140))
+    keywords = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 70, "causal": True}
+    runner.forget()
+    first = cupy.asnumpy(cuflash.attention(q, k, v, **keywords))
+    assert len(runner.RUNNERS) == 1
+    planned, out = cuflash.plan(q, k, v, **keywords), cupy.empty_like(q)
+    with ThreadPoolExecutor(2) as pool:
+        warm = pool.map(lambda _: cupy.asnumpy(cuflash.attention(q, k, v, **keywords)), range(4))
+        for found in (*warm, *(cupy.asnumpy(planned.run(q, k, v, out)) for _ in range(3))):
+            np.testing.assert_array_equal(found, first)
+    starts[1] = 3  # lengths are read anew
+    warm, planned_too = cuflash.attention(q, k, v, **keywords), planned.run(q, k, v, out)
+    runner.forget()
+    expected = cupy.asnumpy(cuflash.attention(q, k, v, **keywords))
+    for found in (warm, planned_too):
+        np.testing.assert_array_equal(cupy.asnumpy(found), expected)
+    assert (expected != first).any()
