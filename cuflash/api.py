@@ -123,7 +123,8 @@ def attention(
     kernel_options for measuring. {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its
                    own; the result has other bits. {"persistent": True or False}: whether Hopper's computes a dense
                    batch by a block for each multiprocessor; {"pack_heads": True or False}: whether it takes the query
-                   heads of a key head together; {"cluster": 2}: two blocks share what they load of keys
+                   heads of a key head together; {"cluster": 2}: two blocks share what they load of keys;
+                   {"order": "long" or "position"}: whether tiles with more keys are computed first
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 
@@ -936,6 +937,7 @@ def _options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
         raise ArgumentError(f"kernel_options is a {type(kernel_options).__qualname__} and must be a dict, or None")
     either = (None, True, False)
     allowed = {"kernel": (None, "sm_80"), "persistent": either, "pack_heads": either, "cluster": (None, 1, 2)}
+    allowed["order"] = (None, "long", "position")
     plain = all(value is None or isinstance(value, (str, int, np.bool_)) for value in kernel_options.values())
     if not plain or not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
         raise UnsupportedError(f"kernel_options={kernel_options!r}: {_UNSUPPORTED['kernel_options']}")
@@ -957,7 +959,8 @@ _PAGES_WITHOUT_GRADIENTS = (
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 _UNSUPPORTED = {
     "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'}, and "
-    "'persistent' and 'pack_heads', True or False, and 'cluster', 1 or 2, to choose: leave it None",
+    "'persistent' and 'pack_heads', True or False, 'cluster', 1 or 2, and 'order', 'long' or 'position', to choose: "
+    "leave it None",
 }
 
 _MODS = ("score_mod", "mask_mod", "block_mask")
