@@ -88,7 +88,8 @@ def attention(
     kernel_options for measuring. {"kernel": "sm_80"}: the kernel that runs on every GPU, where a chip has one of its
                    own; the result has other bits. {"persistent": True or False}: whether Hopper's computes a dense
                    batch by a block for each multiprocessor; {"pack_heads": True or False}: whether it takes the query
-                   heads of a key head together; {"cluster": 2}: two blocks share what they load of keys
+                   heads of a key head together; {"cluster": 2}: two blocks share what they load of keys;
+                   {"order": "long" or "position"}: whether tiles with more keys are computed first
     out            where to write the result
     aux            any of "lse", "max_logit", "dropout_mask": return an `AttentionOutput` that holds them
 

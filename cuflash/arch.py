@@ -17,12 +17,14 @@ class Arch:
     smem_bytes   shared memory one block may ask for (CUDA C Programming Guide, "Technical
                  Specifications per Compute Capability")
     multiprocessors  of the device, or of the largest of its kind that is sold
+    l2_bytes     its second-level cache, likewise
     """
 
     name: str
     capability: tuple[int, int]
     smem_bytes: int
     multiprocessors: int = 132
+    l2_bytes: int = 50 * 2**20
 
     def __str__(self) -> str:
         return self.name
@@ -31,21 +33,21 @@ class Arch:
 # Blocks of a grid along x, y and z, on every chip (CUDA C Programming Guide, the same table).
 GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
-_KB = 1024
+_KB, _MB = 1024, 2**20
 _LONGEST_NAME = 32  # of what is taken for somebody's way to write an architecture, as 90, "sm90" or "9.0"
 ARCHES = {
     a.name: a
     for a in (
-        Arch("sm_80", (8, 0), 163 * _KB, 108),
-        Arch("sm_86", (8, 6), 99 * _KB, 84),
-        Arch("sm_87", (8, 7), 163 * _KB, 16),
-        Arch("sm_89", (8, 9), 99 * _KB, 142),
-        Arch("sm_90a", (9, 0), 227 * _KB, 132),
-        Arch("sm_100a", (10, 0), 227 * _KB, 148),
-        Arch("sm_103a", (10, 3), 227 * _KB, 148),
-        Arch("sm_110a", (11, 0), 227 * _KB, 20),
-        Arch("sm_120a", (12, 0), 99 * _KB, 188),
-        Arch("sm_121a", (12, 1), 99 * _KB, 48),
+        Arch("sm_80", (8, 0), 163 * _KB, 108, 40 * _MB),
+        Arch("sm_86", (8, 6), 99 * _KB, 84, 6 * _MB),
+        Arch("sm_87", (8, 7), 163 * _KB, 16, 4 * _MB),
+        Arch("sm_89", (8, 9), 99 * _KB, 142, 96 * _MB),
+        Arch("sm_90a", (9, 0), 227 * _KB, 132, 50 * _MB),
+        Arch("sm_100a", (10, 0), 227 * _KB, 148, 126 * _MB),
+        Arch("sm_103a", (10, 3), 227 * _KB, 148, 126 * _MB),
+        Arch("sm_110a", (11, 0), 227 * _KB, 20, 32 * _MB),
+        Arch("sm_120a", (12, 0), 99 * _KB, 188, 128 * _MB),
+        Arch("sm_121a", (12, 1), 99 * _KB, 48, 24 * _MB),
     )
 }
 _BY_CAPABILITY = {a.capability: a for a in ARCHES.values()}
@@ -80,7 +82,7 @@ def of_capability(major: int, minor: int) -> Arch:
     Raises `UnsupportedError` below 8.0.
 
     >>> of_capability(8, 8)
-    Arch(name='sm_88', capability=(8, 8), smem_bytes=101376, multiprocessors=132)
+    Arch(name='sm_88', capability=(8, 8), smem_bytes=101376, multiprocessors=132, l2_bytes=52428800)
     """
     exact = _BY_CAPABILITY.get((major, minor))
     if exact is not None:

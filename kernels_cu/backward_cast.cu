@@ -47,7 +47,7 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   using Element = typename V::Element;
   using Tile = SharedTile<V::kHeadDim * static_cast<i32>(sizeof(Element))>;
   using Dq = Fragment<1, V::kHeadDim / 8>;
-  const i32 lane = hw::lane_idx(), warp = hw::warp_idx(), head = hw::block_idx_y();
+  const i32 lane = hw::lane_idx(), warp = hw::warp_idx(), head = head_of_block(p);
   const Sequence seq = read_sequence(p, sequence);
   const i32 tile = ceil_div(seq.q_rows, V::kRows) - 1 - from_end;
   const i32 first = tile * V::kRows + 16 * warp;
@@ -101,11 +101,9 @@ HW_DEVICE void cast_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
 HW_KERNEL(Variant::kThreads) cuflash_backward_cast(HW_GRID_CONSTANT BackwardParams p) {
   using V = Variant;
   static_assert(V::kRows == V::kThreads / 2, "every warp has 16 rows");
-  const TileRange range = tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, V::kRows);
-  const auto tiles = [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kRows); };
-  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
-    // sync   rows free <-> this warp's lanes: this tile may replace the one before
-    hw::sync_warp();
-    cast_tile<V>(p, range.sequence, i);
-  }
+  const TileRange range = tiles_of_block(p, p.cu_seqlens_q, p.q_len, V::kRows);
+  for_each_tile_of(
+      p, range.first, [&] { return ceil_div(read_sequence(p, range.sequence).q_rows, V::kRows); },
+      // sync   rows free <-> this warp's lanes: the next tile may replace this one
+      [] { hw::sync_warp(); }, [&](i32 from_end) { cast_tile<V>(p, range.sequence, from_end); });
 }

@@ -150,6 +150,7 @@ HW_DEVICE void accumulate_dq(const BackwardParams& p, u32 ds_smem, u32 k_smem, i
   }
 }
 
+// The sequence's tile number `from_end` of the held side, counted from its end.
 template <class V, class M>
 HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end) {
   using Plan = BackwardPlan<V>;
@@ -164,7 +165,8 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   // Roles
   const i32 lane = hw::lane_idx();
   const i32 warp_row = hw::warp_idx() * 16 * Plan::kRowTiles;
-  const i32 slice = hw::block_idx_y() % V::kSlices;
+  const i32 part = head_of_block(p);  // of kSlices of a head
+  const i32 slice = part % V::kSlices;
   const bool has_gradient = slice == 0 || Plan::kSliceBytes < Plan::Tile::kRowBytes;
   const bool has_gradient_v = slice == 0 || Plan::kSliceVBytes < Plan::TileV::kRowBytes;
   const u32 slice_k = static_cast<u32>(has_gradient ? slice * Plan::kSliceBytes : 0);
@@ -181,21 +183,22 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 
   // This tile
   const Sequence seq = read_sequence(p, sequence);
-  const i32 grid_head = hw::block_idx_y() / V::kSlices;
+  const i32 grid_head = part / V::kSlices;
   const i32 head_kv = kKeysHeld ? grid_head : grid_head / p.head_group;
   const i32 first_head = kKeysHeld ? grid_head * p.head_group : grid_head;  // the first query head
-  const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + first_head * p.q_stride_head;
+  const i32 from_head = kKeysHeld ? 0 : first_head;  // of what has query heads; where they are moved over, `head` adds its own
+  const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + from_head * p.q_stride_head;
   const u8* k = at_row(p.k, seq, p.k_stride_batch, seq.k_begin, p.k_stride_row) + head_kv * p.k_stride_head;
   const u8* v = at_row(p.v, seq, p.v_stride_batch, seq.k_begin, p.v_stride_row) + head_kv * p.v_stride_head;
   const u8* dout =
-      at_row(p.dout, seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + first_head * p.dout_stride_head;
-  const i64 stat_line = row_offset(seq, p.lse_stride_batch, seq.q_begin, 1) + first_head * p.lse_stride_head;
+      at_row(p.dout, seq, p.dout_stride_batch, seq.q_begin, p.dout_stride_row) + from_head * p.dout_stride_head;
+  const i64 stat_line = row_offset(seq, p.lse_stride_batch, seq.q_begin, 1) + from_head * p.lse_stride_head;
   // The same, for what happens rarely.
   // NOTE: where queries are held in 16 bits it is worked out anew: kept through the loop it costs registers, and spills.
   const auto line_of_lse = [&] {
     if constexpr (kKeysHeld || sizeof(Element) != 2) return stat_line;
     const Sequence own = read_sequence(p, sequence);
-    return row_offset(own, p.lse_stride_batch, own.q_begin, 1) + first_head * p.lse_stride_head;
+    return row_offset(own, p.lse_stride_batch, own.q_begin, 1) + from_head * p.lse_stride_head;
   };
   const i32 row_bytes = p.head_dim * Plan::kBytes;
   const i32 row_bytes_v = p.head_dim_v * Plan::kBytes;
@@ -214,33 +217,34 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   const i32 tiles = meets_any ? ceil_div(moved.any.end, V::kMoved) - first_tile : 0;
   const i32 heads = kKeysHeld ? p.head_group : 1;
   i32 steps = tiles * heads;
+  const auto is_last = [&](i32 head) { return !kKeysHeld || (head + 1) % p.head_group == 0; };
 
-  // Where mask_mod may leave nothing of a tile: the first from tile n of the head first_head + group on that it leaves
+  // Where mask_mod may leave nothing of a tile: the first from tile n of a head on that it leaves
   // something of; false if there is none.
   TileWalk<1> walk(first_tile);
-  const auto find_tile = [&](i32& n, i32& group) {
+  const auto find_tile = [&](i32& n, i32& head) {
     if constexpr (M::kMask) {
       const i32 end = first_tile + tiles;
       HW_NO_UNROLL
       while (true) {
-        const typename M::Tile t = M::tile(p, sequence, first_head + group, seq.q_len, seq.k_len);
+        const typename M::Tile t = M::tile(p, sequence, head, seq.q_len, seq.k_len);
         n = walk.find(n, end, [&](i32 tile) {
           const i32 first = tile * V::kMoved;
           const i32 last = min_of(first + V::kMoved, moved_len) - 1, held_last = held_first + last_row;
           if constexpr (kKeysHeld) return M::classify(p, t, first, last, held_first, held_last);
           return M::classify(p, t, held_first, held_last, first, last);
         });
-        if (n < end || group + 1 == heads) return n < end;
-        ++group;
+        if (n < end || is_last(head)) return n < end;
+        ++head;
         n = first_tile;
         walk = TileWalk<1>(first_tile);
       }
     }
     return true;
   };
-  i32 n = first_tile, group = 0;
+  i32 n = first_tile, head = first_head;
   if constexpr (M::kMask) {
-    if (steps > 0 && !find_tile(n, group)) steps = 0;
+    if (steps > 0 && !find_tile(n, head)) steps = 0;
   }
 
   const i64 moved_stride = kKeysHeld ? p.q_stride_row : p.k_stride_row;
@@ -249,19 +253,19 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
       moved_smem, kKeysHeld ? q : k, moved_stride);
   const RowLoader<typename Plan::TileV, V::kMoved, Plan::kThreads, V::kLoadBytes> moved_v_loader(
       moved_v_smem, kKeysHeld ? dout : v, moved_v_stride);
-  // Tile n of the moved side, of the query head first_head + group.
-  const auto load_moved = [&](i32 n, i32 group, i32 stage) {
+  // Tile n of the moved side, of a query head.
+  const auto load_moved = [&](i32 n, i32 head, i32 stage) {
     moved_loader.load(n * V::kMoved, moved_len, row_bytes, moved_stride, static_cast<u32>(stage * Plan::kMovedBytes),
-                      kKeysHeld ? group * p.q_stride_head : 0);
+                      kKeysHeld ? head * p.q_stride_head : 0);
     if constexpr (Plan::kTermsBytes > 0) {
       stage_terms<M, !kKeysHeld, V::kMoved, Plan::kThreads>(
-          p, M::tile(p, sequence, first_head + group, seq.q_len, seq.k_len),
+          p, M::tile(p, sequence, head, seq.q_len, seq.k_len),
           terms_smem + static_cast<u32>(stage * Plan::kTermsBytes), n * V::kMoved);
     }
     if constexpr (kKeysHeld) {
       for (i32 i = hw::thread_idx(); i < V::kMoved; i += Plan::kThreads) {
         const i32 query = n * V::kMoved + i;
-        const i64 at = stat_line + group * p.lse_stride_head + query;
+        const i64 at = stat_line + head * p.lse_stride_head + query;
         const u32 to = rows_smem + static_cast<u32>(stage * Plan::kRowsBytes + 4 * i);
         const i32 bytes = query < moved_len ? 4 : 0;
         hw::cp_async_4(to, p.lse_base2 + at, bytes);
@@ -301,7 +305,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
         held_v_smem, kKeysHeld ? v : dout, held_v_stride);
     held_loader.load(held_first, held_len, row_bytes, held_stride);
     held_v_loader.load(held_first, held_len, row_bytes_v, held_v_stride);
-    load_moved(n, group, 0);
+    load_moved(n, head, 0);
     hw::cp_async_commit();
   }
 
@@ -310,22 +314,22 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   for (i32 step = 0; step < steps; ++step) {
     const i32 stage = step % 2;
     i32 next_n = n + 1 < first_tile + tiles ? n + 1 : first_tile;
-    i32 next_group = next_n == first_tile ? group + 1 : group;
+    i32 next_head = next_n == first_tile ? head + 1 : head;
     bool unmasked = true;
     if constexpr (M::kMask) {
       unmasked = walk.is_full(n);
       next_n = n + 1;
-      next_group = group;
-      if (!find_tile(next_n, next_group)) steps = step + 1;
+      next_head = head;
+      if (!find_tile(next_n, next_head)) steps = step + 1;
     }
     // wait   moved landed <- own copies of this tile and, the first time, of the held ones
     hw::cp_async_wait<0>();
     // sync   moved landed <-> all warps: the tile is whole; nobody reads the previous one any more
     hw::sync_threads();
     moved_v_loader.load(n * V::kMoved, moved_len, row_bytes_v, moved_v_stride, 0,
-                        kKeysHeld ? group * p.dout_stride_head : 0);
+                        kKeysHeld ? head * p.dout_stride_head : 0);
     hw::cp_async_commit();
-    if (step + 1 < steps) load_moved(next_n, next_group, 1 - stage);
+    if (step + 1 < steps) load_moved(next_n, next_head, 1 - stage);
     hw::cp_async_commit();
 
     // S = held moved^T
@@ -337,7 +341,6 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     multiply_qk<Element, V::kHeadDim>(s, held_rows, moved_rows);
     const i32 moved_first = n * V::kMoved;
     const i32 center = diagonal + warp_row - moved_first;  // the moved column on the diagonal of this warp's row 0
-    const i32 head = first_head + group;
     const i32 row_first = held_first + warp_row;
     S before;  // the scores that score_mod gets
     if constexpr (M::kScore) {
@@ -389,7 +392,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
     special = hw::any(special);
     if (special) {
-      const float* lse = p.lse + line_of_lse() + group * p.lse_stride_head;
+      const float* lse = p.lse + line_of_lse() + (kKeysHeld ? head * p.lse_stride_head : 0);
       s.for_each([&](float& x, i32 row, i32 column) {
         const float base2 = lse_base2_of(row, column);
         const i32 query = kKeysHeld ? moved_first + S::first_col() + column : held_first + warp_row + S::row_of(row);
@@ -510,7 +513,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
     if (has_gradient) multiply_pv<Element, Gradient, S, typename Plan::Tile>(gradient, ds, moved_stage + slice_k);
     n = next_n;
-    group = next_group;
+    head = next_head;
   }
 
   // Finish
@@ -522,6 +525,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
 
   // Store. What it needs is read anew: kept through the loop it would cost registers there.
   const Sequence owner = read_sequence(p, sequence);
+  const i32 owner_head = kAccumulateDq ? head_of_block(p) / V::kSlices : grid_head;
   const i32 warp_first = held_first + warp_row;
   const i32 used = (kKeysHeld ? owner.k_len : owner.q_len) - warp_first;
   const i32 owned = (kKeysHeld ? owner.k_rows : owner.q_rows) - warp_first;
@@ -529,27 +533,27 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
   if constexpr (kKeysHeld) {
     if (has_gradient) {
       u8* dk = at_row(p.dk, owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
-               head_kv * p.dk_stride_head + slice_k;
+               owner_head * p.dk_stride_head + slice_k;
       store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dk, p.dk_stride_row, used, owned,
                                                               row_bytes - static_cast<i32>(slice_k));
     }
     if (has_gradient_v) {
       const u32 warp_tile_v = held_v_smem + static_cast<u32>(warp_row * Plan::TileV::kRowBytes);
       u8* dv = at_row(p.dv, owner, p.dv_stride_batch, owner.k_begin + warp_first, p.dv_stride_row) +
-               head_kv * p.dv_stride_head + slice_v;
+               owner_head * p.dv_stride_head + slice_v;
       store_rows<Element, typename Plan::TileV, V::kLoadBytes>(gradient_v, warp_tile_v, dv, p.dv_stride_row, used, owned,
                                                                row_bytes_v - static_cast<i32>(slice_v));
     }
   } else {
     u8* dq = at_row(p.dq, owner, p.dq_stride_batch, owner.q_begin + warp_first, p.dq_stride_row) +
-             first_head * p.dq_stride_head;
+             owner_head * p.dq_stride_head;
     store_rows<Element, typename Plan::Tile, V::kLoadBytes>(gradient, warp_tile, dq, p.dq_stride_row, used, owned,
                                                             row_bytes);
 
     // One partial sum a warp: backward_sum.cu adds them up.
     float sink_sum = 0.0f;
     if (p.sink_partials != nullptr && lane % 4 == 0) {
-      const float sink = read_sink<Element>(p, first_head);
+      const float sink = read_sink<Element>(p, owner_head);
       const float* lse = p.lse + line_of_lse();
       HW_UNROLL
       for (i32 i = 0; i < S::kRows; ++i) {
@@ -566,7 +570,7 @@ HW_DEVICE void backward_tile(const BackwardParams& p, i32 sequence, i32 from_end
     }
     if (lane == 0) {
       const i64 slot = slot_begin(p.cu_seqlens_q, p.q_len, sequence, V::kHeld) + held_first / V::kHeld;
-      const i64 at = first_head * p.partials + slot * (V::kThreads / 32) + hw::warp_idx();
+      const i64 at = owner_head * p.partials + slot * (V::kThreads / 32) + hw::warp_idx();
       if (p.sink_partials != nullptr) hw::store_global(p.sink_partials + at, sink_sum);
       if (p.slope_partials != nullptr) hw::store_global(p.slope_partials + at, slope_sum);
     }
@@ -577,14 +581,12 @@ HW_KERNEL(Variant::kThreads) cuflash_backward_sm80(HW_GRID_CONSTANT BackwardPara
   using V = Variant;
   const i32* cu_seqlens = V::kKeysHeld ? p.cu_seqlens_k : p.cu_seqlens_q;
   const i32 rows = V::kKeysHeld ? p.k_len : p.q_len;
-  const TileRange range = tiles_of_block(cu_seqlens, rows, p.batch, p.packed_grid, V::kHeld);
+  const TileRange range = tiles_of_block(p, cu_seqlens, rows, V::kHeld);
   const auto tiles = [&] {
     const Sequence seq = read_sequence(p, range.sequence);
     return ceil_div(V::kKeysHeld ? seq.k_rows : seq.q_rows, V::kHeld);
   };
-  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
-    // sync   shared memory <-> all warps: this tile may replace the one before
-    if (i > range.first) hw::sync_threads();
-    backward_tile<V, Mods>(p, range.sequence, i);
-  }
+  // sync   shared memory <-> all warps: the next tile may replace this one
+  for_each_tile_of(p, range.first, tiles, [] { hw::sync_threads(); },
+                   [&](i32 from_end) { backward_tile<V, Mods>(p, range.sequence, from_end); });
 }

@@ -155,9 +155,9 @@ struct Barriers {
 // Which key tile a block has, and of which sequence and key head.
 template <class V>
 HW_DEVICE TileRange key_tile_of_block(const BackwardParams& p) {
-  return tiles_of_block(p.cu_seqlens_k, p.k_len, p.batch, p.packed_grid, V::kBlockK);
+  return tiles_of_block<false>(p, p.cu_seqlens_k, p.k_len, V::kBlockK);  // the host gives this kernel no order
 }
-HW_DEVICE i32 key_head_of_block() { return hw::block_idx_y(); }
+HW_DEVICE i32 key_head_of_block(const BackwardParams& p) { return head_of_block<false>(p); }
 
 // The key tile of a block, as every role works it out.
 template <class V>
@@ -171,7 +171,7 @@ struct KeyTile {
   i32 first_tile, tiles;  // of queries, of one head
 
   HW_DEVICE explicit KeyTile(const BackwardParams& p)
-      : KeyTile(p, key_tile_of_block<V>(p), key_head_of_block()) {}
+      : KeyTile(p, key_tile_of_block<V>(p), key_head_of_block(p)) {}
   HW_DEVICE KeyTile(const BackwardParams& p, const TileRange& range, i32 head)
       : sequence(range.sequence), head_kv(head), seq(read_sequence(p, sequence)),
         first((ceil_div(seq.k_rows, V::kBlockK) - 1 - range.first) * V::kBlockK),
@@ -631,7 +631,7 @@ HW_DEVICE void consume_tiles(const BackwardSm90Params& p, u32 smem, i32 consumer
   meet();
   // What it needs is read anew: kept through the loop it would cost registers there.
   const Sequence owner = read_sequence(p, t.sequence);
-  const i32 warp_first = t.first + warp_row, head_kv = key_head_of_block();
+  const i32 warp_first = t.first + warp_row, head_kv = key_head_of_block(p);
   const i32 used = owner.k_len - warp_first, owned = owner.k_rows - warp_first;
   u8* to_k = at_row(p.dk, owner, p.dk_stride_batch, owner.k_begin + warp_first, p.dk_stride_row) +
              head_kv * p.dk_stride_head;

@@ -88,7 +88,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
   // This tile
   const Sequence seq = read_sequence<V::kPaged>(p, sequence);
-  const i32 head = hw::block_idx_y();
+  const i32 head = head_of_block(p);
   const i32 head_kv = head / p.head_group;
   const i32 q_first = (ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ;
   const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
@@ -201,7 +201,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
     softmax.update(s, o);
     if constexpr (V::kDropout) {
       // After the sum, so that lse is of all weights. NOTE: read anew each time: kept, seed and offset cost registers here.
-      visit_dropout(read_dropout(p, sequence, head, hw::grid_dim_y()), s, q_first + warp_row, k_first,
+      visit_dropout(read_dropout(p, sequence, head, heads_of_grid()), s, q_first + warp_row, k_first,
                     [](float& x, bool kept) { x = kept ? x : 0.0f; });
     }
     multiply_pv<Element, O, S, typename Plan::VTile>(o, s, v_smem);
@@ -214,12 +214,9 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
   constexpr i32 kBlockQ = Variant::kBlockQ;
-  const TileRange range = tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, kBlockQ);
-  // NOTE: how many tiles there are is asked again each time: kept, it would cost a register in the KV loop.
-  const auto tiles = [&] { return ceil_div(read_sequence<Variant::kPaged>(p, range.sequence).q_rows, kBlockQ); };
-  for (i32 i = range.first; i < tiles(); i += tile_step(p.packed_grid)) {
-    // sync   shared memory <-> all warps: this tile's Q may replace the one before
-    if (i > range.first) hw::sync_threads();
-    forward_tile<Variant, Mods>(p, range.sequence, i);
-  }
+  const TileRange range = tiles_of_block(p, p.cu_seqlens_q, p.q_len, kBlockQ);
+  for_each_tile_of(
+      p, range.first, [&] { return ceil_div(read_sequence<Variant::kPaged>(p, range.sequence).q_rows, kBlockQ); },
+      // sync   shared memory <-> all warps: the next tile's Q may replace this one
+      [] { hw::sync_threads(); }, [&](i32 from_end) { forward_tile<Variant, Mods>(p, range.sequence, from_end); });
 }

@@ -217,21 +217,21 @@ struct TileRow {
 // What a block computes, tile by tile: use(sequence, group of heads, number from the end of the sequence).
 template <class V, class Use>
 HW_DEVICE void for_each_tile(const ForwardSm90Params& p, const Use& use) {
+  constexpr bool kOrdered = V::kCluster == 1;
   const bool persistent = !V::kPaged && p.persistent_tiles > 0;
-  const TileRange range =
-      persistent ? TileRange{0, hw::block_idx_x()}
-                 : tiles_of_block(p.cu_seqlens_q, p.q_len, p.batch, p.packed_grid, queries_of_tile<V>(p));
-  const auto end = [&] {
-    if (persistent) return p.persistent_tiles;
-    return ceil_div(read_sequence<V::kPaged>(p, range.sequence).q_rows, queries_of_tile<V>(p));
-  };
+  const TileRange range = persistent ? TileRange{0, hw::block_idx_x()}
+                                     : tiles_of_block<kOrdered>(p, p.cu_seqlens_q, p.q_len, queries_of_tile<V>(p));
+  const auto tiles = [&] { return ceil_div(read_sequence<V::kPaged>(p, range.sequence).q_rows, queries_of_tile<V>(p)); };
+  const auto end = [&] { return persistent ? p.persistent_tiles : tiles(); };
   HW_NO_UNROLL
   for (i32 i = range.first; i < end(); i += persistent ? hw::grid_dim_x() : tile_step(p.packed_grid)) {
     if (persistent) {
-      const i32 tiles = ceil_div(p.q_len, queries_of_tile<V>(p)), line = i / tiles, sequence = line / p.groups;
-      use(sequence, line - sequence * p.groups, i - line * tiles);
+      const i32 tiles = ceil_div(p.q_len, queries_of_tile<V>(p)), line = i / tiles;
+      const BlockPlace place = place_in_order(p.order, static_cast<u32>(i - line * tiles), static_cast<u32>(line),
+                                              static_cast<u32>(tiles), static_cast<u32>(p.groups));
+      use(place.sequence, place.head, from_end<kOrdered>(p.order, place.tile, tiles));
     } else {
-      use(range.sequence, hw::block_idx_y(), i);
+      use(range.sequence, head_of_block<kOrdered>(p), from_end<kOrdered>(p.order, i, tiles()));
     }
   }
 }
@@ -382,7 +382,7 @@ HW_DEVICE bool load_tile(const ForwardSm90Params& p, u32 smem, Progress& progres
   const auto load = [&](u32 word, u32 tile) {
     const i32 key = static_cast<i32>(word & (kLast - 1)) * V::kBlockK;
     const i32 k_len = read_sequence<true>(p, sequence).k_len;
-    const i32 head_kv = hw::block_idx_y() * p.group_heads / p.head_group;
+    const i32 head_kv = static_cast<i32>(said(words + 4)) * p.group_heads / p.head_group;
     const u32 stage = barriers.stage(tile), full = kValues ? barriers.v_full(stage) : barriers.k_full(stage);
     const u32 to = smem + (kValues ? Plan::kV + stage * Plan::kVBytes : Plan::kK + stage * Plan::kKBytes);
     // wait   v empty <- every consumer warp: O of the tile that was here is there. (For K the producer has waited.)

@@ -447,12 +447,13 @@ def test_tiles_are_timed_and_checked(monkeypatch, on_the_emulator, capsys) -> No
     assert on_device.main(["tune"]) == 0
     said = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line != "."]
     done = {line["name"]: line for line in said if "ok" in line and "d" in line}
-    assert len(done) == 5 and all(line["ok"] for line in done.values())
+    assert len(done) == 6 and all(line["ok"] for line in done.values())
+    assert any("tiles by position" in name for name in done)
     assert on_the_emulator == ["forward_sm90", "forward_sm90_pair"]
     lines = device_check.ranking(list(done.values()))
     assert [line.partition(":")[0] for line in lines] == ["d 64", "d 64, causal"]
     assert all("192 x 128, 16 warps, persistent" in line for line in lines)
-    assert [line.count("(now)") for line in lines] == [3, 2] and "clusters of two" in lines[0]
+    assert [line.count("(now)") for line in lines] == [3, 3] and "clusters of two" in lines[0]
 
     now, other = forward.SM90_TILES[64], forward.Tile(128, 128, 12)
     monkeypatch.setattr(api, "attention", lambda q, *_, **__: q + q.dtype.type(forward.SM90_TILES[64] == other))

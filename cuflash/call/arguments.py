@@ -91,6 +91,7 @@ def options_of(kernel_options: Any) -> tuple[tuple[str, Any], ...]:
         raise ArgumentError(f"kernel_options is a {type(kernel_options).__qualname__} and must be a dict, or None")
     either = (None, True, False)
     allowed = {"kernel": (None, "sm_80"), "persistent": either, "pack_heads": either, "cluster": (None, 1, 2)}
+    allowed["order"] = (None, "long", "position")
     plain = all(value is None or isinstance(value, (str, int, np.bool_)) for value in kernel_options.values())
     if not plain or not all(name in allowed and value in allowed[name] for name, value in kernel_options.items()):
         raise UnsupportedError(f"kernel_options={kernel_options!r}: {UNSUPPORTED['kernel_options']}")

@@ -10,7 +10,8 @@ PAGES_WITHOUT_GRADIENTS = (
 # What no kernel here does, and what to use instead: said by `attention` and by `supports`.
 UNSUPPORTED = {
     "kernel_options": "tiles and stages follow from the problem and the device; there is {'kernel': 'sm_80'}, and "
-    "'persistent' and 'pack_heads', True or False, and 'cluster', 1 or 2, to choose: leave it None",
+    "'persistent' and 'pack_heads', True or False, 'cluster', 1 or 2, and 'order', 'long' or 'position', to choose: "
+    "leave it None",
 }
 
 # What no operation of a framework does: where a call is differentiated, traced or vectorised.

@@ -279,7 +279,8 @@ def _upload(x: np.ndarray) -> Any:
 
 Tile = forward.Tile
 
-# Head-dim class -> tiles that fit into shared memory and, by the compiler, into registers or nearly.
+# Head-dim class -> tiles that fit into shared memory and, by the compiler, into registers or nearly; of the kernel for
+# every GPU also flash-attn's, which spill a little.
 SM90_CANDIDATES: dict[int, tuple[Tile, ...]] = {
     64: (Tile(192, 128, 16), Tile(192, 112, 16), Tile(192, 96, 16), Tile(128, 128, 12), Tile(128, 192, 12)),
     96: (Tile(128, 160, 12), Tile(128, 144, 12), Tile(128, 128, 12), Tile(192, 96, 16)),
@@ -288,12 +289,15 @@ SM90_CANDIDATES: dict[int, tuple[Tile, ...]] = {
     256: (Tile(128, 80, 12), Tile(128, 64, 12)),
 }
 SM80_CANDIDATES: dict[int, tuple[Tile, ...]] = {
-    64: (Tile(128, 64, 4), Tile(128, 64, 8), Tile(64, 64, 4), Tile(128, 128, 8)),
-    96: (Tile(128, 64, 8), Tile(64, 64, 4), Tile(128, 32, 8)),
-    128: (Tile(128, 128, 8), Tile(128, 64, 8), Tile(64, 64, 4), Tile(128, 32, 8)),
+    64: (Tile(128, 64, 4), Tile(128, 64, 8), Tile(64, 64, 4), Tile(128, 128, 8), Tile(128, 128, 4)),
+    96: (Tile(128, 32, 4), Tile(128, 64, 8), Tile(128, 64, 4), Tile(64, 64, 4), Tile(128, 32, 8)),
+    128: (
+        Tile(128, 32, 4), Tile(128, 32, 8), Tile(128, 64, 4), Tile(128, 64, 8), Tile(128, 128, 8), Tile(64, 64, 4),
+        Tile(64, 32, 4),
+    ),
     192: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 32, 4)),
-    256: (Tile(128, 32, 8), Tile(64, 32, 4), Tile(128, 16, 8)),
-}
+    256: (Tile(128, 64, 8), Tile(128, 32, 8), Tile(64, 64, 4), Tile(64, 32, 4), Tile(128, 16, 8)),
+}  # fmt: skip
 
 
 def candidates(target: arch.Arch) -> list[tuple[int, Tile, Tile]]:
@@ -361,8 +365,11 @@ def tune() -> Iterator[Item]:
         for causal in (False, True):
             name = f"d {d}{', causal' if causal else ''}: {tile.block_q} x {tile.block_k}, {tile.warps} warps"
             ways: dict[str, dict[str, Any] | None] = {"": None}
+            if causal and tile == now:
+                ways[", tiles by position"] = {"order": "position"}
             if target.name == "sm_90a" and tile == now:
-                ways = {", persistent": {"persistent": True}, ", a block a tile": {"persistent": False}}
+                ways |= {", persistent": {"persistent": True}, ", a block a tile": {"persistent": False}}
+                del ways[""]
                 if not causal and -(-LENGTH // tile.block_q) % 2 == 0:
                     ways[", clusters of two"] = {"cluster": 2}
             for what, options in ways.items():

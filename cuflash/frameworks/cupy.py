@@ -190,6 +190,7 @@ class Machine:
     cupy: tuple[int, int]
     nvrtc: tuple[int, int]
     multiprocessors: int | None = None
+    l2_bytes: int | None = None
 
 
 def current_device() -> int:
@@ -225,6 +226,7 @@ def machine(device: int) -> Machine:
         cupy=_cuda_version(runtime.runtimeGetVersion()),
         nvrtc=nvrtc.version(),
         multiprocessors=runtime.deviceGetAttribute(16, device),  # cudaDevAttrMultiProcessorCount
+        l2_bytes=runtime.deviceGetAttribute(38, device),  # cudaDevAttrL2CacheSize
     )
 
 
@@ -253,7 +255,8 @@ def check(machine: Machine, cuda_version: str | None = None) -> Arch:
             f"different major versions in one process do not share a GPU safely; "
             f"pip uninstall cupy-cuda{machine.cupy[0]}x && {install(major)}"
         )
-    return arch if machine.multiprocessors is None else replace(arch, multiprocessors=machine.multiprocessors)
+    asked = {name: getattr(machine, name) for name in ("multiprocessors", "l2_bytes")}
+    return replace(arch, **{name: value for name, value in asked.items() if value is not None})
 
 
 def install(cuda_major: int | None = None) -> str:

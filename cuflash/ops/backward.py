@@ -33,7 +33,7 @@ from ..dtypes import DType
 from ..jit import layout, module
 from ..trace import emit_c
 from ..trace.expr import Mods
-from . import backward_sm90, forward
+from . import backward_sm90, forward, order
 from .forward import Strides
 
 
@@ -354,6 +354,29 @@ class Step:
     grid: tuple[int, int, int]
     why: str
     values: tuple[Any, ...]
+    order: order.Order
+
+
+def choose_order(p: BackwardProblem, arch: Arch, variant: Any, grid: order.Grid) -> order.Order:
+    """Of a step's grid. Blocks of the main kernels hold keys and read the queries of all heads that share them, or hold
+    queries and read keys; those of the other kernels have equally much to do."""
+    if not isinstance(variant, BackwardVariant):
+        return order.Order(heads=max(grid[1], 1))
+    group, row_bytes = p.heads_q // max(p.heads_kv, 1), (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+    window = (p.window[1], p.window[0]) if variant.keys_held else p.window
+    rows = p.q_rows if variant.keys_held else p.k_rows
+    rows = order.rows_together(rows // max(p.batch, 1) if p.packed else rows, window, variant.tile.held)
+    return order.choose(
+        grid,
+        arch,
+        wanted=None,
+        alike=forward.are_alike(p) and not p.packed,
+        masked=p.mods is not None and p.mods.mask is not None,
+        window=window,
+        heads_together=variant.tile.slices if variant.keys_held else group,
+        bytes_together=rows * row_bytes * (group if variant.keys_held else 1),
+        threads=32 * variant.tile.warps,
+    )
 
 
 class BackwardPlan:
@@ -414,7 +437,7 @@ class BackwardPlan:
             | {"heads_q": p.heads_q, "partials": partials, "dq_blocks": dq_blocks, "dq_accum_units": dq_accum_units}
             | {"scale": p.scale}
         )
-        names = [*values, "packed_grid"]
+        names = [*values, "packed_grid", "order"]
         fields = (*POINTERS, "seed_value", "offset_value", "captured", *names)
         self._pack = layout.load("BackwardParams").packer(*fields)
         if self._maps is not None:
@@ -422,9 +445,10 @@ class BackwardPlan:
             self._pack_with_maps = layout.load(backward_sm90.PARAMS).packer(*fields, *backward_sm90.FIELDS)
         self._captured = forward.Captured(p.mods)
 
-        def step(variant: Any, grid: tuple[int, int, int], slots: bool, why: str) -> Step:
+        def step(variant: Any, grid: order.Grid, slots: bool, why: str) -> Step:
             spec_of = backward_sm90.kernel_spec if variant is keys and self._maps is not None else kernel_spec
-            return Step(spec_of(variant), grid, why, (*values.values(), int(slots)))
+            chosen = choose_order(p, arch, variant, grid)
+            return Step(spec_of(variant), grid, why, (*values.values(), int(slots), chosen.packed()), chosen)
 
         def step_over(variant: Any, rows: int, longest: int | None, heads: int, block: int) -> Step:
             return step(
@@ -472,7 +496,8 @@ class BackwardPlan:
                 held = " with the keys held" if by_keys else " with the queries held"
                 held += ", dq added up by atomics" * step.spec.variant.accumulate_dq
             x, y, z = step.grid
-            lines.append(f"{name}{held}: {x} x {y} x {z} blocks, {step.why}")
+            first = f"; {step.order}" if step.order.pairs else ""
+            lines.append(f"{name}{held}: {x} x {y} x {z} blocks, {step.why}{first}")
         if self.arch.name == "sm_90a" and self.fallback:
             lines.append(f"kernel: backward_sm80 and not backward_sm90, for {self.fallback}")
         apart = "dq is computed apart, in seven matrix products instead of five, the same bits every time"

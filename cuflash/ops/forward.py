@@ -23,6 +23,7 @@ from ..jit import layout, module, sass, sm_model, tensor_map
 from ..trace import emit_c
 from ..trace.expr import Mods
 from ..trace.strata import LIMIT as MAX_ROWS_OF_MODS
+from . import order
 
 HEAD_DIM_CLASSES = (32, 64, 96, 128, 192, 256)
 MAX_ROWS = 2**30 - 2**16  # kernels add a window (2^30: none) to a row's index in 32 bits
@@ -43,12 +44,14 @@ class Options:
     pack_heads  whether the rows of a tile are queries of all heads that share a key head, or of one head; likewise
     cluster     2: two blocks with neighbouring query tiles run together, and each brings half of every key tile to
                 both; likewise. Never chosen: what it saves, and costs, is to be measured
+    order       "long": tiles with more keys are computed first, or "position": as the grid counts them
     """
 
     kernel: str | None = None
     persistent: bool | None = None
     pack_heads: bool | None = None
     cluster: int | None = None
+    order: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,8 +396,8 @@ def choose_sm90_variant(
     return ForwardSm90Variant(dtype, d, d_v, tile, dropout, text, paged)
 
 
-def are_alike(p: ForwardProblem) -> bool:
-    """Whether all query tiles of a dense batch see the same keys."""
+def are_alike(p: Any) -> bool:
+    """p: a problem of the forward or the backward. Whether all query tiles of a dense batch see the same keys."""
     return p.window == (-1, -1) and not p.seqused_q and not p.seqused_k and (p.mods is None or p.mods.mask is None)
 
 
@@ -530,6 +533,8 @@ class ForwardPlan:
         self.workspace_bytes = 0
         values = strides_of(problem, "q", "k", "v", "out") | score_values(problem)
         values["packed_grid"] = int(slots)
+        self.order = self._choose_order()
+        values["order"] = self.order.packed()
         values |= page_values(problem.page_size, problem.page_table_stride)
         self._page_rows, self._why_page_rows = 0, ""
         if self._with_maps:
@@ -547,6 +552,23 @@ class ForwardPlan:
         names = (*POINTERS, "seed_value", "offset_value", "captured", *values, *(MAPS if self._with_maps else ()))
         self._pack = layout.load(self.spec.params).packer(*names)
         self._captured = Captured(problem.mods)
+
+    def _choose_order(self) -> order.Order:
+        p, block_k = self.problem, self.variant.tile.block_k
+        rows = p.k_rows // max(p.batch, 1) if p.packed and not p.page_size else p.k_rows
+        row_bytes = (p.head_dim + p.head_dim_v) * p.dtype.itemsize
+        return order.choose(
+            self.grid,
+            self.arch,
+            wanted=p.options.order,
+            alike=are_alike(p) and not p.packed,
+            masked=p.mods is not None and p.mods.mask is not None,
+            cluster=p.options.cluster or 1,
+            window=p.window,
+            heads_together=p.heads_q // max(p.heads_kv, 1) // self._group_heads,
+            bytes_together=order.rows_together(rows, p.window, max(block_k, self.variant.tile.block_q)) * row_bytes,
+            threads=self.spec.threads,
+        )
 
     def _choose_persistence(self) -> int:
         """How many query tiles blocks go over in steps, where `grid` becomes one of a block for each multiprocessor;
@@ -587,6 +609,8 @@ class ForwardPlan:
     def described(self) -> tuple[module.KernelSpec, tuple[int, int, int], list[str]]:
         """For people: spec and grid of the kernel, and why."""
         lines = [f"grid: {self.why}"]
+        if self.order.pairs:
+            lines.append(f"order: {self.order}")
         if self.arch.name == "sm_90a" and self.fallback:
             lines.append(f"kernel: forward_sm80 and not forward_sm90, for {self.fallback}")
         if self._why_page_rows:
@@ -738,8 +762,7 @@ def page_values(page_size: int, table_stride: int) -> dict[str, int]:
     >>> (1000 * values["page_multiplier"] >> 31 + values["page_shift"]) == 1000 // 48
     True
     """
-    shift = max(page_size - 1, 0).bit_length()
-    multiplier = -(-(2 ** (31 + shift)) // max(page_size, 1))
+    multiplier, shift = order.divisor(page_size)
     return {
         "page_table_stride": table_stride,
         "page_size": page_size,

@@ -26,6 +26,12 @@ HW_DEVICE i32 grid_dim_x() { return static_cast<i32>(gridDim.x); }
 HW_DEVICE i32 grid_dim_y() { return static_cast<i32>(gridDim.y); }
 HW_DEVICE i32 grid_dim_z() { return static_cast<i32>(gridDim.z); }
 
+// x, of which the compiler does not know that it was had before: what is worked out of it is worked out again, not kept.
+HW_DEVICE i32 anew(i32 x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // All threads of the block meet; what any wrote before is seen by all after.
 HW_DEVICE void sync_threads() { __syncthreads(); }
 // All lanes of the warp meet, likewise.

@@ -22,6 +22,8 @@ HW_DEVICE i32 grid_dim_x() { return emu::this_thread()->grid_dim[0]; }
 HW_DEVICE i32 grid_dim_y() { return emu::this_thread()->grid_dim[1]; }
 HW_DEVICE i32 grid_dim_z() { return emu::this_thread()->grid_dim[2]; }
 
+HW_DEVICE i32 anew(i32 x) { return x; }
+
 HW_DEVICE void sync_threads(Site site = Site::here()) { cuflash_emu_sync_threads(site); }
 HW_DEVICE void sync_warp(Site site = Site::here()) { cuflash_emu_sync_warp(site); }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include <base.cuh>
 #include <params/captured.cuh>
+#include <params/order.cuh>
 
 struct BackwardParams {
   const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
@@ -74,6 +75,7 @@ struct BackwardParams {
   i32 window_left;      // keys further left than this of the diagonal are masked; 2^30: none
   i32 window_right;     // likewise right; causal is 0
   i32 packed_grid;      // 1: grid.x counts (tile, sequence) slots; 0: grid is (tile, head, sequence)
+  Order order;
   i32 sink_is_element;  // 1: sink and dsink have the element type; 0: float32
 
   float scale;          // of q.k, as the caller gave it: multiplies dq and dk

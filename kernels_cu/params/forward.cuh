@@ -4,6 +4,7 @@
 #pragma once
 #include <base.cuh>
 #include <params/captured.cuh>
+#include <params/order.cuh>
 
 struct ForwardParams {
   const void* q;              // [batch, q_len, heads_q, head_dim] or [total_q, heads_q, head_dim]
@@ -49,6 +50,7 @@ struct ForwardParams {
   i32 window_left;   // keys further left than this of the diagonal are masked; 2^30: none
   i32 window_right;  // likewise right; causal is 0
   i32 packed_grid;   // 1: grid.x counts (query block, sequence) slots; 0: grid is (query block, head, sequence)
+  Order order;
   i32 sink_is_element;  // 1: sink has the element type; 0: float32
 
   float score_scale;    // multiplies q.k where raw_scores is 0: scale, or scale / softcap

@@ -1,4 +1,5 @@
-// The arithmetic of Python and NumPy that C lacks: what generated code (cuflash/trace/emit_c.py) calls by name.
+// Division by a number that the host knows; and the arithmetic of Python and NumPy that C lacks: what generated code
+// (cuflash/trace/emit_c.py) calls by name.
 #pragma once
 #include <base.cuh>
 #include <hw/device.cuh>
@@ -24,6 +25,12 @@ HW_DEVICE i32 floor_div(i32 a, i32 b) {
 HW_DEVICE i32 floor_mod(i32 a, i32 b) {
   if (b == 0) return 0;
   return static_cast<i32>(static_cast<u32>(a) - static_cast<u32>(floor_div(a, b)) * static_cast<u32>(b));
+}
+
+// x / d for 0 <= x < 2^31, by the host's multiplier ceil(2^(31 + shift) / d), shift being ceil(log2 d): the error, below
+// 2^-shift and so below 1 / d, never reaches the next whole number.
+HW_DEVICE u32 quotient(u32 x, u32 multiplier, i32 shift) {
+  return static_cast<u32>((static_cast<u64>(2 * x) * multiplier) >> 32) >> shift;
 }
 
 // a << n and a >> n for any n: beyond the word nothing is left but the sign.

@@ -8,13 +8,13 @@
 #include <hw/device.cuh>
 #include <hw/math.cuh>
 #include <hw/warp.cuh>
+#include <tile/arithmetic.cuh>
 #include <tile/sequence.cuh>
 #include <tile/shared_tile.cuh>
 
-// row / page_size for 0 <= row < 2^31, by the multiplier ceil(2^(31 + shift) / page_size) of the host, shift being
-// ceil(log2 page_size): the error, below 2^-shift and so below 1 / page_size, never reaches the next whole number.
+// row / page_size.
 HW_DEVICE i32 page_of_row(i32 row, u32 multiplier, i32 shift) {
-  return static_cast<i32>(static_cast<u32>((static_cast<u64>(static_cast<u32>(row) * 2) * multiplier) >> 32) >> shift);
+  return static_cast<i32>(quotient(static_cast<u32>(row), multiplier, shift));
 }
 
 // The slot of a sequence's first key. NOTE: asked for at every tile: kept, it would cost a register.

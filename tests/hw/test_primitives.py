@@ -22,8 +22,8 @@ BODIES = {
     "where": ("""
       i32* to = out<i32>() + ((hw::block_idx_z() * hw::grid_dim_y() + hw::block_idx_y()) * hw::grid_dim_x() +
                               hw::block_idx_x()) * 64 * 9 + thread * 9;
-      const i32 values[9] = {thread, lane, hw::warp_idx(), hw::block_idx_x(), hw::block_idx_y(), hw::block_idx_z(),
-                             hw::grid_dim_x(), hw::grid_dim_y(), hw::grid_dim_z()};
+      const i32 values[9] = {hw::anew(thread), lane, hw::warp_idx(), hw::block_idx_x(), hw::block_idx_y(),
+                             hw::block_idx_z(), hw::grid_dim_x(), hw::grid_dim_y(), hw::grid_dim_z()};
       for (i32 i = 0; i < 9; ++i) hw::store_global(to + i, values[i]);
     """, 64, 0),
     "shfl_xor": ("hw::store_global(out<u32>() + lane, hw::shfl_xor(hw::load_global(a<u32>() + lane), n));", 32, 0),

@@ -45,7 +45,7 @@ BUGS: dict[str, tuple[tuple[Edit, ...], str | None]] = {
         UNORDERED,
     ),
     "barrier between query tiles missing": (
-        (Edit(KERNEL, "if (i > range.first) hw::sync_threads();", ""),),
+        (Edit(KERNEL, "[] { hw::sync_threads(); }", "[] {}"),),
         UNORDERED,
     ),
     "meeting of a warp's lanes before the store missing": (

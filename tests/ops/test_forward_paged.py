@@ -349,7 +349,7 @@ BUGS = {
     "a row counted from the tile and not from its page": (
         Edit(LOADER, "+ row_in_page(p, slot) * stride;", "+ (row_in_page(p, slot) - begin) * stride;"),
     ),
-    "division off by a bit": (Edit(LOADER, ">> 32) >> shift);", ">> 31) >> shift);"),),
+    "division off by a bit": (Edit("tile/arithmetic.cuh", ">> 32) >> shift;", ">> 31) >> shift;"),),
     "another sequence's table": (
         Edit(LOADER, "p.page_table + sequence * p.page_table_stride;", "p.page_table + 0 * p.page_table_stride;"),
     ),

@@ -205,8 +205,9 @@ BUGS: dict[str, Edit] = {
                                             "if (low == 1) hw::atomic_add"),
     "the slope of the score forgotten": Edit(KERNEL, "d = d == 0.0f ? 0.0f : d * M::slope(p, t, q, k, x);", ";"),
     "keys past the end add to gradients": Edit(KERNEL, "S::row_of(row) < used ? x : -kInfinity", "x"),
-    "heads of a group share the first one's mask": Edit(KERNEL, "Tile t = M::tile(p, sequence, first_head + group, ",
-                                                        "Tile t = M::tile(p, sequence, first_head, "),
+    "heads of a group share the first one's mask": Edit(
+        KERNEL, "M::tile(p, sequence, head, seq.q_len, seq.k_len);\n        n = walk",
+        "M::tile(p, sequence, first_head, seq.q_len, seq.k_len);\n        n = walk"),
 }  # fmt: skip
 
 
