@@ -22,6 +22,7 @@ from cuflash.errors import EmulatorError
 from cuflash.jit import module, sass, source
 from cuflash.jit.source import Edit
 from cuflash.ops import backward_sm90
+from cuflash.trace import tracer
 
 TARGET = arch.named("sm_90a")
 KERNEL = "backward_sm90.cu"
@@ -391,14 +392,17 @@ def test_every_wait_and_fence_is_removed_in_turn():
 GATES = {32: (690, 66), 64: (710, 76), 96: (440, 90), 128: (590, 93)}
 
 
-def function_of(variant: backward_sm90.BackwardSm90Variant) -> sass.Function:
-    """Its machine code. Consumers touch no local memory, and nothing makes products wait for each other (C75xx)."""
+def function_of(variant: backward_sm90.BackwardSm90Variant, reloads: int = 0) -> sass.Function:
+    """Its machine code. Nothing makes products wait for each other (C75xx), and consumers touch no local memory, but to
+    read `reloads` addresses in a plain tile."""
     spec = backward_sm90.kernel_spec(variant)
     compiled = module.compile(spec, TARGET)
     assert "(C75" not in compiled.cubin.log
     assert spec.smem_bytes + compiled.resources.static_smem_bytes <= TARGET.smem_bytes
     found = sass.functions(sass.disassemble(compiled.path))[spec.entry]
-    assert found.local_by_role[0] == 0 and found.counts["HMMA"] == 0 < found.counts["UTMALDG"]
+    assert reloads or found.local_by_role[0] == 0
+    assert sum("LDL" in x or "STL" in x for x in found.loops[0].path) <= reloads
+    assert found.counts["HMMA"] == 0 < found.counts["UTMALDG"]
     assert sum("UTMACCTL.PF" in x for x in found.instructions) == 4
     return found
 
@@ -440,3 +444,41 @@ def test_machine_code(d, dtype):
     loop = check_loop(variant)
     assert loop.shortest <= length
     assert backward_sm90.predicted(variant, loop).tensor_use >= use / 100
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    "d, what",
+    [(128, "rich")]
+    + [
+        pytest.param(d, what, marks=pytest.mark.slow)
+        for d in (32, 64, 96, 128)
+        for what in ("rich", "causal", "documents", "dropout", "soft cap")
+        if (d, what) not in ((128, "rich"), (128, "dropout"), (96, "soft cap"), (128, "soft cap"))
+    ],
+)
+def test_machine_code_of_rich_rows(d, what):
+    ids = np.zeros(64, np.int32)
+    bound = {
+        "causal": tracer.bind(None, mods.causal()),
+        "documents": tracer.bind(None, cuflash.and_masks(mods.document(ids), mods.causal())),
+        "soft cap": tracer.bind(mods.softcap(30.0), mods.causal()),
+    }.get(what)
+    variant = backward_sm90.choose_variant(
+        dtypes.bfloat16, d, d, rich=True, dropout=what == "dropout", mods=bound and bound.mods
+    )
+    (loop,) = function_of(variant, reloads=(d, what) == (128, "documents")).loops
+    assert loop.counts["REDG"] == 64 * d // 1024
+    if what in ("rich", "causal", "documents"):
+        assert loop.shortest <= 475
+        assert backward_sm90.predicted(variant, loop).tensor_use >= {32: 55, 64: 76, 96: 90, 128: 93}[d] / 100
+
+
+def test_every_tile_fits():
+    for d in backward_sm90.PLAIN:
+        for d_v in backward_sm90.PLAIN:
+            for bound in (None, *(tracer.bind(None, m) for m in (mods.causal(), mods.natten_2d(32, 32, 7)))):
+                variant = backward_sm90.choose_variant(dtypes.float16, d, d_v, mods=bound and bound.mods)
+                assert variant.smem_bytes <= TARGET.smem_bytes, variant
+                producer, consumer = variant.registers
+                assert producer + 2 * consumer <= 3 * (65536 // 384 // 8 * 8)
