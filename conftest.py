@@ -17,5 +17,8 @@ collect_ignore = [
 if find_spec("torch") is None:
     collect_ignore += [f"cuflash/integrations/flash_attn/{name}.py" for name in _ON_TORCH]
     collect_ignore += ["notebooks/05_training.ipynb", "notebooks/06_inference.ipynb"]
-collect_ignore.append("tests/frameworks/jax_devices.py")  # needs four devices: runs in a process of its own
+if find_spec("vllm") is None:
+    collect_ignore.append("cuflash/integrations/vllm/backend.py")
+# These need four devices: each runs in a process of its own.
+collect_ignore += ["tests/frameworks/jax_devices.py", "tests/distributed/jax_devices.py"]
 collect_ignore_glob = ["notebooks/*.py"]  # the notebooks once more, which looking for doctests would run

@@ -1,4 +1,4 @@
-"""Context parallelism on four CPU devices of JAX: the work of test_jax.py, in a process of its own."""
+"""Context parallelism on four CPU devices of JAX: the work of test_ranks_jax.py, in a process of its own."""
 
 from __future__ import annotations
 
