@@ -32,7 +32,7 @@ from cuflash import arch, dtypes
 from cuflash.arch import Arch
 from cuflash.cli import compile as compile_command
 from cuflash.jit import mma_model, module, sass
-from cuflash.ops import forward
+from cuflash.ops import backward_sm90, forward
 
 from . import schema
 from .schema import CHECKOUT, OURS, RESULTS, STATIC, Results, Row
@@ -86,12 +86,13 @@ def row(case: str, spec: module.KernelSpec, target: Arch) -> Row | None:
     if function.main is None:
         return None
     used = compiled.resources
-    if isinstance(spec.variant, forward.ForwardSm90Variant):
+    v, loop = spec.variant, function.main
+    if isinstance(v, forward.ForwardSm90Variant | backward_sm90.BackwardSm90Variant):
         loop = function.loops[0]
-        tile = forward.predicted(spec.variant, loop)
+        is_forward = isinstance(v, forward.ForwardSm90Variant)
+        tile = forward.predicted(v, loop) if is_forward else backward_sm90.predicted(v, loop)
         shared, bound, use = tile.shared / tile.tensor, _bound_sm90(tile), tile.tensor_use
     else:
-        loop = function.main
         of_warp = mma_model.predict(loop.path, target)
         shared, bound, use = of_warp.shared / of_warp.matrix, of_warp.bound, of_warp.tensor_use
     more = {

@@ -67,6 +67,9 @@ struct ForwardPlan {
                 "the host asks for as much shared memory as is used");
 };
 
+// Where registers are all in use, the host gives no order: finding a block's place in it would spill.
+constexpr bool kOrdered = sizeof(Variant::Element) == 2 || Variant::kHeadDim < 256;
+
 // The sequence's query tile number `from_end`, counted from its end.
 template <class V, class M>
 HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) {
@@ -88,7 +91,7 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
   // This tile
   const Sequence seq = read_sequence<V::kPaged>(p, sequence);
-  const i32 head = head_of_block(p);
+  const i32 head = head_of_block<kOrdered>(p);
   const i32 head_kv = head / p.head_group;
   const i32 q_first = (ceil_div(seq.q_rows, V::kBlockQ) - 1 - from_end) * V::kBlockQ;
   const u8* q = at_row(p.q, seq, p.q_stride_batch, seq.q_begin, p.q_stride_row) + head * p.q_stride_head;
@@ -214,8 +217,8 @@ HW_DEVICE void forward_tile(const ForwardParams& p, i32 sequence, i32 from_end) 
 
 HW_KERNEL(Variant::kThreads) cuflash_forward_sm80(HW_GRID_CONSTANT ForwardParams p) {
   constexpr i32 kBlockQ = Variant::kBlockQ;
-  const TileRange range = tiles_of_block(p, p.cu_seqlens_q, p.q_len, kBlockQ);
-  for_each_tile_of(
+  const TileRange range = tiles_of_block<kOrdered>(p, p.cu_seqlens_q, p.q_len, kBlockQ);
+  for_each_tile_of<kOrdered>(
       p, range.first, [&] { return ceil_div(read_sequence<Variant::kPaged>(p, range.sequence).q_rows, kBlockQ); },
       // sync   shared memory <-> all warps: the next tile's Q may replace this one
       [] { hw::sync_threads(); }, [&](i32 from_end) { forward_tile<Variant, Mods>(p, range.sequence, from_end); });

@@ -249,7 +249,7 @@ base.check()
 #   for (i32 i = 0; i < kRows; ++i) {
 #     const float before = hw::mul(maximum[i], scale);
 #     maximum[i] = quad_max(tile_maximum[i]);
-#     subtract[i] = reference(i);
+#     subtract[i] = maximum[i] == -kInfinity ? 0.0f : hw::mul(maximum[i], scale);
 #     rescale[i] = hw::exp2_approx(before - subtract[i]);
 #   }
 #   s.for_each([&](float& x, i32 row, i32) {
@@ -281,7 +281,7 @@ base.check()
 #   for (i32 i = 0; i < kRows; ++i) {
 #     const float before = hw::mul(maximum[i], scale);
 #     maximum[i] = quad_max(tile_maximum[i]);
-#     subtract[i] = reference(i);
+#     subtract[i] = maximum[i] == -kInfinity ? 0.0f : hw::mul(maximum[i], scale);
 #     rescale[i] = hw::exp2_approx(before - subtract[i]);
 #   }
 #   s.for_each([&](float& x, i32 row, i32) {

@@ -560,7 +560,7 @@ class ForwardPlan:
         return order.choose(
             self.grid,
             self.arch,
-            wanted=p.options.order,
+            wanted=p.options.order if self._is_ordered() else "position",
             alike=are_alike(p) and not p.packed,
             masked=p.mods is not None and p.mods.mask is not None,
             cluster=p.options.cluster or 1,
@@ -569,6 +569,11 @@ class ForwardPlan:
             bytes_together=order.rows_together(rows, p.window, max(block_k, self.variant.tile.block_q)) * row_bytes,
             threads=self.spec.threads,
         )
+
+    def _is_ordered(self) -> bool:
+        """Whether the kernel asks for an order: `kOrdered` in its text."""
+        v = self.variant
+        return self._with_maps or v.element is not dtypes.float32 or v.head_dim < 256
 
     def _choose_persistence(self) -> int:
         """How many query tiles blocks go over in steps, where `grid` becomes one of a block for each multiprocessor;

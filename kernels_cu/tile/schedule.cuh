@@ -110,10 +110,10 @@ HW_DEVICE i32 tile_step(bool packed_grid) { return packed_grid ? 1 << 30 : hw::g
 // Every tile of a block: use(its number counted from the end of the sequence), and between two of them `between`. tiles():
 // how many the sequence has.
 // NOTE: they are asked for again each time: kept, they would cost a register in the loops of `use`.
-template <class Params, class Tiles, class Between, class Use>
+template <bool kOrdered = true, class Params, class Tiles, class Between, class Use>
 HW_DEVICE void for_each_tile_of(const Params& p, i32 first, const Tiles& tiles, const Between& between, const Use& use) {
   for (i32 i = first; i < tiles(); i += tile_step(p.packed_grid)) {
     if (i > first) between();
-    use(from_end(p.order, i, tiles()));
+    use(from_end<kOrdered>(p.order, i, tiles()));
   }
 }

@@ -54,6 +54,10 @@ HW_DEVICE FinishedRow finish_row(float maximum, float sum, float scale, float si
   return row;
 }
 
+struct Nothing {
+  HW_DEVICE void operator()() const {}
+};
+
 template <i32 kRows>
 struct OnlineSoftmax {
   float maximum[kRows];  // m, unscaled; -inf: nothing seen
@@ -87,8 +91,8 @@ struct OnlineSoftmax {
   // S: scores in, 2^(c s - c m) out. What O is to be multiplied by, row by row, is left in `rescale`.
   // between(): called when the maxima are known, before the exponentials. The branch on them keeps the compiler from moving
   // either across.
-  template <class S, class Between>
-  HW_DEVICE void weigh(S& s, float (&rescale)[kRows], const Between& between) {
+  template <class S, class Between = Nothing>
+  HW_DEVICE void weigh(S& s, float (&rescale)[kRows], const Between& between = Between{}) {
     // A row that leaves the far ones for a maximum still below this comes from so far away that nothing of it is left.
     constexpr float kNearlyFar = kFar - 256.0f;
     float tile_maximum[kRows];
@@ -113,11 +117,6 @@ struct OnlineSoftmax {
       x = hw::exp2_approx(hw::fma(x, scale, -subtract[row]));
       sum[row] += x;
     });
-  }
-
-  template <class S>
-  HW_DEVICE void weigh(S& s, float (&rescale)[kRows]) {
-    weigh(s, rescale, [] {});
   }
 
   // The same, and O rescaled to the new maximum.
