@@ -31,7 +31,8 @@ __all__ = ["register"]
 def register() -> None:
     """Make the backend known to vLLM, as `CUFLASH`; where CUFLASH_VLLM=1, put it in the place of CPU_ATTN too.
 
-    vLLM calls this when it starts, by the entry point. Imports vLLM's registry and nothing else of it.
+    vLLM calls this when it starts, by the entry point; it may be called again. It imports vLLM's registry and nothing
+    else of it.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
@@ -43,7 +44,8 @@ def register() -> None:
             stacklevel=2,
         )
     backend = f"{__package__}.backend.Backend"
-    register_backend(NAME, backend)
+    known = AttentionBackendEnum.__members__.get(NAME)  # called before: vLLM refuses a name that is new twice
+    register_backend(NAME if known is None else known, backend)
     if os.environ.get(ON_CPU, "") not in ("", "0"):
         register_backend(AttentionBackendEnum.CPU_ATTN, f"{__package__}.backend.CpuBackend")
 
