@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,10 @@ import numpy as np
 from . import arch as arch_table
 from . import dtypes, frameworks
 from .array import TensorView
-from .errors import ArgumentError, CuflashError, UnsupportedError, require
+from .call.device_checks import download
+from .call.prepare import widest_load
+from .call.views import views_of
+from .errors import ArgumentError, UnsupportedError, require
 from .frameworks import Framework
 from .settings import config
 from .trace.uncompiled import outside_of_compilers
@@ -49,13 +54,13 @@ def write_kv(k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: A
             "caches, or k_cache.at[slots].set(k)"
         )
     given = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    views = {name: _view(framework, name, x) for name, x in given.items()}
+    views = views_of(framework, given, first="k")
     views["slot_mapping"] = _slots(framework, slot_mapping)
     _check(views)
     views |= {name: _in_pages(views[name]) for name in _CACHES}
     device = views["k"].device
     backend = _backend(device)
-    slots = _known(framework, views["slot_mapping"])
+    slots = _known(framework, views)
     if slots is not None:
         _check_slots(slots, views["k_cache"])
     if backend == "reference":
@@ -74,19 +79,6 @@ def write_kv(k: Array, v: Array, k_cache: Array, v_cache: Array, slot_mapping: A
         framework.written(given[name])
 
 
-def _view(framework: Framework, name: str, x: Any) -> TensorView:
-    other = frameworks.of(x, name)
-    if other is not framework:
-        raise ArgumentError(
-            f"{name} is a {other.NAME} array and k a {framework.NAME} array: all arrays must be of one framework; "
-            "convert with from_dlpack, which copies nothing"
-        )
-    try:
-        return framework.view(x)
-    except CuflashError as error:
-        raise type(error)(f"{name}: {error}") from error
-
-
 def _slots(framework: Framework, x: Any) -> TensorView:
     if isinstance(x, (list, tuple)):
         try:
@@ -94,8 +86,8 @@ def _slots(framework: Framework, x: Any) -> TensorView:
         except (TypeError, ValueError, OverflowError):
             raise ArgumentError(f"slot_mapping={x!r} must hold integers") from None
     if isinstance(x, np.ndarray):
-        return _view(frameworks.numpy, "slot_mapping", x)
-    return _view(framework, "slot_mapping", x)
+        framework = frameworks.numpy
+    return views_of(framework, {"slot_mapping": x}, first="k")["slot_mapping"]
 
 
 def _in_pages(x: TensorView) -> TensorView:
@@ -166,14 +158,13 @@ def _backend(device: tuple[str, int]) -> str:
     return config.backend
 
 
-def _known(framework: Framework, slots: TensorView) -> np.ndarray | None:
+def _known(framework: Framework, views: dict[str, TensorView]) -> np.ndarray | None:
     """The slots, where the host has them or `config.check` asks for them."""
-    if slots.device[0] == "cpu":
-        return slots.as_numpy()
-    index = slots.device[1]
-    if not config.check or framework.capturing(index):  # reading waits for the device, which a capture forbids
+    kind, index = views["slot_mapping"].device
+    # Reading waits for the device, which nothing may under capture.
+    if kind == "cuda" and (not config.check or framework.capturing(index)):
         return None
-    return frameworks.cupy.download(slots, framework.stream(index))
+    return download(framework, views, ["slot_mapping"])["slot_mapping"]
 
 
 def _check_slots(slots: np.ndarray, cache: TensorView) -> None:
@@ -196,10 +187,6 @@ def _write(views: dict[str, TensorView]) -> None:
 
 def _load_bytes(views: dict[str, TensorView]) -> int:
     """The widest load that every row of the four arrays is aligned to, and a whole number of."""
-    itemsize, bits = views["k"].dtype.itemsize, 0
-    for name in ("k", "v", *_CACHES):
-        x = views[name]
-        bits |= x.ptr | x.shape[-1] * itemsize
-        for n, step in zip(x.shape[:-1], x.strides, strict=False):
-            bits |= step * itemsize if n > 1 else 0
-    return 16 if bits % 16 == 0 else 4 if bits % 4 == 0 else 2
+    arrays = [views[name] for name in ("k", "v", *_CACHES)]
+    alignment = functools.reduce(operator.or_, (x.ptr for x in arrays))
+    return widest_load(alignment, arrays[0].dtype.itemsize, [x.strides for x in arrays], [x.shape[-1] for x in arrays])

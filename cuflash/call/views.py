@@ -13,8 +13,8 @@ from ..errors import ArgumentError, CuflashError, require
 from ..frameworks import Framework
 
 
-def views_of(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorView]:
-    """Views of arrays that must all be of one framework."""
+def views_of(framework: Framework, arrays: dict[str, Any], first: str = "q") -> dict[str, TensorView]:
+    """Views of arrays that must all be of one framework, that of the array named `first`."""
     views: dict[str, TensorView] = {}
     known: type | None = None
     for name, x in arrays.items():
@@ -22,8 +22,8 @@ def views_of(framework: Framework, arrays: dict[str, Any]) -> dict[str, TensorVi
             other = frameworks.of(x, name)
             if other is not framework:
                 raise ArgumentError(
-                    f"{name} is a {other.NAME} array and q a {framework.NAME} array: all arrays must be of one "
-                    "framework; convert with from_dlpack, which copies nothing"
+                    f"{name} is a {other.NAME} array and {first} a {framework.NAME} array: all arrays must be of "
+                    "one framework; convert with from_dlpack, which copies nothing"
                 )
             known = type(x)
         try:

@@ -151,9 +151,9 @@ def attention(q: Any, k: Any, v: Any, plan: Arrays, keywords: dict[str, Any]) ->
         )
     gather, starts = _gather(plan.axis), plan.starts
     causal, window_size = keywords.pop("causal"), keywords.pop("window_size")
-    mask = globally.mask_of(plan.positions, starts, 0, causal, window_size, keywords.pop("mask_mod"))
+    mask = globally.mask_of(plan.positions, starts, causal, window_size, keywords.pop("mask_mod"))
     slopes, score_mod = keywords.pop("alibi_slopes"), keywords.pop("score_mod")
-    score = globally.score_of(plan.positions, starts, 0, slopes, score_mod)
+    score = globally.score_of(plan.positions, starts, slopes, score_mod)
     return api.attention(
         q, gather(k, plan.place, plan.source), gather(v, plan.place, plan.source), cu_seqlens_q=starts,
         cu_seqlens_k=plan.whole, mask_mod=mask, score_mod=score, **keywords,

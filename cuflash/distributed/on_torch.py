@@ -192,9 +192,9 @@ def attention(q: Any, k: Any, v: Any, plan: Plan, keywords: dict[str, Any]) -> A
     arrays = _arrays(plan, q.device)
     gather = _functions().apply
     causal, window_size = keywords.pop("causal"), keywords.pop("window_size")
-    mask = globally.mask_of(arrays.positions, arrays.starts, 0, causal, window_size, keywords.pop("mask_mod"))
+    mask = globally.mask_of(arrays.positions, arrays.starts, causal, window_size, keywords.pop("mask_mod"))
     slopes, score_mod = keywords.pop("alibi_slopes"), keywords.pop("score_mod")
-    score = globally.score_of(arrays.positions, arrays.starts, 0, slopes, score_mod)
+    score = globally.score_of(arrays.positions, arrays.starts, slopes, score_mod)
     return api.attention(
         q, gather(k, plan), gather(v, plan), cu_seqlens_q=arrays.cu_seqlens, cu_seqlens_k=arrays.whole,
         max_seqlen_q=arrays.longest_q, max_seqlen_k=arrays.longest_k, mask_mod=mask, score_mod=score, **keywords,

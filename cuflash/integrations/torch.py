@@ -101,18 +101,14 @@ def _flash_attention_forward(
         raise UnsupportedError(
             "return_debug_mask=True is not available: cuflash.attention(aux=('dropout_mask',)) has it"
         )
-    packed = cum_seq_q is not None
     state, keywords = _random(query, dropout_p)
     result = api.attention(
         _unit(query),
         _unit(key),
         _unit(value),
-        cu_seqlens_q=cum_seq_q,
-        cu_seqlens_k=None if block_table is not None else cum_seq_k,
+        **_lengths(cum_seq_q, None if block_table is not None else cum_seq_k, max_q, max_k),
         seqused_k=seqused_k,
         page_table=block_table,
-        max_seqlen_q=int(max_q) if packed else None,
-        max_seqlen_k=int(max_k) if packed else None,
         scale=scale,
         causal=is_causal,
         window_size=_window(window_size_left, window_size_right),
@@ -163,16 +159,12 @@ def _flash_attention_backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Any, ...]:
-    packed = cum_seq_q is not None
     return _gradients(
         (grad_out, query, key, value, out),
         logsumexp,
         dropout_p,
         rng_state,
-        cu_seqlens_q=cum_seq_q,
-        cu_seqlens_k=cum_seq_k,
-        max_seqlen_q=int(max_q) if packed else None,
-        max_seqlen_k=int(max_k) if packed else None,
+        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k),
         scale=scale,
         causal=is_causal,
         window_size=_window(window_size_left, window_size_right),
@@ -249,6 +241,14 @@ def _random(query: Any, dropout_p: float) -> tuple[tuple[Any, Any], dict[str, An
 def _torch() -> Any:
     """PyTorch: `import torch` would mean this file to a type checker."""
     return importlib.import_module("torch")
+
+
+def _lengths(starts_q: Any, starts_k: Any, longest_q: int, longest_k: int) -> dict[str, Any]:
+    """As keywords of `attention`; none where arrays are dense."""
+    if starts_q is None:
+        return {}
+    longest = {"max_seqlen_q": int(longest_q), "max_seqlen_k": int(longest_k)}
+    return {"cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k, **longest}
 
 
 def _window(left: int | None, right: int | None) -> tuple[int, int]:

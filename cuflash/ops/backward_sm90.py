@@ -179,7 +179,7 @@ def kernel_spec(variant: BackwardSm90Variant) -> module.KernelSpec:
 
 
 class TensorMaps:
-    """How tensor copies find a problem's q, k, v and dout, by their addresses."""
+    """TMA's descriptions of a problem's q, k, v and dout, by their addresses."""
 
     def __init__(self, problem: BackwardProblem, variant: BackwardSm90Variant) -> None:
         self._problem = problem
